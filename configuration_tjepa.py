@@ -1,0 +1,166 @@
+"""T-JEPA configuration: the encoder, the predictor, the loss and the downstream heads in one `TJEPAConfig`.
+
+The predictor is built from the same layers as the encoder, so it gets a configuration of its own, derived by
+`TJEPAConfig.predictor_config()`; a predictor size left at `None` is the encoder's.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_tjepa.TJEPAConfig",
+    "AutoModel": "modeling_tjepa.TJEPAModel",
+    "AutoModelForPreTraining": "modeling_tjepa.TJEPAForPreTraining",
+}
+
+
+@strict
+class TJEPAConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TJEPAModel`] and [`TJEPAForPreTraining`]. The defaults are the reference's: 8 layers of width
+    384 in the encoder and again in the predictor.
+
+    Args:
+        vocab_size (`int`, defaults to 32000):
+            Number of tokens in the vocabulary: the first dimension of the embedding matrix.
+        hidden_size (`int`, defaults to 384):
+            Width of the encoder.
+        num_hidden_layers (`int`, defaults to 8):
+            Number of encoder blocks.
+        num_attention_heads (`int`, defaults to 12):
+            Number of attention heads per block; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`):
+            Width of the MLP inside a block.
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the MLP; `"gelu"` is the exact one.
+        max_position_embeddings (`int`, defaults to 1024):
+            Longest document, in tokens, that the model is meant for. Rotary positions are computed on the fly, so
+            nothing breaks beyond it; tokenization truncates here.
+        rotary_dim (`int`, *optional*, defaults to `min(32, head width)`):
+            The first `rotary_dim` features of each head are rotated; even, at least 4, and no wider than a head.
+        rope_theta (`float`, defaults to 10000.0):
+            Base of the rotary frequencies.
+        use_bias (`bool`, defaults to `True`):
+            Whether linear layers and LayerNorms have biases.
+        hidden_dropout_prob (`float`, defaults to 0.0):
+            Dropout after the embedding, after attention and after the MLP. The target encoder never drops.
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout on attention weights.
+        layer_norm_eps (`float`, defaults to 1e-5):
+            Epsilon of every LayerNorm, that of the labels included.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of initial weights; residual output projections get it divided by sqrt(2 * layers).
+        pad_token_id (`int`, *optional*):
+            Id of the padding token, if the tokenizer has one. Packed batches need none.
+        predictor_hidden_size (`int`, *optional*, defaults to `hidden_size`):
+            Width of the predictor. Where it differs from `hidden_size`, the predictor projects in and out.
+        predictor_num_hidden_layers (`int`, *optional*, defaults to `num_hidden_layers`):
+            Number of predictor blocks.
+        predictor_num_attention_heads (`int`, *optional*, defaults to `num_attention_heads`):
+            Number of attention heads of a predictor block; must divide `predictor_hidden_size`.
+        predictor_intermediate_size (`int`, *optional*, defaults to `4 * predictor_hidden_size`):
+            Width of the MLP inside a predictor block.
+        predictor_rotary_dim (`int`, *optional*, defaults to `min(rotary_dim, predictor head width)`):
+            `rotary_dim` of the predictor.
+        learned_mask_token (`bool`, defaults to `True`):
+            Whether the mask token is learned (initialised to ones) or fixed (ones scaled to unit norm).
+        variance_covariance_weight (`float`, defaults to 0.0):
+            Weight of the variance/covariance term (VICReg, arXiv 2105.04906) on the context encoder's output.
+        token_prediction_weight (`float`, defaults to 0.0):
+            Weight of predicting the hidden token itself at every target slot.
+
+    Raises:
+        ValueError: for sizes that do not fit each other, weights below zero and probabilities outside [0, 1).
+    """
+
+    model_type = "tjepa"
+
+    vocab_size: int = 32000
+    hidden_size: int = 384
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 1024
+    rotary_dim: int | None = None
+    rope_theta: float | int = 10000.0
+    use_bias: bool = True
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    predictor_hidden_size: int | None = None
+    predictor_num_hidden_layers: int | None = None
+    predictor_num_attention_heads: int | None = None
+    predictor_intermediate_size: int | None = None
+    predictor_rotary_dim: int | None = None
+    learned_mask_token: bool = True
+    variance_covariance_weight: float | int = 0.0
+    token_prediction_weight: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.rotary_dim is None:
+            self.rotary_dim = min(32, self.hidden_size // max(1, self.num_attention_heads))
+        if self.predictor_hidden_size is None:
+            self.predictor_hidden_size = self.hidden_size
+        if self.predictor_num_hidden_layers is None:
+            self.predictor_num_hidden_layers = self.num_hidden_layers
+        if self.predictor_num_attention_heads is None:
+            self.predictor_num_attention_heads = self.num_attention_heads
+        if self.predictor_intermediate_size is None:
+            self.predictor_intermediate_size = 4 * self.predictor_hidden_size
+        if self.predictor_rotary_dim is None:
+            predictor_head_dim = self.predictor_hidden_size // max(1, self.predictor_num_attention_heads)
+            self.predictor_rotary_dim = min(self.rotary_dim, predictor_head_dim)
+        super().__post_init__(**kwargs)
+        # Every saved folder names every class, so that AutoModel finds the encoder in a pretraining folder too.
+        if getattr(self, "auto_map", None) is None:
+            self.auto_map = dict(AUTO_MAP)
+
+    def validate_architecture(self):
+        """Refuses impossible values; called by `@strict` when a config is made and when it is saved."""
+        for prefix in ("", "predictor_"):
+            hidden_size = getattr(self, f"{prefix}hidden_size")
+            num_heads = getattr(self, f"{prefix}num_attention_heads")
+            rotary_dim = getattr(self, f"{prefix}rotary_dim")
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+                if getattr(self, prefix + name) < 1:
+                    raise ValueError(f"{prefix}{name} must be at least 1, got {getattr(self, prefix + name)}.")
+            if hidden_size % num_heads != 0:
+                raise ValueError(
+                    f"{prefix}hidden_size ({hidden_size}) must be a multiple of {prefix}num_attention_heads "
+                    f"({num_heads})."
+                )
+            head_dim = hidden_size // num_heads
+            if not 4 <= rotary_dim <= head_dim or rotary_dim % 2 != 0:
+                raise ValueError(
+                    f"{prefix}rotary_dim ({rotary_dim}) must be even, at least 4 and at most the width of a head: "
+                    f"{prefix}hidden_size / {prefix}num_attention_heads = {head_dim}."
+                )
+        for name in ("vocab_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("variance_covariance_weight", "token_prediction_weight"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
+
+    def predictor_config(self) -> "TJEPAConfig":
+        """The configuration of the predictor's blocks: this one, with the predictor's sizes in place of the encoder's."""
+        config = self.to_dict()
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_dim"):
+            config[name] = config[f"predictor_{name}"]
+        return TJEPAConfig.from_dict(config, attn_implementation=self._attn_implementation)
+
+
+__all__ = ["TJEPAConfig"]

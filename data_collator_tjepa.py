@@ -1,0 +1,626 @@
+"""From tokenized documents to one packed batch: masking strategies, mask drawing, packing, `DataCollatorForTJEPA`.
+
+What is notable:
+
+- All views of a batch are drawn at once with numpy; there is no Python loop over tokens, blocks or views.
+- Randomness is a hash of (seed, epoch, document index, strategy, counter), not the state of a generator. So a
+  document's masks do not depend on the batch it is in, on the number of workers or processes, or on a resume.
+- The batch holds integer tensors only, and none of them grows with the square of a length.
+
+Words: a *view* is one document under one strategy, that is its context tokens and its target blocks; a *slot* is one
+hidden position of one block. The collator does not know any model.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import yaml
+
+
+# --- Masking strategies ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskingStrategy:
+    """
+    Which positions of a document become targets (the reference's parameters; UL2, arXiv 2205.05131).
+
+    Args:
+        target_block_size_mean (`float`, *optional*):
+            Mean length of a target block in tokens. `None`: one block that takes the whole budget.
+        target_block_size_std (`float`, *optional*):
+            `None`: every block has the mean length. Otherwise lengths are drawn from a normal distribution, rounded,
+            and clipped to [1, budget].
+        max_target_mask_ratio (`float`, defaults to 0.25):
+            At most this share of a document's n tokens becomes targets: the budget is max(1, floor(n * ratio)).
+        max_target_mask_start_ratio (`float`, defaults to 0.0):
+            Blocks lie in [ceil(n * this), n) only.
+        target_block_num (`int`, *optional*):
+            Number of blocks; `None`: as many as the budget holds, at least one.
+        max_context_ratio (`float`, defaults to 1.0):
+            The context keeps at most this share of the document's tokens, sampled from the visible ones.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    target_block_size_mean: float | None
+    target_block_size_std: float | None = None
+    max_target_mask_ratio: float = 0.25
+    max_target_mask_start_ratio: float = 0.0
+    target_block_num: int | None = None
+    max_context_ratio: float = 1.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            optional = field.name in ("target_block_size_mean", "target_block_size_std", "target_block_num")
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                allowed = "a number or null" if optional else "a number"
+                raise ValueError(f"{field.name} must be {allowed}, got {value!r}.")
+        if self.target_block_size_mean is not None and self.target_block_size_mean < 1:
+            raise ValueError(f"target_block_size_mean must be at least 1 token, got {self.target_block_size_mean}.")
+        if self.target_block_size_std is not None:
+            if self.target_block_size_std < 0:
+                raise ValueError(f"target_block_size_std must not be negative, got {self.target_block_size_std}.")
+            if self.target_block_size_mean is None:
+                raise ValueError("target_block_size_std needs a target_block_size_mean to vary around.")
+        elif self.target_block_size_mean is not None and self.target_block_size_mean != int(
+            self.target_block_size_mean
+        ):
+            raise ValueError(
+                f"Without target_block_size_std every block has the mean length, so target_block_size_mean must be a "
+                f"whole number, got {self.target_block_size_mean}."
+            )
+        for name in ("max_target_mask_ratio", "max_context_ratio"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
+        if not 0.0 <= self.max_target_mask_start_ratio < 1.0:
+            raise ValueError(f"max_target_mask_start_ratio must be in [0, 1), got {self.max_target_mask_start_ratio}.")
+        if self.target_block_num is not None and (
+            self.target_block_num < 1 or self.target_block_num != int(self.target_block_num)
+        ):
+            raise ValueError(f"target_block_num must be a whole number of at least 1, got {self.target_block_num}.")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "MaskingStrategy":
+        """A strategy from a mapping; an unknown key is an error (the reference ignored misspelled ones)."""
+        if not isinstance(values, dict):
+            raise ValueError(f"A masking strategy is a mapping of {[f.name for f in fields(cls)]}, got {values!r}.")
+        allowed = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(allowed)):
+            raise ValueError(f"Unknown masking strategy keys {unknown}; allowed are {allowed}.")
+        if "target_block_size_mean" not in values:
+            raise ValueError("A masking strategy needs target_block_size_mean (a number of tokens, or null).")
+        return cls(**values)
+
+    @property
+    def name(self) -> str:
+        """Short name for logs, such as `block8_ratio0.5` or `blockall_ratio0.25_start0.75`."""
+        size = "all" if self.target_block_size_mean is None else f"{self.target_block_size_mean:g}"
+        start = f"_start{self.max_target_mask_start_ratio:g}" if self.max_target_mask_start_ratio else ""
+        return f"block{size}_ratio{self.max_target_mask_ratio:g}{start}"
+
+
+MASKING_PRESETS = {
+    "ul2": [
+        MaskingStrategy(target_block_size_mean=3, max_target_mask_ratio=0.25),  # R denoising
+        MaskingStrategy(target_block_size_mean=8, max_target_mask_ratio=0.25),
+        MaskingStrategy(target_block_size_mean=3, max_target_mask_ratio=0.5),  # X denoising
+        MaskingStrategy(target_block_size_mean=8, max_target_mask_ratio=0.5),
+        MaskingStrategy(target_block_size_mean=64, max_target_mask_ratio=0.15),
+        MaskingStrategy(target_block_size_mean=64, max_target_mask_ratio=0.5),
+        MaskingStrategy(  # S denoising: the last quarter from the rest
+            target_block_size_mean=None,
+            max_target_mask_start_ratio=0.75,
+            max_target_mask_ratio=0.25,
+            target_block_num=1,
+        ),
+    ]
+}
+
+
+def load_masking_strategies(name_or_path: str | Path) -> list[MaskingStrategy]:
+    """
+    A preset by name (`"ul2"`), or a list of strategies from a YAML or JSON file.
+
+    Raises:
+        ValueError: if it is neither, or if the file does not hold a non-empty list of valid strategies.
+    """
+    if str(name_or_path) in MASKING_PRESETS:
+        return list(MASKING_PRESETS[str(name_or_path)])
+    path = Path(name_or_path)
+    if not path.is_file() or path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(
+            f"masking_strategies must be a preset ({', '.join(MASKING_PRESETS)}) or an existing .yaml, .yml or .json "
+            f"file, got {str(name_or_path)!r}."
+        )
+    text = path.read_text(encoding="utf-8")
+    strategies = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(strategies, list) or not strategies:
+        raise ValueError(f"{path} must hold a list of masking strategies, got {type(strategies).__name__}.")
+    try:
+        return [MaskingStrategy.from_dict(strategy) for strategy in strategies]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+# --- Which document, which epoch -------------------------------------------------------------------------------------
+
+
+class DocumentDataset(torch.utils.data.Dataset):
+    """
+    A tokenized `datasets.Dataset` whose examples say which document they are and in which epoch: what the collator
+    draws masks from. `set_epoch` reaches the workers too, also persistent ones.
+
+    Args:
+        dataset (`datasets.Dataset`): with a column `input_ids` (list of token ids).
+    """
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset.with_format("numpy", columns=["input_ids"])
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        epoch = int(self.epoch)
+        return [
+            {"input_ids": input_ids, "document_index": index, "epoch": epoch}
+            for index, input_ids in zip(indices, self.dataset[indices]["input_ids"], strict=True)
+        ]
+
+
+class DocumentStream(torch.utils.data.IterableDataset):
+    """
+    The same for a streaming `datasets.IterableDataset`. A stream that is split over processes and workers has no
+    running number that all of them agree on, so a checksum of its tokens stands for a document's index.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset):
+        self.dataset = dataset
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)  # reshuffles, where the stream is shuffled
+
+    def __iter__(self) -> Iterator[dict]:
+        for example in self.dataset:
+            input_ids = np.asarray(example["input_ids"], dtype=np.int64)
+            yield {"input_ids": input_ids, "document_index": zlib.crc32(input_ids), "epoch": int(self.epoch)}
+
+
+# --- Drawing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Views:
+    """
+    Views in flat arrays, ordered by view; a token is named by its index in the concatenated documents. In `slot_*`
+    the blocks of a view stand one after the other, numbered from 1.
+    """
+
+    document: np.ndarray  # [num_views] which document
+    strategy: np.ndarray  # [num_views] which strategy
+    context_token: np.ndarray  # [num_contexts]
+    context_view: np.ndarray  # [num_contexts]
+    slot_token: np.ndarray  # [num_slots]
+    slot_view: np.ndarray  # [num_slots]
+    slot_block: np.ndarray  # [num_slots]
+
+
+def mix_bits(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele et al., 2014), elementwise: uint64 to well mixed uint64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def hash_keys(*parts: np.ndarray | int) -> np.ndarray:
+    """One well mixed uint64 for every tuple of integers (arrays broadcast)."""
+    key = np.zeros(1, dtype=np.uint64)  # one-dimensional: numpy warns when scalars overflow, and here they shall
+    for part in parts:
+        key = mix_bits((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return key
+
+
+def uniform(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """Uniform float64 in [0, 1), one for every (key, counter)."""
+    bits = mix_bits(keys + counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def ragged_arange(counts: np.ndarray) -> np.ndarray:
+    """0..counts[0]-1, 0..counts[1]-1, ... in one array."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+# Separate random streams of one view
+BLOCK_LENGTHS, BLOCK_STARTS, CONTEXT_SAMPLE = range(3)
+
+
+def draw_block_lengths(
+    budget: np.ndarray, mean: np.ndarray, std: np.ndarray, max_blocks: np.ndarray, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Lengths of the target blocks, as many as the budget of each view holds, at least one.
+
+    Args:
+        budget (int [num_views]): tokens that may become targets, at least 1.
+        mean, std (float [num_views]): of the length in tokens; a mean of inf is one block of the whole budget.
+        max_blocks (int [num_views]): at most so many blocks.
+        keys (uint64 [num_views]): random keys.
+
+    Returns:
+        `(lengths, num_blocks)`: int [total blocks], ordered by view, and int [num_views].
+    """
+    fixed_length = np.minimum(mean, budget).astype(np.int64)
+    draws = np.minimum(max_blocks, np.where(std > 0, budget, budget // np.maximum(fixed_length, 1)))
+    view = np.repeat(np.arange(len(budget)), draws)
+    lengths = fixed_length[view]
+    varies = std[view] > 0
+    if varies.any():  # Box-Muller
+        counter = 2 * ragged_arange(draws)[varies]
+        key = hash_keys(keys[view[varies]], BLOCK_LENGTHS)
+        radius = np.sqrt(-2.0 * np.log1p(-uniform(key, counter)))
+        normal = radius * np.cos(2.0 * np.pi * uniform(key, counter + 1))
+        drawn = np.rint(mean[view[varies]] + std[view[varies]] * normal)
+        lengths[varies] = np.clip(drawn, 1, budget[view[varies]]).astype(np.int64)
+    total = np.cumsum(lengths)
+    before_view = np.repeat((total - lengths)[np.cumsum(draws) - draws], draws)
+    fits = total - before_view <= budget[view]
+    return lengths[fits], np.bincount(view[fits], minlength=len(budget))
+
+
+def draw_block_starts(
+    lengths: np.ndarray, num_blocks: np.ndarray, first: np.ndarray, end: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """
+    Starts of non-overlapping blocks in [first, end), every arrangement of the gaps equally likely: k of the
+    (free tokens + k) places are chosen, and each chosen place is then widened to its block's length.
+
+    Args:
+        lengths (int [total blocks]): from `draw_block_lengths`.
+        num_blocks, first, end (int [num_views]): blocks of each view, and where they may lie in the document.
+        keys (uint64 [num_views]): random keys.
+
+    Returns:
+        int [total blocks]: positions in the document, ascending within a view.
+    """
+    num_views = len(num_blocks)
+    view_of_block = np.repeat(np.arange(num_views), num_blocks)
+    lengths_before = np.cumsum(lengths) - lengths
+    lengths_before -= np.repeat(lengths_before[np.cumsum(num_blocks) - num_blocks], num_blocks)
+    covered = np.bincount(view_of_block, weights=lengths, minlength=num_views).astype(np.int64)
+
+    num_places = end - first - covered + num_blocks
+    view_of_place = np.repeat(np.arange(num_views), num_places)
+    place = ragged_arange(num_places)
+    # views first, then random: the first num_blocks places of every view are a sample without replacement
+    order = np.argsort(view_of_place + uniform(hash_keys(keys, BLOCK_STARTS)[view_of_place], place))
+    chosen = np.sort(order[place < num_blocks[view_of_place]])
+    return first[view_of_block] + place[chosen] - ragged_arange(num_blocks) + lengths_before
+
+
+class WindowHashes:
+    """
+    A hash of every window of the concatenated documents, for any length: differences of one running sum
+    sum_i h(token_i) * b^i (Karp and Rabin, 1987), modulo 2^64.
+
+    Args:
+        tokens (int [num_tokens]): the concatenated documents; `document_starts` (int [num_documents + 1]) cuts them.
+    """
+
+    BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
+
+    def __init__(self, tokens: np.ndarray, document_starts: np.ndarray):
+        self.tokens, self.document_starts = tokens, document_starts
+        powers = np.cumprod(np.full(len(tokens), self.BASE, dtype=np.uint64))
+        self.inverse_powers = np.cumprod(np.full(len(tokens), pow(self.BASE, -1, 2**64), dtype=np.uint64))
+        self.sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(hash_keys(tokens) * powers)])
+
+    def __call__(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return (self.sums[starts + length] - self.sums[starts]) * self.inverse_powers[starts]
+
+    def find_copies(self, block_start: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Where the token sequences of blocks occur again in their own documents.
+
+        Args:
+            block_start (int [num_blocks]): index of each block's first token.
+            length: of every block, in tokens.
+
+        Returns:
+            `(block, start)`: for each copy the block it repeats, and the index of its first token.
+        """
+        document_of = np.repeat(np.arange(len(self.document_starts) - 1), np.diff(self.document_starts))
+        starts = np.arange(len(self.tokens) - length + 1)
+        starts = starts[starts + length <= self.document_starts[document_of[starts] + 1]]
+        hashes = hash_keys(document_of[starts], self(starts, length))
+        order = np.argsort(hashes, kind="stable")
+        block_hashes = hash_keys(document_of[block_start], self(block_start, length))
+        low = np.searchsorted(hashes, block_hashes, side="left", sorter=order)
+        counts = np.searchsorted(hashes, block_hashes, side="right", sorter=order) - low
+        block = np.repeat(np.arange(len(block_start)), counts)
+        start = starts[order[np.repeat(low, counts) + ragged_arange(counts)]]
+        # the hash only finds candidates; comparing the tokens settles them
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
+        is_copy = (start != block_start[block]) & (windows[start] == windows[block_start[block]]).all(axis=1)
+        return block[is_copy], start[is_copy]
+
+
+def draw_views(
+    documents: list[np.ndarray],
+    keys: np.ndarray,
+    strategies: list[MaskingStrategy],
+    mask_recurring_targets: bool = False,
+    views_per_document: int | None = None,
+) -> Views:
+    """
+    Draws the masks of all documents under all strategies (or `views_per_document` of them).
+
+    Args:
+        documents: token ids of each document, int [n] with n >= 2.
+        keys (uint64 [num_documents]): random keys; a document's views depend on its key and its tokens only.
+    """
+    num_documents, num_strategies = len(documents), len(strategies)
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    document_starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    document = np.repeat(np.arange(num_documents), num_strategies)
+    strategy = np.tile(np.arange(num_strategies), num_documents)
+    if views_per_document is not None and views_per_document < num_strategies:
+        shuffled = np.argsort(hash_keys(keys[:, None], -1, np.arange(num_strategies)), axis=1)
+        chosen = np.sort(shuffled[:, :views_per_document], axis=1)
+        document, strategy = np.repeat(np.arange(num_documents), views_per_document), chosen.reshape(-1)
+    num_views, n, view_key = len(document), lengths[document], hash_keys(keys[document], strategy)
+
+    def parameter(name: str, default: float = 0.0) -> np.ndarray:
+        values = [getattr(s, name) for s in strategies]
+        return np.array([default if value is None else value for value in values], dtype=np.float64)[strategy]
+
+    first = np.minimum(np.ceil(n * parameter("max_target_mask_start_ratio")).astype(np.int64), n - 1)
+    budget = np.maximum(1, np.floor(n * parameter("max_target_mask_ratio")).astype(np.int64))
+    budget = np.minimum(budget, np.minimum(n - 1, n - first))  # one token stays for the context
+    whole = np.array([s.target_block_size_mean is None for s in strategies])[strategy]
+    max_blocks = np.where(whole, 1, np.minimum(parameter("target_block_num", np.inf), budget)).astype(np.int64)
+    block_length, num_blocks = draw_block_lengths(
+        budget, parameter("target_block_size_mean", np.inf), parameter("target_block_size_std"), max_blocks, view_key
+    )
+    block_start = draw_block_starts(block_length, num_blocks, first, n, view_key)
+    block_view = np.repeat(np.arange(num_views), num_blocks)
+
+    view_starts = np.cumsum(n) - n  # in the concatenation of whole documents, one per view
+    slot_view = np.repeat(block_view, block_length)
+    slot_position = np.repeat(block_start, block_length) + ragged_arange(block_length)
+    slot_block = np.repeat(ragged_arange(num_blocks) + 1, block_length)
+    visible = np.ones(n.sum(), dtype=bool)
+    visible[view_starts[slot_view] + slot_position] = False
+
+    if mask_recurring_targets and num_views:
+        shift = view_starts - document_starts[document]  # from a token's index to its place in `visible`
+        window_hashes = WindowHashes(np.concatenate(documents), document_starts)
+        not_copied = visible.copy()
+        for length in np.unique(block_length[block_length >= 2]):
+            view = block_view[block_length == length]
+            start = document_starts[document[view]] + block_start[block_length == length]
+            copied_block, copy_start = window_hashes.find_copies(start, length)
+            copy_place = (copy_start + shift[view[copied_block]])[:, None] + np.arange(length)
+            not_copied[copy_place.reshape(-1)] = False
+        emptied = np.add.reduceat(not_copied, view_starts) == 0
+        if emptied.any():  # all that is visible repeats a target: the first of it stays
+            visible_places = np.flatnonzero(visible)
+            not_copied[visible_places[np.searchsorted(visible_places, view_starts[emptied])]] = True
+        visible = not_copied
+
+    max_context_ratio = parameter("max_context_ratio")
+    if (max_context_ratio < 1).any():
+        place_view = np.repeat(np.arange(num_views), n)[visible]
+        position = ragged_arange(n)[visible]
+        order = np.argsort(place_view + uniform(hash_keys(view_key, CONTEXT_SAMPLE)[place_view], position))
+        max_context = np.maximum(1, np.floor(n * max_context_ratio).astype(np.int64))
+        num_visible = np.bincount(place_view, minlength=num_views)
+        dropped = order[ragged_arange(num_visible) >= max_context[place_view]]
+        visible[np.flatnonzero(visible)[dropped]] = False
+
+    context_place = np.flatnonzero(visible)
+    context_view = np.repeat(np.arange(num_views), n)[context_place]
+    return Views(
+        document=document,
+        strategy=strategy,
+        context_token=context_place + (document_starts[document] - view_starts)[context_view],
+        context_view=context_view,
+        slot_token=document_starts[document[slot_view]] + slot_position,
+        slot_view=slot_view,
+        slot_block=slot_block,
+    )
+
+
+# --- Packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack_rows(lengths: np.ndarray, row_length: int | None, order: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """
+    Places sequences in rows.
+
+    Args:
+        lengths (int [num_sequences]): in tokens.
+        row_length (int, *optional*):
+            `None`: one row, exactly as long as all sequences together. Otherwise rows of this length, filled by best
+            fit in the order given.
+        order (int [num_sequences]): the order in which sequences are placed.
+
+    Returns:
+        `(starts, (num_rows, row_length))`: where each sequence starts in the flattened rows, and their shape.
+    """
+    starts = np.zeros_like(lengths)
+    if row_length is None:
+        starts[order] = np.cumsum(lengths[order]) - lengths[order]
+        return starts, (1, max(1, int(lengths.sum())))
+    if lengths.max(initial=0) > row_length:
+        raise ValueError(
+            f"A sequence of {lengths.max()} tokens does not fit into rows of row_length={row_length}: raise row_length, "
+            f"or truncate documents to max_length={row_length} when tokenizing."
+        )
+    free = []  # tokens left in each row
+    for sequence in order:
+        fitting = [(space, row) for row, space in enumerate(free) if space >= lengths[sequence]]
+        if fitting:
+            space, row = min(fitting)
+        else:
+            space, row = row_length, len(free)
+            free.append(row_length)
+        starts[sequence] = (row + 1) * row_length - space
+        free[row] = space - lengths[sequence]
+    return starts, (max(1, len(free)), row_length)
+
+
+def pack_batch(
+    documents: list[np.ndarray], views: Views, num_strategies: int, row_length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    The three streams of packed rows that `TJEPAForPreTraining.forward` takes (see there for names and shapes).
+
+    Args:
+        documents: token ids of each document.
+        views: their views.
+        row_length: see `pack_rows`.
+    """
+    num_views = len(views.document)
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    num_contexts = np.bincount(views.context_view, minlength=num_views)
+    num_slots = np.bincount(views.slot_view, minlength=num_views)
+    # Longest first packs best, and views of equal shape side by side are attended to as one batch.
+    view_order = np.lexsort((num_slots, num_contexts))[::-1]
+
+    document_starts, document_shape = pack_rows(lengths, row_length, np.argsort(-lengths, kind="stable"))
+    context_starts, context_shape = pack_rows(num_contexts, row_length, view_order)
+    prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, row_length, view_order)
+
+    token_position = ragged_arange(lengths)
+    token_place = np.repeat(document_starts, lengths) + token_position  # index in stream 1
+    context_order = ragged_arange(num_contexts)
+    context_place = np.repeat(context_starts, num_contexts) + context_order  # index in stream 2
+    context_entry = np.repeat(prediction_starts, num_contexts) + context_order  # index in stream 3
+    slot_entry = np.repeat(prediction_starts + num_contexts, num_slots) + ragged_arange(num_slots)
+    entries = np.concatenate([context_entry, slot_entry])
+
+    def rows(shape: tuple[int, int], places: np.ndarray, values: np.ndarray, padding: int) -> torch.Tensor:
+        stream = np.full(shape[0] * shape[1], padding, dtype=np.int64)
+        stream[places] = values
+        return torch.from_numpy(stream.reshape(shape))
+
+    tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int64)
+    token_document = np.repeat(np.arange(len(documents)), lengths)
+    entry_position = token_position[np.concatenate([views.context_token, views.slot_token])]
+    entry_view = np.concatenate([views.context_view, views.slot_view])
+    slot_strategy = views.strategy[views.slot_view]
+    return {
+        "input_ids": rows(document_shape, token_place, tokens, 0),
+        "position_ids": rows(document_shape, token_place, token_position, 0),
+        "document_ids": rows(document_shape, token_place, token_document, -1),
+        "context_indices": rows(context_shape, context_place, token_place[views.context_token], 0),
+        "context_view_ids": rows(context_shape, context_place, views.context_view, -1),
+        "prediction_indices": rows(prediction_shape, context_entry, context_place, 0),
+        "prediction_position_ids": rows(prediction_shape, entries, entry_position, 0),
+        "prediction_view_ids": rows(prediction_shape, entries, entry_view, -1),
+        "prediction_block_ids": rows(prediction_shape, slot_entry, views.slot_block, 0),
+        "slot_indices": torch.from_numpy(slot_entry),
+        "label_indices": torch.from_numpy(token_place[views.slot_token]),
+        "slot_strategy_ids": torch.from_numpy(slot_strategy),
+        "slots_per_strategy": torch.from_numpy(np.bincount(slot_strategy, minlength=num_strategies)),
+    }
+
+
+class DataCollatorForTJEPA:
+    """
+    Makes the packed batch of `TJEPAForPreTraining` from the examples of a `DocumentDataset` or `DocumentStream`. Use
+    it with `remove_unused_columns=False`, and without accelerate's `dispatch_batches` and `split_batches`: the tensors
+    of a batch belong together and differ in their first dimension.
+
+    Args:
+        strategies (`list[MaskingStrategy]`, *optional*): the UL2 preset by default; every document under each of them.
+        seed (`int`, defaults to 0): masks are a pure function of (seed, epoch, document index).
+        row_length (`int`, *optional*):
+            Rows of this many tokens, as `flex_attention` and `torch.compile` like them. By default each stream is one
+            row without any padding, which is best for `sdpa`.
+        mask_recurring_targets (`bool`, defaults to `False`):
+            Hide from the context every other occurrence of a target block's tokens (two or more), so that the answer
+            can not be copied.
+        views_per_document (`int`, *optional*): draw so many of the strategies for each document instead of all.
+    """
+
+    def __init__(
+        self,
+        strategies: list[MaskingStrategy] | None = None,
+        seed: int = 0,
+        row_length: int | None = None,
+        mask_recurring_targets: bool = False,
+        views_per_document: int | None = None,
+    ):
+        self.strategies = list(MASKING_PRESETS["ul2"] if strategies is None else strategies)
+        if not self.strategies:
+            raise ValueError("DataCollatorForTJEPA needs at least one masking strategy.")
+        if views_per_document is not None and not 1 <= views_per_document <= len(self.strategies):
+            raise ValueError(
+                f"views_per_document must be between 1 and the number of strategies ({len(self.strategies)}), got "
+                f"{views_per_document}."
+            )
+        self.seed = seed
+        self.row_length = row_length
+        self.mask_recurring_targets = mask_recurring_targets
+        self.views_per_document = views_per_document
+        # shared memory: workers count too
+        self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def num_dropped_documents(self) -> int:
+        """Documents of fewer than two tokens so far: nothing could be predicted from anything, so they were dropped."""
+        return int(self._num_dropped_documents)
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            examples: each with `input_ids` (int [n]), `document_index` (int) and `epoch` (int).
+
+        Raises:
+            ValueError: if `document_index` or `epoch` is missing.
+        """
+        for key in ("input_ids", "document_index", "epoch"):
+            if any(key not in example for example in examples):
+                raise ValueError(
+                    f"The collator needs {key!r} in every example, got {sorted(examples[0])}. Wrap the tokenized dataset "
+                    "in DocumentDataset (or DocumentStream), and set remove_unused_columns=False in TrainingArguments."
+                )
+        kept = [example for example in examples if len(example["input_ids"]) >= 2]
+        self._num_dropped_documents += len(examples) - len(kept)
+        documents = [np.asarray(example["input_ids"], dtype=np.int64) for example in kept]
+        keys = hash_keys(
+            self.seed,
+            np.array([example["epoch"] for example in kept], dtype=np.int64),
+            np.array([example["document_index"] for example in kept], dtype=np.int64),
+        )
+        views = draw_views(documents, keys, self.strategies, self.mask_recurring_targets, self.views_per_document)
+        return pack_batch(documents, views, len(self.strategies), self.row_length)
+
+
+def strategies_to_dicts(strategies: list[MaskingStrategy]) -> list[dict]:
+    """The strategies as plain mappings, for JSON or YAML."""
+    return [asdict(strategy) for strategy in strategies]

@@ -1,0 +1,664 @@
+"""T-JEPA: a text encoder pretrained by predicting its own representations.
+
+Top to bottom in the order data flows: rotary positions, attention, MLP, one block, the encoder (`TJEPAModel`), the
+predictor, and `TJEPAForPreTraining`, which holds the context encoder, its moving average (the target encoder), the
+predictor and the loss. Notable:
+
+- Everything runs on packed rows: sequences share a row with no padding between them, and one rule on integer ids
+  (`packed_attention_mask`) says who attends to whom. No square mask is ever part of a batch.
+- The file knows nothing of masking strategies, training loops or processes; it needs only its configuration, because
+  it is copied to the Hub beside every checkpoint.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_tjepa import TJEPAConfig
+
+
+# --- Attention over packed rows --------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackedViews:
+    """
+    The attention rule of a packed stream in the form that SDPA likes best: no mask at all for the context.
+
+    The views of a stream lie one after the other, each its context tokens first and its target slots behind them.
+    Neighbouring views of equal shape form a group, which SDPA takes as one batch; context tokens attend to the context
+    without a mask, target slots to the whole view with a mask of [slots, view].
+
+    Args:
+        groups: for each group the number of views, of context tokens per view and of target slots per view.
+        slot_masks: for each group a bool tensor [views, 1, slots, context + slots], or `None` where it has no slots.
+    """
+
+    groups: list[tuple[int, int, int]]
+    slot_masks: list[torch.Tensor | None]
+
+    @classmethod
+    def from_ids(cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None) -> "PackedViews":
+        """
+        Args:
+            view_ids (`torch.LongTensor` of shape [rows, row_length]): the view of each entry; negative is padding.
+            block_ids (`torch.LongTensor` of shape [rows, row_length], *optional*):
+                0 for context, 1, 2, ... for target blocks, ascending within a view; `None`: all context.
+        """
+        view_ids = view_ids.flatten()
+        _, run_ids, view_lengths = torch.unique_consecutive(view_ids, return_inverse=True, return_counts=True)
+        slot_counts = torch.zeros_like(view_lengths)
+        if block_ids is not None:
+            block_ids = block_ids.flatten()
+            slot_counts.index_add_(0, run_ids, (block_ids > 0).long())
+        shapes = torch.stack([view_lengths - slot_counts, slot_counts], dim=1)
+        shapes, group_sizes = torch.unique_consecutive(shapes, dim=0, return_counts=True)
+        groups = [(views, *shape) for views, shape in zip(group_sizes.tolist(), shapes.tolist(), strict=True)]
+
+        slot_masks, start = [], 0
+        for num_views, num_context, num_slots in groups:
+            stop = start + num_views * (num_context + num_slots)
+            if num_slots == 0:
+                slot_masks.append(None)
+            else:
+                blocks = block_ids[start:stop].view(num_views, 1, 1, -1)
+                slot_masks.append((blocks == 0) | (blocks == blocks[..., num_context:].transpose(2, 3)))
+            start = stop
+        return cls(groups, slot_masks)
+
+
+def packed_sdpa_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed_views: PackedViews, dropout: float
+) -> torch.Tensor:
+    """Attention within each view of `packed_views`; tensors [rows, heads, row_length, head_dim], as SDPA takes them."""
+    num_rows, num_heads, row_length, head_dim = query.shape
+    group_lengths = [views * (context + slots) for views, context, slots in packed_views.groups]
+    # split, not slices: its backward is one concatenation, where each slice would fill a gradient of the full size
+    query, key, value = (
+        states.transpose(1, 2).reshape(num_rows * row_length, num_heads, head_dim).split(group_lengths)
+        for states in (query, key, value)
+    )
+    outputs = []
+    for (num_views, num_context, num_slots), slot_mask, q, k, v in zip(
+        packed_views.groups, packed_views.slot_masks, query, key, value, strict=True
+    ):
+        q, k, v = (states.unflatten(0, (num_views, -1)).transpose(1, 2) for states in (q, k, v))
+        if num_slots == 0:
+            output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        else:
+            q_context, q_slots = q.split([num_context, num_slots], dim=2)
+            k_context, v_context = k[:, :, :num_context], v[:, :, :num_context]
+            context = F.scaled_dot_product_attention(q_context, k_context, v_context, dropout_p=dropout)
+            slots = F.scaled_dot_product_attention(q_slots, k, v, attn_mask=slot_mask, dropout_p=dropout)
+            output = torch.cat([context, slots], dim=2)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).view(num_rows, row_length, num_heads, head_dim)
+
+
+def packed_attention_mask(
+    config: TJEPAConfig, hidden_states: torch.Tensor, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None
+):
+    """
+    The one attention rule of the model, in the form that `config._attn_implementation` takes:
+
+        query q may attend key k  <=>  view[q] = view[k]  and  (block[k] = 0  or  block[k] = block[q])
+
+    Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes.
+    """
+    if config._attn_implementation == "sdpa":
+        return PackedViews.from_ids(view_ids, block_ids)
+
+    def same_view(batch_idx, head_idx, q_idx, kv_idx):
+        return view_ids[batch_idx, q_idx] == view_ids[batch_idx, kv_idx]
+
+    def same_view_and_block(batch_idx, head_idx, q_idx, kv_idx):
+        key_block = block_ids[batch_idx, kv_idx]
+        return same_view(batch_idx, head_idx, q_idx, kv_idx) & (
+            (key_block == 0) | (key_block == block_ids[batch_idx, q_idx])
+        )
+
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=hidden_states,
+        attention_mask=None,
+        and_mask_function=same_view if block_ids is None else same_view_and_block,
+    )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value)  # [batch, heads, length, head_dim]
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
+
+
+# --- Layers, shared by the encoder and the predictor -----------------------------------------------------------------
+
+
+class TJEPARotaryEmbedding(RotaryEmbedding):
+    """
+    Rotary angles of arbitrary positions (RoFormer, arXiv 2104.09864), in float32 whatever the model's dtype or
+    autocast: bfloat16 cannot tell position 257 from 258. The frequencies are recomputed rather than saved.
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config.rotary_dim, theta=config.rope_theta, cache_if_possible=False, cache_max_seq_len=0)
+        self.config = config
+        del self.freqs  # a parameter in the library; here nothing to train, to save or to cast
+        self.register_buffer("freqs", self.compute_freqs(), persistent=False)
+
+    def compute_freqs(self, device: torch.device | None = None) -> torch.Tensor:
+        exponents = torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim
+        return 1.0 / (self.config.rope_theta**exponents)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.freqs.dtype != torch.float32:  # after model.to(torch.bfloat16), say
+            self.freqs = self.compute_freqs(self.freqs.device)
+        return self
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """position_ids [batch, length] -> angles [batch, length, rotary_dim], float32."""
+        with torch.autocast(device_type=position_ids.device.type, enabled=False):
+            return super().forward(position_ids)
+
+
+class TJEPAResidualProjection(nn.Linear):
+    """The last linear layer of a residual branch: a class of its own, because it is initialised smaller."""
+
+
+class TJEPAAttention(nn.Module):
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
+        self.out_proj = TJEPAResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None" = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        qkv = self.qkv_proj(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query, key, value = qkv.unbind(dim=-3)  # each [batch, length, heads, head_dim]
+        query, key = (apply_rotary_emb(rotary_angles.unsqueeze(2), states) for states in (query, key))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if isinstance(attention_mask, PackedViews):
+            attn_output, attn_weights = packed_sdpa_attention(query, key, value, attention_mask, dropout), None
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            attn_output, attn_weights = attention_interface(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
+            )
+        attn_output = attn_output.reshape(*input_shape, -1)
+        return self.out_proj(attn_output), attn_weights
+
+
+class TJEPAMLP(nn.Module):
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down_proj = TJEPAResidualProjection(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+
+
+def layer_norm(config: TJEPAConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+
+
+class TJEPALayer(GradientCheckpointingLayer):
+    """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.attention_norm = layer_norm(config)
+        self.attention = TJEPAAttention(config)
+        self.mlp_norm = layer_norm(config)
+        self.mlp = TJEPAMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None" = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.attention(self.attention_norm(hidden_states), rotary_angles, attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attn_output)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+# --- The encoder -----------------------------------------------------------------------------------------------------
+
+
+class TJEPAPreTrainedModel(PreTrainedModel):
+    config: TJEPAConfig
+    config_class = TJEPAConfig
+    # AutoModel on a pretraining folder finds the encoder under this prefix: the product is the target encoder.
+    base_model_prefix = "target_encoder"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TJEPALayer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": TJEPALayer, "attentions": TJEPAAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)  # Linear and Embedding N(0, initializer_range), biases 0, norms 1
+        if isinstance(module, TJEPAResidualProjection):
+            init.normal_(
+                module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            )
+        elif isinstance(module, TJEPARotaryEmbedding):  # buffers that are not saved are lost on the meta device
+            init.copy_(module.freqs, module.compute_freqs())
+            init.zeros_(module.dummy)
+        elif isinstance(module, TJEPAPredictor):
+            module.init_mask_token()
+        elif isinstance(module, TJEPATokenHead):
+            init.zeros_(module.bias)
+
+
+class TJEPAModel(TJEPAPreTrainedModel):
+    """
+    The encoder: bidirectional pre-norm transformer with rotary positions. `AutoModel` on a pretraining folder gives
+    the target encoder.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^context_encoder\.", r"^predictor\.", r"^token_head\."]
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_embedding = TJEPARotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList([TJEPALayer(config) for _ in range(config.num_hidden_layers)])
+        self.final_norm = layer_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.token_embedding = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        view_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `[batch, length]`, *optional*): token ids.
+            attention_mask (`torch.Tensor` of shape `[batch, length]`, *optional*):
+                1 for real tokens, 0 for padding. For rows of one sequence each; packed rows have `view_ids`.
+            position_ids (`torch.LongTensor` of shape `[batch, length]`, *optional*):
+                Position of each token in its document; defaults to 0, 1, 2, ... in every row.
+            inputs_embeds (`torch.FloatTensor` of shape `[batch, length, hidden_size]`, *optional*):
+                Embeddings in place of `input_ids`.
+            view_ids (`torch.LongTensor` of shape `[batch, length]`, *optional*):
+                For packed rows: which sequence each token belongs to; tokens attend within their sequence. Ids differ
+                between neighbouring sequences, also across rows; negative ids are padding.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` [batch, length, hidden_size], after the final LayerNorm.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give the model exactly one of input_ids and inputs_embeds.")
+        if view_ids is not None and attention_mask is not None:
+            raise ValueError(
+                "Give the model attention_mask (one sequence per row) or view_ids (packed rows), not both."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.token_embedding(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+
+        if view_ids is not None:
+            attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids)
+        else:
+            attention_mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+
+        hidden_states = self.dropout(inputs_embeds)
+        rotary_angles = self.rotary_embedding(position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
+
+
+# --- The predictor ---------------------------------------------------------------------------------------------------
+
+
+class TJEPAPredictor(TJEPAPreTrainedModel):
+    """
+    Predicts the target encoder's output at the target slots from the context encoder's output. All target blocks of a
+    view share one sequence (target packing): blocks see the context and themselves, not each other.
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config.predictor_config())
+        encoder_width, width = config.hidden_size, config.predictor_hidden_size
+        self.encoder_width = encoder_width
+        # The mask token lives in the encoder's width: it takes the place of a context representation.
+        if config.learned_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(encoder_width))
+        else:
+            self.register_buffer("mask_token", torch.empty(encoder_width), persistent=False)
+        self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
+        if width != encoder_width:
+            self.in_proj = nn.Linear(encoder_width, width, bias=config.use_bias)
+            self.out_proj = nn.Linear(width, encoder_width, bias=config.use_bias)
+        self.rotary_embedding = TJEPARotaryEmbedding(self.config)
+        self.layers = nn.ModuleList([TJEPALayer(self.config) for _ in range(self.config.num_hidden_layers)])
+        self.final_norm = layer_norm(self.config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def init_mask_token(self):
+        scale = 1.0 if self.config.learned_mask_token else self.encoder_width**-0.5
+        init.constant_(self.mask_token, scale)
+
+    def forward(
+        self,
+        context_states: torch.Tensor,
+        prediction_indices: torch.LongTensor,
+        prediction_position_ids: torch.LongTensor,
+        prediction_view_ids: torch.LongTensor,
+        prediction_block_ids: torch.LongTensor,
+        slot_indices: torch.LongTensor,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            context_states (`torch.FloatTensor` of shape `[num_contexts, hidden_size]`):
+                The context encoder's output, rows flattened.
+            prediction_indices (`torch.LongTensor` of shape `[rows, row_length]`):
+                For context entries the index into `context_states`; not read at target slots and padding.
+            prediction_position_ids, prediction_view_ids, prediction_block_ids (as `prediction_indices`):
+                Position in the document, view (negative: padding) and block (0: context) of every entry.
+            slot_indices (`torch.LongTensor` of shape `[num_slots]`):
+                Where the target slots lie in the flattened rows.
+
+        Returns:
+            `torch.FloatTensor` of shape `[num_slots, hidden_size]`: the predictions.
+        """
+        # The mask token is one more row of the table that the entries are gathered from.
+        table = self.in_proj(torch.cat([context_states, self.mask_token.to(context_states.dtype).unsqueeze(0)]))
+        entries = prediction_indices.masked_fill(prediction_block_ids > 0, len(context_states))
+        hidden_states = F.embedding(entries, table)  # [rows, row_length, predictor_hidden_size]
+
+        attention_mask = packed_attention_mask(
+            self.config, hidden_states, prediction_view_ids, block_ids=prediction_block_ids
+        )
+        rotary_angles = self.rotary_embedding(prediction_position_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
+        slot_states = hidden_states.flatten(0, 1).index_select(0, slot_indices)
+        return self.out_proj(self.final_norm(slot_states))
+
+
+# --- Pretraining -----------------------------------------------------------------------------------------------------
+
+
+class TJEPATokenHead(nn.Module):
+    """From hidden states to logits over the vocabulary: linear, GELU, LayerNorm, the tied input embedding, a bias."""
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.norm = layer_norm(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor) -> torch.Tensor:
+        """hidden_states [..., hidden_size], embedding_weight [vocab_size, hidden_size] -> logits [..., vocab_size]."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden_states))), embedding_weight, self.bias)
+
+
+def mean_over_strategies(
+    loss_per_slot: torch.Tensor, slot_strategy_ids: torch.Tensor, slots_per_strategy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each strategy counts equally, however many slots it has: the mean over strategies of the mean over their slots.
+
+    Args:
+        loss_per_slot (`torch.FloatTensor` of shape `[num_slots]`): losses.
+        slot_strategy_ids (`torch.LongTensor` of shape `[num_slots]`): strategy of each slot.
+        slots_per_strategy (`torch.LongTensor` of shape `[num_strategies]`): how often each occurs among them.
+
+    Returns:
+        The loss (scalar) and the loss per strategy [num_strategies], 0 where a strategy has no slot in the batch.
+    """
+    sums = loss_per_slot.new_zeros(len(slots_per_strategy)).index_add(0, slot_strategy_ids, loss_per_slot)
+    loss_per_strategy = sums / slots_per_strategy.clamp(min=1)
+    return loss_per_strategy.sum() / (slots_per_strategy > 0).sum().clamp(min=1), loss_per_strategy
+
+
+def variance_covariance_loss(states: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """
+    The variance and covariance terms of VICReg (arXiv 2105.04906), features centred over the batch, C = z'z / N:
+
+        mean_j max(0, 1 - sqrt(C_jj + 1e-4)) + 0.04 * (1/d) * sum_{i != j} C_ij^2
+
+    Args:
+        states (`torch.FloatTensor` of shape `[num_entries, hidden_size]`): the context encoder's output z.
+        is_token (`torch.BoolTensor` of shape `[num_entries]`): False for padding, which does not count.
+    """
+    with torch.autocast(device_type=states.device.type, enabled=False):
+        num_tokens = is_token.sum().clamp(min=1)
+        states = states.float() * is_token.unsqueeze(-1)
+        centred = (states - states.sum(dim=0) / num_tokens) * is_token.unsqueeze(-1)
+        covariance = centred.T @ centred / num_tokens  # [hidden_size, hidden_size]
+        variances = covariance.diagonal()
+        variance_loss = F.relu(1.0 - torch.sqrt(variances + 1e-4)).mean()
+        covariance_loss = (covariance.square().sum() - variances.square().sum()) / len(variances)
+    return variance_loss + 0.04 * covariance_loss
+
+
+@dataclass
+class TJEPAForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `[]`): the weighted sum of the terms below.
+        jepa_loss (`torch.FloatTensor` of shape `[]`): smooth L1 between prediction and label, strategies equal.
+        loss_per_strategy (`torch.FloatTensor` of shape `[num_strategies]`): the same for each strategy.
+        variance_covariance_loss, token_prediction_loss (`torch.FloatTensor` of shape `[]`, *optional*):
+            The optional terms before their weights; `None` where the weight is 0.
+        predictions (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the predictor's output.
+        labels (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): what they should be.
+        context_states (`torch.FloatTensor` of shape `[num_contexts, hidden_size]`): the context encoder's output.
+    """
+
+    loss: torch.FloatTensor | None = None
+    jepa_loss: torch.FloatTensor | None = None
+    loss_per_strategy: torch.FloatTensor | None = None
+    variance_covariance_loss: torch.FloatTensor | None = None
+    token_prediction_loss: torch.FloatTensor | None = None
+    predictions: torch.FloatTensor | None = None
+    labels: torch.FloatTensor | None = None
+    context_states: torch.FloatTensor | None = None
+
+
+class TJEPAForPreTraining(TJEPAPreTrainedModel):
+    """
+    Context encoder, target encoder and predictor (I-JEPA, arXiv 2301.08243, for text). Batches come from
+    `DataCollatorForTJEPA`; the target encoder moves only by [`~TJEPAForPreTraining.update_target_encoder`].
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
+    _keep_in_fp32_modules_strict = ["target_encoder"]  # at momentum 0.999 a bfloat16 average loses its updates
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.context_encoder = TJEPAModel(config)
+        self.target_encoder = TJEPAModel(config)
+        self.predictor = TJEPAPredictor(config)
+        self.token_head = TJEPATokenHead(config) if config.token_prediction_weight > 0 else None
+        self.post_init()
+        self.train(self.training)
+        self.update_target_encoder(0.0)  # training starts with both encoders equal
+
+    def train(self, mode: bool = True) -> "TJEPAForPreTraining":
+        """The target encoder never trains: no gradient, no dropout (loading from disk sets `requires_grad` anew)."""
+        super().train(mode)
+        self.target_encoder.eval().requires_grad_(False)
+        return self
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.context_encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.context_encoder.set_input_embeddings(value)
+
+    def _encoder_parameter_pairs(self):
+        return zip(self.target_encoder.parameters(), self.context_encoder.parameters(), strict=True)
+
+    @torch.no_grad()
+    def update_target_encoder(self, momentum: float) -> None:
+        """
+        target <- momentum * target + (1 - momentum) * context, for every parameter, in the target's dtype.
+
+        Args:
+            momentum (`float`): in [0, 1].
+
+        Raises:
+            ValueError: for a momentum outside [0, 1].
+        """
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"The momentum of the target encoder must be in [0, 1], got {momentum}.")
+        targets, contexts = zip(*self._encoder_parameter_pairs(), strict=True)
+        contexts = [context.to(target.dtype) for target, context in zip(targets, contexts, strict=True)]
+        torch._foreach_mul_(targets, momentum)
+        torch._foreach_add_(targets, contexts, alpha=1.0 - momentum)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        document_ids: torch.LongTensor,
+        context_indices: torch.LongTensor,
+        context_view_ids: torch.LongTensor,
+        prediction_indices: torch.LongTensor,
+        prediction_position_ids: torch.LongTensor,
+        prediction_view_ids: torch.LongTensor,
+        prediction_block_ids: torch.LongTensor,
+        slot_indices: torch.LongTensor,
+        label_indices: torch.LongTensor,
+        slot_strategy_ids: torch.LongTensor,
+        slots_per_strategy: torch.LongTensor,
+        return_dict: bool | None = None,
+    ) -> TJEPAForPreTrainingOutput:
+        r"""
+        Three streams of packed rows, made by `DataCollatorForTJEPA`; an index points into the flattened rows of
+        another stream, and a negative document or view id is padding.
+
+        Args:
+            input_ids, position_ids, document_ids (`torch.LongTensor` of shape `[rows, row_length]`):
+                Stream 1, the documents: token, position in the document, and document of each entry.
+            context_indices, context_view_ids (`torch.LongTensor` of shape `[rows, row_length]`):
+                Stream 2, the visible tokens of every view: index into stream 1, and view.
+            prediction_indices, prediction_position_ids, prediction_view_ids, prediction_block_ids
+                (`torch.LongTensor` of shape `[rows, row_length]`):
+                Stream 3, per view its context (`prediction_indices` points into stream 2, block 0) and behind it its
+                target slots (blocks 1, 2, ... ascending).
+            slot_indices, label_indices, slot_strategy_ids (`torch.LongTensor` of shape `[num_slots]`):
+                For every target slot its index in stream 3, the index of its label in stream 1, and its strategy.
+            slots_per_strategy (`torch.LongTensor` of shape `[num_strategies]`): number of slots of each strategy.
+        """
+        flat_input_ids, flat_position_ids = input_ids.flatten(), position_ids.flatten()
+
+        with torch.no_grad():
+            target_states = self.target_encoder(input_ids, position_ids=position_ids, view_ids=document_ids)[0]
+            labels = target_states.flatten(0, 1).index_select(0, label_indices).float()
+            labels = F.layer_norm(labels, labels.shape[-1:], eps=self.config.layer_norm_eps)
+
+        context_states = self.context_encoder(
+            flat_input_ids[context_indices],
+            position_ids=flat_position_ids[context_indices],
+            view_ids=context_view_ids,
+        )[0].flatten(0, 1)
+
+        predictions = self.predictor(
+            context_states,
+            prediction_indices,
+            prediction_position_ids,
+            prediction_view_ids,
+            prediction_block_ids,
+            slot_indices,
+        )
+
+        loss_per_slot = F.smooth_l1_loss(predictions.float(), labels, reduction="none").mean(dim=-1)
+        jepa_loss, loss_per_strategy = mean_over_strategies(loss_per_slot, slot_strategy_ids, slots_per_strategy)
+        output = TJEPAForPreTrainingOutput(
+            loss=jepa_loss,
+            jepa_loss=jepa_loss,
+            loss_per_strategy=loss_per_strategy,
+            predictions=predictions,
+            labels=labels,
+            context_states=context_states,
+        )
+        if self.config.variance_covariance_weight > 0:
+            output.variance_covariance_loss = variance_covariance_loss(context_states, context_view_ids.flatten() >= 0)
+            output.loss = output.loss + self.config.variance_covariance_weight * output.variance_covariance_loss
+        if self.token_head is not None:
+            logits = self.token_head(predictions, self.get_input_embeddings().weight)
+            token_losses = F.cross_entropy(logits.float(), flat_input_ids[label_indices], reduction="none")
+            output.token_prediction_loss, _ = mean_over_strategies(token_losses, slot_strategy_ids, slots_per_strategy)
+            output.loss = output.loss + self.config.token_prediction_weight * output.token_prediction_loss
+        return output
+
+
+TJEPAConfig.register_for_auto_class()
+TJEPAModel.register_for_auto_class("AutoModel")
+TJEPAForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = ["TJEPAForPreTraining", "TJEPAForPreTrainingOutput", "TJEPAModel", "TJEPAPreTrainedModel"]

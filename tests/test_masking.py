@@ -1,0 +1,278 @@
+"""Every property that DESIGN promises of masks, over random documents and strategies (hypothesis)."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tjepa.data_collator_tjepa import (
+    MASKING_PRESETS,
+    DataCollatorForTJEPA,
+    DocumentDataset,
+    MaskingStrategy,
+    draw_views,
+    hash_keys,
+    load_masking_strategies,
+    strategies_to_dicts,
+)
+
+
+ratios = st.floats(0.01, 1.0)
+
+
+@st.composite
+def masking_strategies(draw, **fixed):
+    mean = draw(st.one_of(st.none(), st.integers(1, 80)))
+    std = None if mean is None else draw(st.one_of(st.none(), st.floats(0.0, 10.0)))
+    values = {
+        "target_block_size_mean": mean,
+        "target_block_size_std": std,
+        "max_target_mask_ratio": draw(ratios),
+        "max_target_mask_start_ratio": draw(st.floats(0.0, 0.99)),
+        "target_block_num": draw(st.one_of(st.none(), st.integers(1, 6))),
+        "max_context_ratio": draw(ratios),
+    }
+    return MaskingStrategy(**{**values, **fixed})
+
+
+documents_of_few_words = st.lists(
+    st.lists(st.integers(0, 5), min_size=2, max_size=120).map(np.array), min_size=1, max_size=5
+)
+seeds = st.integers(0, 2**31)
+
+
+def draw_one_by_one(documents, strategies, seed=0, **options):
+    """`[(document, strategy, context positions, {block: positions})]`, in plain Python."""
+    views = draw_views(documents, hash_keys(seed, np.arange(len(documents))), strategies, **options)
+    starts = np.cumsum([0] + [len(document) for document in documents])
+    result = []
+    for view, (d, s) in enumerate(zip(views.document, views.strategy, strict=True)):
+        blocks = {}
+        for token, block in zip(
+            views.slot_token[views.slot_view == view], views.slot_block[views.slot_view == view], strict=True
+        ):
+            blocks.setdefault(int(block), []).append(int(token - starts[d]))
+        context = (views.context_token[views.context_view == view] - starts[d]).tolist()
+        result.append((documents[d], strategies[s], context, blocks))
+    return result
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents_of_few_words, st.lists(masking_strategies(), min_size=1, max_size=3), seeds)
+def test_blocks_and_context(documents, strategies, seed):
+    views = draw_one_by_one(documents, strategies, seed)
+    assert len(views) == len(documents) * len(strategies)
+    for document, strategy, context, blocks in views:
+        n = len(document)
+        targets = [position for block in blocks.values() for position in block]
+        budget = max(1, math.floor(n * strategy.max_target_mask_ratio))
+        first = min(math.ceil(n * strategy.max_target_mask_start_ratio), n - 1)
+        assert len(set(targets)) == len(targets) <= budget  # no overlap, within the budget
+        assert targets and context  # at least one of each
+        assert min(targets) >= first and max(targets) < n
+        assert sorted(blocks) == list(range(1, len(blocks) + 1))
+        for block in blocks.values():
+            assert block == list(range(block[0], block[0] + len(block)))  # contiguous
+        assert context == sorted(set(context)) and not set(context) & set(targets)
+        assert len(context) <= max(1, math.floor(n * strategy.max_context_ratio))
+        if strategy.target_block_num is not None:
+            assert len(blocks) <= strategy.target_block_num
+        if strategy.target_block_size_mean is None:
+            assert len(blocks) == 1
+        elif strategy.target_block_size_std is None:
+            usable = min(budget, n - 1, n - first)
+            length = min(strategy.target_block_size_mean, usable)  # shrinks rather than vanishes
+            expected = min(usable // length, strategy.target_block_num or usable)
+            assert [len(block) for block in blocks.values()] == [length] * expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents_of_few_words, st.lists(masking_strategies(max_context_ratio=1.0), min_size=1, max_size=3), seeds)
+def test_context_and_targets_are_the_document(documents, strategies, seed):
+    for document, _, context, blocks in draw_one_by_one(documents, strategies, seed):
+        targets = [position for block in blocks.values() for position in block]
+        assert sorted(context + targets) == list(range(len(document)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents_of_few_words, st.lists(masking_strategies(max_context_ratio=1.0), min_size=1, max_size=3), seeds)
+def test_recurring_targets_leave_the_context(documents, strategies, seed):
+    plain = draw_one_by_one(documents, strategies, seed)
+    masked = draw_one_by_one(documents, strategies, seed, mask_recurring_targets=True)
+    for (document, _, context, blocks), (_, _, remaining, same_blocks) in zip(plain, masked, strict=True):
+        assert blocks == same_blocks  # copies do not become targets
+        copies = set()
+        for block in blocks.values():
+            sequence = document[block].tolist()
+            if len(sequence) >= 2:
+                for start in range(len(document) - len(sequence) + 1):
+                    if start != block[0] and document[start : start + len(sequence)].tolist() == sequence:
+                        copies.update(range(start, start + len(sequence)))
+        expected = sorted(set(context) - copies)
+        assert remaining == (expected or context[:1])
+
+
+def test_s_denoising_is_exactly_the_last_quarter():
+    s_denoising = MASKING_PRESETS["ul2"][-1]
+    for n in range(4, 200):
+        ((_, _, context, blocks),) = draw_one_by_one([np.zeros(n, dtype=int)], [s_denoising])
+        assert blocks == {1: list(range(math.ceil(0.75 * n), n))}
+        assert context == list(range(math.ceil(0.75 * n)))
+
+
+def test_ul2_preset_in_order():
+    values = [(s.target_block_size_mean, s.max_target_mask_ratio) for s in MASKING_PRESETS["ul2"]]
+    assert values == [(3, 0.25), (8, 0.25), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5), (None, 0.25)]
+
+
+@pytest.mark.parametrize(("mean", "ratio"), [(3, 0.25), (8, 0.5), (3, 0.8), (64, 0.5)])
+def test_every_position_can_be_a_target_and_the_share_is_nominal(mean, ratio):
+    n, num_documents = 256, 3000
+    strategy = MaskingStrategy(target_block_size_mean=mean, max_target_mask_ratio=ratio)
+    views = draw_views([np.zeros(n, dtype=int)] * num_documents, hash_keys(1, np.arange(num_documents)), [strategy])
+    counts = np.bincount(views.slot_token % n, minlength=n)
+    assert counts.min() > 0
+    assert counts.sum() / (n * num_documents) == pytest.approx(ratio, abs=0.02)
+
+
+def test_arrangements_are_equally_likely():
+    # 2 blocks of 2 in 6 tokens leave 2 free tokens: 6 arrangements
+    n, num_documents = 6, 6000
+    strategy = MaskingStrategy(target_block_size_mean=2, max_target_mask_ratio=0.7)
+    views = draw_views([np.zeros(n, dtype=int)] * num_documents, hash_keys(2, np.arange(num_documents)), [strategy])
+    starts = (views.slot_token % n).reshape(num_documents, 4)[:, ::2]
+    arrangements, counts = np.unique(starts, axis=0, return_counts=True)
+    assert len(arrangements) == 6
+    assert counts.min() > 850 and counts.max() < 1150  # 1000 expected, standard deviation 29
+
+
+def test_block_lengths_vary_with_std():
+    strategy = MaskingStrategy(target_block_size_mean=8, target_block_size_std=2, max_target_mask_ratio=0.5)
+    lengths = [
+        len(block)
+        for _, _, _, blocks in draw_one_by_one([np.zeros(400, dtype=int)] * 50, [strategy])
+        for block in blocks.values()
+    ]
+    assert np.mean(lengths) == pytest.approx(8, abs=0.3) and np.std(lengths) == pytest.approx(2, abs=0.3)
+
+
+def test_masks_are_a_function_of_seed_epoch_and_document():
+    rng = np.random.default_rng(0)
+    examples = [
+        {"input_ids": rng.integers(0, 9, size=n), "document_index": 1000 + n, "epoch": 3} for n in (20, 31, 50)
+    ]
+
+    def masks(examples, seed=5):
+        batch = DataCollatorForTJEPA(seed=seed)(examples)
+        tokens = batch["input_ids"].flatten()[batch["label_indices"]].tolist()
+        position = batch["prediction_position_ids"].flatten()[batch["slot_indices"]].tolist()
+        view = batch["prediction_view_ids"].flatten()[batch["slot_indices"]]
+        document = [len(examples[v // 7]["input_ids"]) for v in view.tolist()]
+        strategy = batch["slot_strategy_ids"].tolist()
+        return sorted(zip(document, strategy, position, tokens, strict=True))
+
+    alone = sorted(sum((masks([example]) for example in examples), []))
+    assert masks(examples) == alone == masks(examples[::-1])
+    assert masks(examples, seed=6) != alone
+    assert masks([{**example, "epoch": 4} for example in examples]) != alone
+    assert masks([{**example, "document_index": 7} for example in examples]) != alone
+
+
+def test_views_per_document():
+    documents = [np.arange(30)] * 200
+    views = draw_views(documents, hash_keys(0, np.arange(200)), MASKING_PRESETS["ul2"], views_per_document=2)
+    assert len(views.document) == 400
+    strategies = views.strategy.reshape(200, 2)
+    assert (strategies[:, 0] < strategies[:, 1]).all()  # two different ones
+    assert np.bincount(views.strategy, minlength=7).min() > 30  # 57 expected of each
+
+
+def test_short_documents_are_dropped_and_counted():
+    collator = DataCollatorForTJEPA()
+    examples = [{"input_ids": list(range(n)), "document_index": n, "epoch": 0} for n in (0, 1, 2, 5)]
+    batch = collator(examples)
+    assert batch["document_ids"].max() == 1
+    assert collator.num_dropped_documents == 2
+    assert len(collator(examples[:2])["slot_indices"]) == 0  # nothing left: an empty batch, no crash
+    assert collator.num_dropped_documents == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epochs_and_drops_reach_workers(num_workers):
+    import datasets
+    from torch.utils.data import DataLoader
+
+    dataset = DocumentDataset(datasets.Dataset.from_dict({"input_ids": [[1] * 20, [2], [3] * 30]}))
+    collator = DataCollatorForTJEPA()
+    loader = DataLoader(
+        dataset,
+        batch_size=1,
+        collate_fn=collator,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    first = [batch["label_indices"].tolist() for batch in loader]
+    again = [batch["label_indices"].tolist() for batch in loader]
+    dataset.set_epoch(1)
+    second = [batch["label_indices"].tolist() for batch in loader]
+    assert first == again and first != second
+    assert collator.num_dropped_documents == 3
+
+
+# --- Strategy files and errors ---------------------------------------------------------------------------------------
+
+
+def test_strategies_load_from_yaml_and_json(tmp_path):
+    strategies = MASKING_PRESETS["ul2"]
+    (tmp_path / "s.json").write_text(json.dumps(strategies_to_dicts(strategies)))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(strategies_to_dicts(strategies)))
+    assert load_masking_strategies("ul2") == strategies
+    assert load_masking_strategies(tmp_path / "s.json") == strategies
+    assert load_masking_strategies(tmp_path / "s.yaml") == strategies
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_block_size": 3}, r"Unknown masking strategy keys \['target_block_size'\]; allowed are"),
+        ({"max_target_mask_ratio": 0.5}, "needs target_block_size_mean"),
+        ({"target_block_size_mean": 3, "max_target_mask_ratio": 0.0}, r"max_target_mask_ratio must be in \(0, 1\]"),
+        ({"target_block_size_mean": 3, "max_target_mask_ratio": 1.2}, r"must be in \(0, 1\], got 1.2"),
+        ({"target_block_size_mean": 3, "max_context_ratio": 0}, r"max_context_ratio must be in \(0, 1\]"),
+        ({"target_block_size_mean": 3, "max_target_mask_start_ratio": 1.0}, r"must be in \[0, 1\)"),
+        ({"target_block_size_mean": 0}, "at least 1 token"),
+        ({"target_block_size_mean": 2.5}, "whole number"),
+        ({"target_block_size_mean": "3"}, "must be a number or null"),
+        ({"target_block_size_mean": None, "target_block_size_std": 1.0}, "needs a target_block_size_mean"),
+        ({"target_block_size_mean": 3, "target_block_num": 0}, "at least 1"),
+        (["target_block_size_mean"], "is a mapping"),
+    ],
+)
+def test_bad_strategies_are_refused(tmp_path, values, message):
+    path = tmp_path / "strategies.json"
+    path.write_text(json.dumps([values]))
+    with pytest.raises(ValueError, match=message):
+        load_masking_strategies(path)
+
+
+def test_bad_strategy_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="preset"):
+        load_masking_strategies("ul3")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ValueError, match="list of masking strategies"):
+        load_masking_strategies(tmp_path / "empty.yaml")
+
+
+def test_collator_errors():
+    with pytest.raises(ValueError, match="DocumentDataset"):
+        DataCollatorForTJEPA()([{"input_ids": [1, 2, 3]}])
+    with pytest.raises(ValueError, match="at least one masking strategy"):
+        DataCollatorForTJEPA([])
+    with pytest.raises(ValueError, match="views_per_document"):
+        DataCollatorForTJEPA(views_per_document=8)
+    with pytest.raises(ValueError, match="row_length=16"):
+        DataCollatorForTJEPA(row_length=16)([{"input_ids": list(range(20)), "document_index": 0, "epoch": 0}])

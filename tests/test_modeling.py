@@ -1,0 +1,350 @@
+"""The models: packed equals unpacked, backends agree, nothing leaks, both ways to load, the arithmetic of the loss."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAModel
+from tjepa.data_collator_tjepa import (
+    MASKING_PRESETS,
+    DataCollatorForTJEPA,
+    MaskingStrategy,
+    draw_views,
+    hash_keys,
+    pack_batch,
+)
+from tjepa.modeling_tjepa import variance_covariance_loss
+
+from .conftest import make_examples, make_tiny_config
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- Packed and unpacked ---------------------------------------------------------------------------------------------
+
+
+def unpacked_loss(model, documents, views, num_strategies):
+    """The loss the plain way: document by document, view by view, one target block at a time, dense and unpacked."""
+    starts = np.cumsum([0] + [len(document) for document in documents])
+    per_strategy = [[] for _ in range(num_strategies)]
+    token_losses = [[] for _ in range(num_strategies)]
+    all_contexts = []
+    for view, (d, s) in enumerate(zip(views.document, views.strategy, strict=True)):
+        tokens = torch.from_numpy(documents[d])[None]
+        with torch.no_grad():
+            labels = model.target_encoder(tokens)[0][0]
+            labels = F.layer_norm(labels, labels.shape[-1:])
+        context = torch.from_numpy(views.context_token[views.context_view == view] - starts[d])
+        context_states = model.context_encoder(tokens[:, context], position_ids=context[None])[0][0]
+        all_contexts.append(context_states)
+        slots = torch.from_numpy(views.slot_token[views.slot_view == view] - starts[d])
+        blocks = torch.from_numpy(views.slot_block[views.slot_view == view])
+        for block in blocks.unique():
+            targets = slots[blocks == block]
+            num_context, num_targets = len(context), len(targets)
+            # context tokens must not see the slots: a dense mask for the only sequence
+            predictor = model.predictor
+            entries = torch.cat([context_states, predictor.mask_token.expand(num_targets, -1)])
+            hidden_states = predictor.in_proj(entries)[None]
+            angles = predictor.rotary_embedding(torch.cat([context, targets])[None])
+            allowed = torch.ones(num_context + num_targets, num_context + num_targets, dtype=torch.bool)
+            allowed[:num_context, num_context:] = False
+            mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)[None, None]
+            for layer in predictor.layers:
+                hidden_states = layer(hidden_states, angles, attention_mask=mask)
+            predictions = predictor.out_proj(predictor.final_norm(hidden_states))[0, num_context:]
+            loss = F.smooth_l1_loss(predictions, labels[targets], reduction="none").mean(dim=-1)
+            per_strategy[s].append(loss)
+            if model.token_head is not None:
+                logits = model.token_head(predictions, model.get_input_embeddings().weight)
+                token_losses[s].append(F.cross_entropy(logits, tokens[0, targets], reduction="none"))
+    loss = torch.stack([torch.cat(losses).mean() for losses in per_strategy]).mean()
+    if model.token_head is not None:
+        token_loss = torch.stack([torch.cat(losses).mean() for losses in token_losses]).mean()
+        loss = loss + model.config.token_prediction_weight * token_loss
+    if model.config.variance_covariance_weight > 0:
+        z = torch.cat(all_contexts)
+        z = z - z.mean(dim=0)
+        c = z.T @ z / len(z)
+        variance = torch.relu(1 - torch.sqrt(c.diagonal() + 1e-4)).mean()
+        covariance = (c - torch.diag(c.diagonal())).square().sum() / len(c)
+        loss = loss + model.config.variance_covariance_weight * (variance + 0.04 * covariance)
+    return loss
+
+
+@pytest.mark.parametrize("row_length", [None, 64, 100])
+@pytest.mark.parametrize("options", [{}, {"variance_covariance_weight": 0.7, "token_prediction_weight": 0.3}])
+def test_packed_equals_unpacked(make_model, row_length, options):
+    documents = [example["input_ids"] for example in make_examples([40, 23, 7, 64, 2])]
+    strategies = [*MASKING_PRESETS["ul2"], MaskingStrategy(4, 1.5, 0.4, 0.2, None, 0.3)]
+    views = draw_views(documents, hash_keys(0, np.arange(5)), strategies)
+    batch = pack_batch(documents, views, len(strategies), row_length)
+    model = make_model(**options)
+    expected_model = make_model(attn_implementation="eager", **options)
+
+    packed_gradients = gradients(model, batch)
+    expected = unpacked_loss(expected_model, documents, views, len(strategies))
+    expected.backward()
+    close(model(**batch).loss, expected)
+    for name, parameter in expected_model.named_parameters():
+        if parameter.requires_grad:
+            close(packed_gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("attn_implementation", "row_length"), [("eager", None), ("eager", 96), ("flex_attention", 96)]
+)
+def test_attention_backends_agree(make_model, attn_implementation, row_length):
+    batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([40, 23, 7, 64, 2]))
+    # flex_attention needs heads of at least 16 features
+    sizes = {"num_attention_heads": 2, "predictor_num_attention_heads": 1}
+    reference, model = make_model(**sizes), make_model(attn_implementation=attn_implementation, **sizes)
+    with torch.no_grad():
+        expected, actual = reference(**batch), model(**batch)
+    close(actual.loss, expected.loss)
+    close(actual.predictions, expected.predictions)
+    close(actual.labels, expected.labels)
+    if attn_implementation == "eager":  # torch has no backward of flex_attention on the CPU
+        for actual, expected in zip(
+            gradients(model, batch).values(), gradients(reference, batch).values(), strict=True
+        ):
+            close(actual, expected)
+
+
+def test_gradient_checkpointing_changes_nothing(make_model, batch):
+    model, checkpointed = make_model(), make_model()
+    checkpointed.gradient_checkpointing_enable()
+    expected = gradients(model.train(), batch)
+    for name, gradient in gradients(checkpointed.train(), batch).items():
+        close(gradient, expected[name], 0)
+
+
+def test_encoder_on_packed_rows_equals_one_by_one():
+    torch.manual_seed(0)
+    model = TJEPAModel(make_tiny_config()).eval()
+    lengths = [5, 9, 3]
+    sequences = [torch.randint(0, 60, (n,)) for n in lengths]
+    packed = model(
+        torch.cat(sequences)[None],
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        view_ids=torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
+    )[0][0].split(lengths)
+    padded = torch.zeros(3, 9, dtype=torch.long)
+    mask = torch.zeros(3, 9, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    for row, sequence in enumerate(sequences):
+        alone = model(sequence[None])[0][0]
+        close(packed[row], alone)
+        close(model(padded, attention_mask=mask)[0][row, : len(sequence)], alone)
+
+
+def test_no_batch_tensor_grows_with_the_square_of_a_length():
+    sizes = []
+    for n in (100, 200, 400, 800):
+        batch = DataCollatorForTJEPA()(make_examples([n] * 4))
+        assert all(not tensor.is_floating_point() and tensor.dtype != torch.bool for tensor in batch.values())
+        sizes.append(sum(tensor.numel() for tensor in batch.values()))
+    assert np.diff(np.log2(sizes)) == pytest.approx(1.0, abs=0.05)  # twice the length, twice the size
+
+
+@pytest.mark.parametrize("row_length", [None, 64])
+def test_empty_batch(make_model, row_length):
+    model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0)
+    batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([1, 0]))
+    for gradient in gradients(model, batch).values():
+        assert torch.isfinite(gradient).all()
+
+
+# --- No leak ---------------------------------------------------------------------------------------------------------
+
+
+def test_changing_a_target_token_changes_no_state_and_no_prediction(make_model):
+    examples = make_examples([40, 23])
+    model = make_model().eval()
+    collator = DataCollatorForTJEPA([MaskingStrategy(4, max_target_mask_ratio=0.5)])
+    batch = collator(examples)
+    output = model(**batch)
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"].view(-1)[batch["label_indices"]] = 59 - changed["input_ids"].view(-1)[batch["label_indices"]]
+    changed_output = model(**changed)
+    close(changed_output.context_states, output.context_states, 0)
+    close(changed_output.predictions, output.predictions, 0)
+    assert not torch.allclose(changed_output.labels, output.labels)  # the labels did change
+
+
+def test_removing_a_target_block_changes_no_other_prediction(make_model):
+    documents = [example["input_ids"] for example in make_examples([40, 30])]
+    views = draw_views(documents, hash_keys(0, np.arange(2)), [MaskingStrategy(4, max_target_mask_ratio=0.5)])
+    model = make_model().eval()
+    full_batch = pack_batch(documents, views, 1)
+    full = model(**full_batch).predictions
+    for removed in np.unique(views.slot_block):
+        keep = views.slot_block != removed
+        fewer = copy.copy(views)
+        fewer.slot_token, fewer.slot_view, fewer.slot_block = (
+            array[keep] for array in (views.slot_token, views.slot_view, views.slot_block)
+        )
+        batch = pack_batch(documents, fewer, 1)
+        predictions = model(**batch).predictions
+        # slots come in the same order in both batches
+        close(predictions, full[torch.from_numpy(keep)])
+
+
+def test_packed_neighbours_do_not_see_each_other(make_model):
+    model = make_model().eval()
+    examples = make_examples([40, 23])
+    other = [examples[0], {**examples[1], "input_ids": examples[1]["input_ids"][::-1].copy()}]
+    collator = DataCollatorForTJEPA([MaskingStrategy(4, max_target_mask_ratio=0.5)])
+    outputs = [model(**collator(pair)) for pair in (examples, other)]
+    views = collator(examples)["prediction_view_ids"].flatten()[collator(examples)["slot_indices"]]
+    close(outputs[0].predictions[views == 0], outputs[1].predictions[views == 0], 0)
+    assert not torch.allclose(outputs[0].predictions[views == 1], outputs[1].predictions[views == 1])
+
+
+# --- Positions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_rotary_angles_are_float32(how):
+    model = TJEPAModel(make_tiny_config())
+    expected = model.rotary_embedding(torch.tensor([[257, 258]]))
+    if how == "cast":
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        angles = model.rotary_embedding(torch.tensor([[257, 258]]))
+    assert angles.dtype == torch.float32 and torch.equal(angles, expected)
+    assert not torch.equal(angles[0, 0], angles[0, 1])
+
+
+# --- Loss, target encoder, initialisation ----------------------------------------------------------------------------
+
+
+def test_strategies_count_equally(make_model, batch):
+    output = make_model()(**batch)
+    per_slot = F.smooth_l1_loss(output.predictions, output.labels, reduction="none").mean(dim=-1)
+    means = torch.stack([per_slot[batch["slot_strategy_ids"] == s].mean() for s in range(7)])
+    close(output.loss_per_strategy, means)
+    close(output.loss, means.mean())
+
+
+def test_variance_covariance_loss_ignores_padding():
+    torch.manual_seed(0)
+    states = torch.randn(50, 8)
+    padded = torch.cat([states, 100 * torch.ones(7, 8)])
+    is_token = torch.arange(57) < 50
+    close(variance_covariance_loss(padded, is_token), variance_covariance_loss(states, torch.ones(50) > 0))
+
+
+def test_target_encoder_starts_equal_and_never_trains(batch):
+    model = TJEPAForPreTraining(make_tiny_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3))
+    for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True):
+        assert torch.equal(target, context)
+    model.train()
+    assert not any(module.training for module in model.target_encoder.modules())
+    assert not any(parameter.requires_grad for parameter in model.target_encoder.parameters())
+    assert torch.equal(model(**batch).labels, model(**batch).labels)  # no dropout there ...
+    assert not torch.equal(model(**batch).predictions, model(**batch).predictions)  # ... but here
+    model(**batch).loss.backward()
+    assert all(parameter.grad is None for parameter in model.target_encoder.parameters())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # and no unused parameter
+
+
+def test_update_target_encoder(make_model):
+    model = make_model()
+    before = [p.clone() for p in model.target_encoder.parameters()]
+    model.update_target_encoder(0.9)
+    contexts = model.context_encoder.parameters()
+    for target, old, context in zip(model.target_encoder.parameters(), before, contexts, strict=True):
+        close(target, 0.9 * old + 0.1 * context, 1e-7)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
+        model.update_target_encoder(1.5)
+
+
+def test_initialisation_of_residual_projections():
+    torch.manual_seed(0)
+    model = TJEPAForPreTraining(TJEPAConfig(vocab_size=100, predictor_num_hidden_layers=2))
+    layer, predictor_layer = model.context_encoder.layers[0], model.predictor.layers[0]
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)  # 8 layers
+    assert layer.attention.out_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+    assert predictor_layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.03)  # 2 layers
+    assert layer.mlp.up_proj.bias.abs().max() == 0
+
+
+def test_mask_token(tmp_path):
+    assert torch.equal(TJEPAForPreTraining(make_tiny_config()).predictor.mask_token, torch.ones(32))
+    model = TJEPAForPreTraining(make_tiny_config(learned_mask_token=False))
+    assert "mask_token" not in dict(model.predictor.named_parameters())
+    assert model.predictor.mask_token.norm().item() == pytest.approx(1.0)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(TJEPAForPreTraining.from_pretrained(tmp_path).predictor.mask_token, model.predictor.mask_token)
+
+
+# --- Standard arguments ----------------------------------------------------------------------------------------------
+
+
+def test_hidden_states_and_attentions():
+    config = make_tiny_config()
+    config._attn_implementation = "eager"
+    model = TJEPAModel(config).eval()
+    output = model(torch.randint(0, 60, (2, 11)), output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 3 and output.hidden_states[0].shape == (2, 11, 32)
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    assert len(output.attentions) == 2 and output.attentions[0].shape == (2, 4, 11, 11)
+    close(output.attentions[0].sum(dim=-1), torch.ones(2, 4, 11))
+
+
+def test_inputs_embeds_and_position_ids():
+    model = TJEPAModel(make_tiny_config()).eval()
+    input_ids = torch.randint(0, 60, (2, 11))
+    expected = model(input_ids)[0]
+    close(model(inputs_embeds=model.get_input_embeddings()(input_ids))[0], expected, 0)
+    close(model(input_ids, position_ids=torch.arange(11)[None])[0], expected, 0)
+    close(model(input_ids, position_ids=7 + torch.arange(11)[None])[0], expected)  # rotary: relative positions only
+    assert not torch.allclose(model(input_ids, position_ids=2 * torch.arange(11)[None])[0], expected, atol=1e-3)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="not both"):
+        model(input_ids, attention_mask=torch.ones_like(input_ids), view_ids=torch.zeros_like(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_attention_heads": 5}, r"hidden_size \(384\) must be a multiple of num_attention_heads \(5\)"),
+        ({"rotary_dim": 64}, r"rotary_dim \(64\).*384 / 12|rotary_dim \(64\) must be even"),
+        ({"rotary_dim": 7}, "must be even"),
+        ({"predictor_hidden_size": 100}, r"predictor_hidden_size \(100\) must be a multiple"),
+        ({"predictor_rotary_dim": 64}, r"predictor_rotary_dim \(64\)"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be in \[0, 1\)"),
+        ({"token_prediction_weight": -1.0}, "token_prediction_weight must be 0"),
+    ],
+)
+def test_impossible_configurations_are_refused(values, message):
+    with pytest.raises(Exception, match=message):
+        TJEPAConfig(**values)
+
+
+def test_predictor_sizes_follow_the_encoder():
+    config = TJEPAConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+    assert (config.intermediate_size, config.predictor_hidden_size, config.predictor_intermediate_size) == (
+        512,
+        128,
+        512,
+    )
+    assert (config.predictor_num_hidden_layers, config.predictor_num_attention_heads) == (4, 4)
+    assert TJEPAConfig().rotary_dim == TJEPAConfig().predictor_rotary_dim == 32

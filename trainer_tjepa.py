@@ -1,0 +1,377 @@
+"""What T-JEPA adds to an unmodified `transformers.Trainer`: the target encoder's moving average, the schedules, the
+optimizer's parameter groups, and a monitor that makes a collapse visible.
+
+    trainer = Trainer(model, args, data_collator=DataCollatorForTJEPA(), train_dataset=DocumentDataset(dataset),
+                      optimizers=create_optimizer_and_scheduler(model, args, num_training_steps=args.max_steps))
+    add_tjepa_callbacks(trainer)
+    trainer.train()
+
+Nothing here reads or writes files.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .modeling_tjepa import TJEPAForPreTraining, TJEPAForPreTrainingOutput
+
+
+logger = logging.get_logger(__name__)
+
+# data2vec 2.0 (arXiv 2212.07525) stops below this; centred RankMe under MIN_RANK is a warning, not a verdict
+MIN_TARGET_STD = 0.1
+MIN_RANK = 0.1
+
+
+# --- Schedules and optimizer -----------------------------------------------------------------------------------------
+
+
+def linear_schedule(start: float, end: float, progress: float) -> float:
+    return start + min(progress, 1.0) * (end - start)
+
+
+def cosine_schedule(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def learning_rate_factor(
+    step: int, start_factor: float, final_factor: float, num_warmup_steps: int, num_schedule_steps: float
+) -> float:
+    if step < num_warmup_steps:
+        return linear_schedule(start_factor, 1.0, step / num_warmup_steps)
+    return cosine_schedule(
+        1.0, final_factor, (step - num_warmup_steps) / max(1.0, num_schedule_steps - num_warmup_steps)
+    )
+
+
+def get_lr_scheduler(
+    optimizer: torch.optim.Optimizer,
+    num_training_steps: int,
+    num_warmup_steps: int,
+    start_lr: float = 0.0,
+    final_lr: float = 0.0,
+    ipe_scale: float = 1.0,
+) -> LambdaLR:
+    """
+    I-JEPA's learning rate: linear from `start_lr` to the optimizer's rate over the warm-up, then cosine to `final_lr`
+    at `ipe_scale * num_training_steps`. (transformers' cosine schedules start their warm-up at zero, or are off by one
+    step.)
+    """
+    lr = optimizer.defaults["lr"]
+    return LambdaLR(
+        optimizer,
+        partial(
+            learning_rate_factor,
+            start_factor=start_lr / lr,
+            final_factor=final_lr / lr,
+            num_warmup_steps=num_warmup_steps,
+            num_schedule_steps=ipe_scale * num_training_steps,
+        ),
+    )
+
+
+def create_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+    """
+    The Trainer's own optimizer of `args.optim` with weight decay on matrices only: never on biases, norms, the mask
+    token or any other 1-D parameter. Parameters without gradient (the target encoder) are not in it.
+    """
+    optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return optimizer_class(groups, **optimizer_kwargs)
+
+
+class WeightDecayCallback(TrainerCallback):
+    """
+    Weight decay from its value in the optimizer *up* to `final_weight_decay`, along a cosine over
+    `ipe_scale * max_steps` optimizer steps; groups without decay keep none.
+    """
+
+    def __init__(self, weight_decay: float = 0.04, final_weight_decay: float = 0.4, ipe_scale: float = 1.0):
+        self.weight_decay = weight_decay
+        self.final_weight_decay = final_weight_decay
+        self.ipe_scale = ipe_scale
+
+    def at(self, step: int, max_steps: int) -> float:
+        return cosine_schedule(self.weight_decay, self.final_weight_decay, step / (self.ipe_scale * max_steps))
+
+    def on_step_begin(self, args, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            if group["weight_decay"] > 0.0:
+                group["weight_decay"] = self.at(state.global_step, state.max_steps)
+
+    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if "learning_rate" in logs:
+            add_to_log(state, logs, {"weight_decay": self.at(state.global_step - 1, state.max_steps)})
+
+
+class EMACallback(TrainerCallback):
+    """
+    Moves the target encoder after every optimizer step t = 0, 1, ... (never on a micro-step):
+
+        m_t = m_0 + t/T * (m_1 - m_0),   T = ipe_scale * max_steps
+        target <- m_t * target + (1 - m_t) * context
+
+    The momentum depends on the step only, so it is right after a resume and the same on every process.
+
+    Args:
+        momentum (`float`, defaults to 0.996): m_0.
+        final_momentum (`float`, defaults to 1.0): m_1.
+        ipe_scale (`float`, defaults to 1.0): stretches the schedule beyond the end of training.
+    """
+
+    def __init__(self, momentum: float = 0.996, final_momentum: float = 1.0, ipe_scale: float = 1.0):
+        for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"EMACallback: {name} must be in [0, 1], got {value}.")
+        self.momentum = momentum
+        self.final_momentum = final_momentum
+        self.ipe_scale = ipe_scale
+
+    def at(self, step: int, max_steps: int) -> float:
+        return linear_schedule(self.momentum, self.final_momentum, step / (self.ipe_scale * max_steps))
+
+    def on_optimizer_step(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):
+        # Fires once per optimizer step, before global_step counts up: global_step is t.
+        model.update_target_encoder(self.at(state.global_step, state.max_steps))
+
+    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if "learning_rate" in logs:
+            add_to_log(state, logs, {"ema_momentum": self.at(state.global_step - 1, state.max_steps)})
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one process,
+    but not through the batch sampler of several.)
+    """
+
+    def on_epoch_begin(self, args, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+# --- Health ----------------------------------------------------------------------------------------------------------
+
+
+class FeatureMoments:
+    """
+    Mean and covariance of features over all tokens seen, without keeping the tokens.
+
+    The first batch's mean is taken off before squaring, so that a large common mean does not swallow the variance.
+    """
+
+    def __init__(self):
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self, features: torch.Tensor) -> None:
+        """features: float [num_tokens, hidden_size]."""
+        if len(features) == 0:
+            return
+        features = features.detach().float()
+        if self.count == 0:
+            self.shift = features.mean(dim=0)
+            self.total = torch.zeros_like(self.shift)
+            self.products = features.new_zeros(features.shape[1], features.shape[1])
+        features = features - self.shift
+        self.count += len(features)
+        self.total += features.sum(dim=0)
+        self.products += features.T @ features
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.shift + self.total / self.count
+
+    def covariance(self) -> torch.Tensor:
+        mean = self.total / self.count
+        return self.products / self.count - torch.outer(mean, mean)
+
+    def std(self) -> float:
+        """Standard deviation across tokens, averaged over features."""
+        return self.covariance().diagonal().clamp(min=0).sqrt().mean().item()
+
+    def rank(self) -> float:
+        """
+        RankMe (arXiv 2210.02885) of the centred features divided by their width, in (0, 1]: the exponential of the
+        entropy of the singular values.
+        """
+        singular_values = torch.linalg.eigvalsh(self.covariance().double()).clamp(min=0).sqrt()
+        shares = singular_values / singular_values.sum().clamp(min=1e-12)
+        return torch.exp(-torch.xlogy(shares, shares).sum()).item() / len(shares)
+
+
+class PretrainingStatistics:
+    """What one log line says of the batches it stands for: loss terms and the health of the representations."""
+
+    def __init__(self, strategy_names: list[str]):
+        self.strategy_names = strategy_names
+        self.targets, self.predictions, self.contexts = FeatureMoments(), FeatureMoments(), FeatureMoments()
+        self.target_directions, self.cosines = FeatureMoments(), FeatureMoments()
+        self.losses: dict[str, list[torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, output: TJEPAForPreTrainingOutput, inputs: dict) -> None:
+        is_token = inputs["context_view_ids"].flatten() >= 0
+        self.targets.update(output.labels)
+        self.predictions.update(output.predictions)
+        self.contexts.update(output.context_states[is_token])
+        self.target_directions.update(torch.nn.functional.normalize(output.labels.float(), dim=-1))
+        self.cosines.update(torch.cosine_similarity(output.predictions.float(), output.labels.float())[:, None])
+        for name in ("jepa_loss", "variance_covariance_loss", "token_prediction_loss"):
+            if output[name] is not None:
+                self.losses.setdefault(name, []).append(output[name].detach())
+        if len(self.strategy_names) > 1:
+            seen = inputs["slots_per_strategy"] > 0
+            for name, loss, was_seen in zip(self.strategy_names, output.loss_per_strategy, seen, strict=True):
+                if was_seen:
+                    self.losses.setdefault(f"loss_{name}", []).append(loss.detach())
+
+    def summary(self) -> dict[str, float]:
+        """Figures for the log; empty if there was no target slot."""
+        if self.targets.count == 0:
+            return {}
+        # the cosine that always predicting the mean label would get: no learning needed for that
+        mean_target = torch.nn.functional.normalize(self.targets.mean, dim=0)
+        return {
+            **{name: torch.stack(values).mean().item() for name, values in self.losses.items()},
+            "target_std": self.targets.std(),
+            "prediction_std": self.predictions.std(),
+            "target_rank": self.targets.rank(),
+            "prediction_rank": self.predictions.rank(),
+            "context_rank": self.contexts.rank(),
+            "cosine": self.cosines.mean.item(),
+            "mean_target_cosine": torch.dot(mean_target, self.target_directions.mean).item(),
+        }
+
+
+def collapse_verdict(metrics: dict[str, float], prefix: str = "") -> str | None:
+    """
+    What is wrong with the representations, in plain words, or `None`.
+
+    A run is collapsed when the targets' standard deviation across tokens is under 0.1, or when the predictions are no
+    closer to the targets than the mean target is. A low rank alone is no collapse.
+    """
+    std = metrics[f"{prefix}target_std"]
+    cosine, baseline = metrics[f"{prefix}cosine"], metrics[f"{prefix}mean_target_cosine"]
+    if std < MIN_TARGET_STD:
+        return (
+            f"collapsed: the targets barely differ from token to token (standard deviation {std:.3f}, healthy is above "
+            f"{MIN_TARGET_STD})"
+        )
+    if cosine <= baseline:
+        return (
+            f"collapsed: the predictions are no closer to the targets (cosine {cosine:.3f}) than the mean target is "
+            f"({baseline:.3f})"
+        )
+    return None
+
+
+class HealthCallback(TrainerCallback):
+    """
+    Adds loss terms and the health of the representations to the Trainer's log, warns of a collapse at every
+    evaluation, and stops at a non-finite loss.
+
+    Training figures are those of the logged step, evaluation figures those of the whole evaluation set. Nothing is
+    read from the device on other steps.
+
+    Args:
+        strategy_names (`list[str]`): names of the collator's strategies, in order.
+    """
+
+    def __init__(self, strategy_names: list[str]):
+        self.strategy_names = strategy_names
+        self.verdict: str | None = None  # of the latest evaluation
+        self._train_statistics = PretrainingStatistics(strategy_names)
+        self._eval_statistics = PretrainingStatistics(strategy_names)
+        self._first_bad_step: torch.Tensor | None = None
+        self._will_log = False
+        self._step = 0
+
+    def watch(self, model: TJEPAForPreTraining) -> None:
+        model.register_forward_hook(self._after_forward, with_kwargs=True)
+
+    def _after_forward(self, model, args, inputs, output):
+        if not model.training:
+            self._eval_statistics.update(output, inputs)
+            return
+        bad_step = torch.where(torch.isfinite(output.loss.detach()), math.inf, float(self._step))
+        self._first_bad_step = bad_step if self._first_bad_step is None else self._first_bad_step.minimum(bad_step)
+        if self._will_log:
+            self._train_statistics.update(output, inputs)
+
+    def _raise_if_not_finite(self) -> None:
+        step = math.inf if self._first_bad_step is None else self._first_bad_step.item()
+        if step < math.inf:
+            raise FloatingPointError(
+                f"The loss was not finite in optimizer step {int(step)}: stopped before another checkpoint was written. "
+                "The last checkpoint is good; resume from it with --resume_from_checkpoint, with a lower "
+                "--learning_rate, a longer warm-up or a lower --max_grad_norm."
+            )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._step = state.global_step + 1
+        self._will_log = self._step % state.logging_steps == 0 or (self._step == 1 and args.logging_first_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # reading a loss makes a GPU wait; on the CPU it costs nothing
+        if args.device.type == "cpu" or self._will_log or state.global_step % state.save_steps == 0:
+            self._raise_if_not_finite()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._raise_if_not_finite()
+
+    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            metrics = {f"eval_{name}": value for name, value in self._eval_statistics.summary().items()}
+            self._eval_statistics = PretrainingStatistics(self.strategy_names)
+            if metrics:
+                add_to_log(state, logs, metrics)
+                self._judge(metrics)
+        elif "loss" in logs:
+            add_to_log(state, logs, self._train_statistics.summary())
+            self._train_statistics = PretrainingStatistics(self.strategy_names)
+
+    def _judge(self, metrics: dict[str, float]) -> None:
+        self.verdict = collapse_verdict(metrics, prefix="eval_")
+        if self.verdict is not None:
+            logger.warning(f"The representations have {self.verdict}. See the collapse advice in the README.")
+        elif (rank := metrics["eval_target_rank"]) < MIN_RANK:
+            logger.warning(
+                f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: judge by "
+                "a frozen probe against the untrained encoder."
+            )
+
+
+def add_to_log(state: TrainerState, logs: dict[str, float], metrics: dict[str, float]) -> None:
+    """Into the line that is being logged, and into the history that the Trainer has already written it to."""
+    logs.update(metrics)
+    state.log_history[-1].update(metrics)
+
+
+def add_tjepa_callbacks(
+    trainer: Trainer,
+    strategy_names: list[str],
+    ema: EMACallback | None = None,
+    weight_decay: WeightDecayCallback | None = None,
+) -> HealthCallback:
+    """
+    Adds everything above to a Trainer. The callbacks go first in its list: what they add to a log line reaches those
+    that come later, such as the TensorBoard writer. (`EMACallback` alone also works through `callbacks=[...]`.)
+
+    Returns:
+        The `HealthCallback`, which knows the latest verdict.
+    """
+    health = HealthCallback(strategy_names)
+    health.watch(trainer.model)
+    callbacks = [ema or EMACallback(), EpochCallback(), health]
+    if weight_decay is not None:
+        callbacks.append(weight_decay)
+    trainer.callback_handler.callbacks[:0] = callbacks
+    return health

@@ -10,3 +10,6 @@ from .modeling_tjepa import TJEPAForPreTraining, TJEPAForPreTrainingOutput, TJEP
 AutoConfig.register(TJEPAConfig.model_type, TJEPAConfig)
 AutoModel.register(TJEPAConfig, TJEPAModel)
 AutoModelForPreTraining.register(TJEPAConfig, TJEPAForPreTraining)
+
+
+__all__ = ["TJEPAConfig", "TJEPAForPreTraining", "TJEPAForPreTrainingOutput", "TJEPAModel", "TJEPAPreTrainedModel"]

@@ -156,7 +156,7 @@ class TJEPAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
 
     def predictor_config(self) -> "TJEPAConfig":
-        """The configuration of the predictor's blocks: this one, with the predictor's sizes in place of the encoder's."""
+        """The configuration of the predictor's blocks: this one, with the predictor's sizes for the encoder's."""
         config = self.to_dict()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_dim"):
             config[name] = config[f"predictor_{name}"]

@@ -85,7 +85,7 @@ class PackedViews:
 def packed_sdpa_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed_views: PackedViews, dropout: float
 ) -> torch.Tensor:
-    """Attention within each view of `packed_views`; tensors [rows, heads, row_length, head_dim], as SDPA takes them."""
+    """Attention within each view of `packed_views`; tensors are [rows, heads, row_length, head_dim]."""
     num_rows, num_heads, row_length, head_dim = query.shape
     group_lengths = [views * (context + slots) for views, context, slots in packed_views.groups]
     # split, not slices: its backward is one concatenation, where each slice would fill a gradient of the full size
@@ -198,6 +198,7 @@ class TJEPAAttention(nn.Module):
     def __init__(self, config: TJEPAConfig):
         super().__init__()
         self.config = config
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.is_causal = False
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
@@ -211,10 +212,10 @@ class TJEPAAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        qkv = self.qkv_proj(hidden_states).view(*input_shape, 3, -1, self.head_dim)
-        query, key, value = qkv.unbind(dim=-3)  # each [batch, length, heads, head_dim]
-        query, key = (apply_rotary_emb(rotary_angles.unsqueeze(2), states) for states in (query, key))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        qkv = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # [batch, length, 3 * heads, head_dim]
+        query_key, value = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
+        query_key = apply_rotary_emb(rotary_angles.unsqueeze(2), query_key)
+        query, key, value = (states.transpose(1, 2) for states in (*query_key.chunk(2, dim=2), value))
 
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         if isinstance(attention_mask, PackedViews):

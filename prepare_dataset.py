@@ -38,7 +38,10 @@ from datasets import (
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from tjepa.quickstart import load_quickstart_documents
 
+
+QUICKSTART = "quickstart"  # the --dataset_name of the docstrings that are installed with this project
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 NUM_STREAMED_EVAL_DOCUMENTS = 1000
@@ -242,6 +245,8 @@ def load_documents(
             for name, pattern in files.items()
             if pattern is not None
         }
+    elif args.dataset_name == QUICKSTART:
+        splits = load_quickstart_documents(cache_dir)
     elif (Path(args.dataset_name) / "dataset_dict.json").is_file():
         splits = load_from_disk(args.dataset_name)
     else:

@@ -149,12 +149,35 @@ class EMACallback(TrainerCallback):
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one process,
-    but not through the batch sampler of several.)
+    Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one
+    process, but not through the batch sampler of several.)
     """
 
     def on_epoch_begin(self, args, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class EvaluationRandomStateCallback(TrainerCallback):
+    """
+    Gives training its random state back after an evaluation: opening a DataLoader draws a seed, and with dropout the
+    steps after it would differ from those of a run without evaluation. Must come after the Trainer's own callbacks,
+    which decide whether to evaluate.
+    """
+
+    def __init__(self):
+        self._fork = None
+
+    def _on_end(self, args, state, control: TrainerControl, **kwargs):
+        if control.should_evaluate and self._fork is None:
+            self._fork = torch.random.fork_rng()
+            self._fork.__enter__()
+
+    on_step_end = on_epoch_end = _on_end
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._fork is not None:
+            self._fork.__exit__(None, None, None)
+            self._fork = None
 
 
 # --- Health ----------------------------------------------------------------------------------------------------------
@@ -225,8 +248,8 @@ class PretrainingStatistics:
         self.target_directions.update(torch.nn.functional.normalize(output.labels.float(), dim=-1))
         self.cosines.update(torch.cosine_similarity(output.predictions.float(), output.labels.float())[:, None])
         for name in ("jepa_loss", "variance_covariance_loss", "token_prediction_loss"):
-            if output[name] is not None:
-                self.losses.setdefault(name, []).append(output[name].detach())
+            if getattr(output, name) is not None:
+                self.losses.setdefault(name, []).append(getattr(output, name).detach())
         if len(self.strategy_names) > 1:
             seen = inputs["slots_per_strategy"] > 0
             for name, loss, was_seen in zip(self.strategy_names, output.loss_per_strategy, seen, strict=True):
@@ -262,8 +285,8 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "") -> str | None:
     cosine, baseline = metrics[f"{prefix}cosine"], metrics[f"{prefix}mean_target_cosine"]
     if std < MIN_TARGET_STD:
         return (
-            f"collapsed: the targets barely differ from token to token (standard deviation {std:.3f}, healthy is above "
-            f"{MIN_TARGET_STD})"
+            f"collapsed: the targets barely differ from token to token (standard deviation {std:.3f}, healthy is "
+            f"above {MIN_TARGET_STD})"
         )
     if cosine <= baseline:
         return (
@@ -310,7 +333,7 @@ class HealthCallback(TrainerCallback):
         step = math.inf if self._first_bad_step is None else self._first_bad_step.item()
         if step < math.inf:
             raise FloatingPointError(
-                f"The loss was not finite in optimizer step {int(step)}: stopped before another checkpoint was written. "
+                f"The loss was not finite in optimizer step {int(step)}; stopped before saving another checkpoint. "
                 "The last checkpoint is good; resume from it with --resume_from_checkpoint, with a lower "
                 "--learning_rate, a longer warm-up or a lower --max_grad_norm."
             )
@@ -344,8 +367,8 @@ class HealthCallback(TrainerCallback):
             logger.warning(f"The representations have {self.verdict}. See the collapse advice in the README.")
         elif (rank := metrics["eval_target_rank"]) < MIN_RANK:
             logger.warning(
-                f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: judge by "
-                "a frozen probe against the untrained encoder."
+                f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: judge "
+                "by a frozen probe against the untrained encoder."
             )
 
 
@@ -374,4 +397,5 @@ def add_tjepa_callbacks(
     if weight_decay is not None:
         callbacks.append(weight_decay)
     trainer.callback_handler.callbacks[:0] = callbacks
+    trainer.add_callback(EvaluationRandomStateCallback())
     return health

@@ -10,6 +10,8 @@ from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+
 SHARED_FOLDER = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,0 +1,496 @@
+"""Pretrains a T-JEPA text encoder.
+
+    accelerate launch run_pretraining.py                                      # quickstart: no data, no network needed
+    accelerate launch run_pretraining.py configs/tinystories.yaml --max_steps 100
+    accelerate launch run_pretraining.py --train_file stories.parquet --tokenizer_name my-tokenizer --output_dir out
+
+Arguments come from the dataclasses below, from a YAML file as the first argument, or from both (flags win). This file
+only parses and connects; masks and packing are in data_collator_tjepa.py, the model in modeling_tjepa.py, moving
+average, schedules and monitoring in trainer_tjepa.py, text to tokens in prepare_dataset.py.
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, upload_folder
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.data_collator_tjepa import (
+    DataCollatorForTJEPA,
+    DocumentDataset,
+    DocumentStream,
+    MaskingStrategy,
+    load_masking_strategies,
+    strategies_to_dicts,
+)
+from tjepa.prepare_dataset import (
+    QUICKSTART,
+    DataArguments,
+    DocumentCounts,
+    load_documents,
+    parse_arguments,
+    tokenize_documents,
+)
+from tjepa.quickstart import report_what_was_learned
+from tjepa.train_tokenizer import train_tokenizer
+from tjepa.trainer_tjepa import (
+    EMACallback,
+    WeightDecayCallback,
+    add_tjepa_callbacks,
+    create_optimizer,
+    get_lr_scheduler,
+)
+
+
+logger = logging.getLogger(__name__)
+
+QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
+MODEL_FOLDER_FILES = ["*.safetensors*", "*.json", "*.py", "*.md", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretraining folder or Hub model to start from. Default: from scratch."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration to train from scratch, if not the default one."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Overrides of the configuration: hidden_size=128,num_hidden_layers=4"}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer on the Hub or in a folder. Default: that of the model or the data."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, flex_attention, eager, ... Default: flex_attention on a GPU, sdpa elsewhere."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of model_name_or_path."})
+    token: str | None = field(default=None, metadata={"help": "Access token for the Hub, if not logged in."})
+
+
+@dataclass
+class MaskingArguments:
+    masking_strategies: str = field(
+        default="ul2", metadata={"help": "Preset (ul2), or a YAML or JSON file with a list of masking strategies."}
+    )
+    mask_recurring_targets: bool = field(
+        default=False, metadata={"help": "Hide other occurrences of a target block's tokens from the context."}
+    )
+    views_per_document: int | None = field(
+        default=None, metadata={"help": "Draw so many strategies for each document. Default: all of them."}
+    )
+    row_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per packed row. Default: one row without padding; with flex_attention 4096."},
+    )
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the reference's optimization as defaults, and what it has beyond them."""
+
+    output_dir: str | None = field(default="runs/tjepa", metadata={"help": "Model, checkpoints and logs go here."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Go on although output_dir holds a run."})
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate, after the warm-up."})
+    start_lr: float = field(default=2e-4, metadata={"help": "Learning rate at the start of the warm-up."})
+    final_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
+    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay of matrices at the start."})
+    final_weight_decay: float = field(default=0.4, metadata={"help": "Weight decay of matrices at the end."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    ema_momentum: float = field(default=0.996, metadata={"help": "Momentum of the target encoder at the start."})
+    final_ema_momentum: float = field(default=1.0, metadata={"help": "Momentum of the target encoder at the end."})
+    ipe_scale: float = field(
+        default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
+
+    def __post_init__(self):
+        # The tensors of a batch differ in their first dimension: accelerate must neither split nor pad them.
+        self.accelerator_config = {
+            **(self.accelerator_config or {}),
+            "split_batches": False,
+            "dispatch_batches": False,
+        }
+        super().__post_init__()
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
+        if self.ipe_scale < 1.0:
+            raise ValueError(f"ipe_scale must be at least 1, got {self.ipe_scale}: schedules can not end early.")
+
+
+def main():
+    model_args, data_args, masking_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments), with_quickstart_default(sys.argv[1:])
+    )
+    set_up_logging(training_args)
+    use_all_cores(training_args)
+    if training_args.n_gpu > 1:
+        raise RuntimeError(
+            f"One process sees {training_args.n_gpu} GPUs. Start one process for each with accelerate launch "
+            f"--num_processes {training_args.n_gpu}, or show it only one with CUDA_VISIBLE_DEVICES=0."
+        )
+    checkpoint = find_checkpoint(training_args)
+    set_seed(training_args.seed)
+
+    # Text -> tokens
+    is_quickstart = data_args.dataset_name == QUICKSTART
+    with training_args.main_process_first(desc="preparing the documents"):
+        documents = load_documents(data_args, model_args.cache_dir, model_args.token)
+        tokenizer = load_tokenizer(model_args, data_args, documents)
+        datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args)
+
+    # Model
+    model = load_model(model_args, data_args, tokenizer, training_args)
+    untrained_encoder = copy.deepcopy(model.target_encoder) if is_quickstart else None
+    logger.info(f"{model.num_parameters(only_trainable=True):,} trainable parameters")
+
+    # Views and batches
+    strategies = load_masking_strategies(masking_args.masking_strategies)
+    row_length = masking_args.row_length
+    if row_length is None and model.config._attn_implementation == "flex_attention":
+        row_length = max(4096, data_args.max_length)
+    collator = DataCollatorForTJEPA(
+        strategies,
+        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        row_length=row_length,
+        mask_recurring_targets=masking_args.mask_recurring_targets,
+        views_per_document=masking_args.views_per_document,
+    )
+
+    # Training
+    trainer = create_trainer(model, training_args, collator, datasets_by_split, tokenizer)
+    strategy_names = [strategy.name for strategy in strategies]
+    health = add_tjepa_callbacks(
+        trainer,
+        strategy_names,
+        EMACallback(training_args.ema_momentum, training_args.final_ema_momentum, training_args.ipe_scale),
+        WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
+    )
+    metrics = {}
+    if training_args.do_train:
+        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        trainer.save_state()
+    if training_args.do_eval and trainer.eval_dataset is not None:
+        metrics.update(trainer.evaluate())
+        metrics.update({k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_")})
+    metrics["dropped_in_batches"] = collator.num_dropped_documents
+
+    # The model folder
+    if trainer.is_world_process_zero():
+        if is_quickstart:
+            metrics.update(report_what_was_learned(model.target_encoder, untrained_encoder, tokenizer))
+        save_model_folder(model, tokenizer, strategies, metrics, training_args)
+        write_model_card(model, data_args, training_args, strategies, counts, metrics, health.verdict)
+        logger.info(f"The model folder is {training_args.output_dir}")
+        if training_args.push_to_hub:
+            upload_folder(
+                repo_id=trainer.hub_model_id,
+                folder_path=training_args.output_dir,
+                allow_patterns=MODEL_FOLDER_FILES,
+                commit_message="End of training",
+                token=training_args.hub_token or model_args.token,
+            )
+
+
+def with_quickstart_default(arguments: list[str]) -> list[str]:
+    """Without a YAML file and without data the run is the quickstart, whatever other flags are given."""
+    has_yaml = bool(arguments) and arguments[0].endswith((".yaml", ".yml"))
+    names_data = any(argument.split("=")[0] in ("--dataset_name", "--train_file") for argument in arguments)
+    asks_for_help = any(argument in ("-h", "--help") for argument in arguments)
+    return arguments if has_yaml or names_data or asks_for_help else [str(QUICKSTART_CONFIG), *arguments]
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logger.setLevel(level)
+    transformers.utils.logging.set_verbosity(logging.WARNING)
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
+
+
+def use_all_cores(args: TrainingArguments) -> None:
+    """`accelerate launch` gives a CPU process one thread unless told otherwise; a single process may have them all."""
+    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if args.device.type == "cpu" and args.world_size == 1 and launched_by_accelerate:
+        if os.environ.get("OMP_NUM_THREADS") == "1":
+            torch.set_num_threads(os.cpu_count())
+
+
+def find_checkpoint(args: PretrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from: `--resume_from_checkpoint last` takes the newest in `output_dir`, or starts anew
+    where there is none.
+
+    Raises:
+        FileExistsError: if `output_dir` holds a run, and neither resuming nor overwriting was asked for.
+    """
+    output_dir = Path(args.output_dir)
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if args.resume_from_checkpoint is not None:
+        if args.resume_from_checkpoint.lower() in ("last", "true"):
+            logger.info(f"Resuming from {last}" if last else f"No checkpoint in {output_dir}: starting anew")
+            return last
+        return args.resume_from_checkpoint
+    holds_run = last is not None or (output_dir / "config.json").is_file()
+    if args.do_train and holds_run and not args.overwrite_output_dir:
+        raise FileExistsError(
+            f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, replace it with "
+            "--overwrite_output_dir, or choose another --output_dir."
+        )
+    return None
+
+
+def load_tokenizer(
+    model_args: ModelArguments, data_args: DataArguments, documents: datasets.DatasetDict
+) -> PreTrainedTokenizerBase:
+    """The tokenizer asked for, else the model's, else the prepared dataset's; the quickstart trains one."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if name is None and data_args.dataset_name is not None:
+        if data_args.dataset_name == QUICKSTART:
+            overrides = parse_config_overrides(model_args.config_overrides)
+            return train_tokenizer(documents["train"]["text"], overrides["vocab_size"], data_args.max_length)
+        if (Path(data_args.dataset_name) / "tokenizer_config.json").is_file():
+            name = data_args.dataset_name
+    if name is None:
+        raise ValueError(
+            "Which tokenizer? Pass --tokenizer_name (a name on the Hub or a folder), or make one of your own with "
+            "train_tokenizer.py."
+        )
+    return AutoTokenizer.from_pretrained(
+        name, cache_dir=model_args.cache_dir, token=model_args.token, revision=model_args.model_revision
+    )
+
+
+def tokenize_splits(
+    documents: datasets.DatasetDict | datasets.IterableDatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts]]:
+    """Training and evaluation documents as token ids, wrapped for the collator, and what was kept and dropped."""
+    splits, counts = {}, {}
+    for split, dataset in documents.items():
+        if "input_ids" not in (dataset.column_names or []):
+            dataset, counts[split] = tokenize_documents(dataset, tokenizer, args, desc=split)
+            if counts[split] is not None:
+                logger.info(f"{split} documents:\n{counts[split]}")
+        wrapper = DocumentStream if isinstance(dataset, datasets.IterableDataset) else DocumentDataset
+        splits[split] = wrapper(dataset)
+    return splits, counts
+
+
+def parse_config_overrides(overrides: str | None) -> dict:
+    """`"hidden_size=128,use_bias=false"` as a mapping with typed values."""
+    if not overrides:
+        return {}
+    pairs = [pair.split("=", 1) for pair in overrides.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"--config_overrides is a list such as hidden_size=128,num_hidden_layers=4, got {overrides!r}."
+        )
+    values = {name.strip(): yaml.safe_load(value) for name, value in pairs}
+    if unknown := sorted(set(values) - set(TJEPAConfig().to_dict())):
+        raise ValueError(f"--config_overrides: TJEPAConfig has no {unknown}; see configuration_tjepa.py.")
+    return values
+
+
+def load_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    training_args: TrainingArguments,
+) -> TJEPAForPreTraining:
+    overrides = parse_config_overrides(model_args.config_overrides)
+    attn_implementation = model_args.attn_implementation or (
+        "flex_attention" if training_args.device.type == "cuda" else "sdpa"
+    )
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
+    if model_args.model_name_or_path is not None:
+        model = TJEPAForPreTraining.from_pretrained(
+            model_args.model_name_or_path, attn_implementation=attn_implementation, **hub, **overrides
+        )
+    else:
+        given = {"vocab_size": len(tokenizer), "max_position_embeddings": data_args.max_length}
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given[name] = getattr(tokenizer, name)
+        if model_args.config_name is not None:
+            config = TJEPAConfig.from_pretrained(model_args.config_name, **hub, **overrides)
+        else:
+            config = TJEPAConfig(**{**given, **overrides})
+        config._attn_implementation = attn_implementation
+        model = TJEPAForPreTraining(config)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size}: set "
+            f"--config_overrides vocab_size={len(tokenizer)}, or use the tokenizer that belongs to the model."
+        )
+    return model
+
+
+def create_trainer(
+    model: TJEPAForPreTraining,
+    args: PretrainingArguments,
+    collator: DataCollatorForTJEPA,
+    splits: dict[str, torch.utils.data.Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Trainer:
+    """An unmodified Trainer with T-JEPA's optimizer and learning-rate schedule."""
+    if args.eval_strategy != "no" and "validation" not in splits:
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
+            "--validation_split_percentage above 0."
+        )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=splits["train"] if args.do_train else None,
+        eval_dataset=splits.get("validation"),
+        processing_class=tokenizer,
+    )
+    if args.do_train:
+        # batches of all processes together: only their number matters here
+        batches = torch.utils.data.DataLoader(
+            splits["train"], args.train_batch_size * args.world_size, drop_last=args.dataloader_drop_last
+        )
+        num_training_steps = trainer.set_initial_training_values(args, batches)[-1]
+        trainer.optimizer = create_optimizer(model, args)
+        trainer.lr_scheduler = get_lr_scheduler(
+            trainer.optimizer,
+            num_training_steps,
+            args.get_warmup_steps(num_training_steps),
+            start_lr=args.start_lr,
+            final_lr=args.final_lr,
+            ipe_scale=args.ipe_scale,
+        )
+    return trainer
+
+
+def save_model_folder(
+    model: TJEPAForPreTraining,
+    tokenizer: PreTrainedTokenizerBase,
+    strategies: list[MaskingStrategy],
+    metrics: dict[str, float],
+    args: PretrainingArguments,
+) -> None:
+    """Weights, config, code files, tokenizer, and beside them the masking strategies and the final figures."""
+    output_dir = Path(args.output_dir)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    for name, content in {
+        "masking_strategies.json": strategies_to_dicts(strategies),
+        "all_results.json": metrics,
+    }.items():
+        (output_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_model_card(
+    model: TJEPAForPreTraining,
+    data_args: DataArguments,
+    training_args: PretrainingArguments,
+    strategies: list[MaskingStrategy],
+    counts: dict[str, DocumentCounts],
+    metrics: dict[str, float],
+    verdict: str | None,
+) -> None:
+    """README.md of the model folder: what it was trained on, how, and its final figures."""
+    output_dir = Path(training_args.output_dir)
+    name = output_dir.resolve().name
+    source = data_args.dataset_name or data_args.train_file
+    figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
+    card_data = ModelCardData(
+        library_name="transformers",
+        license="apache-2.0",
+        tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
+        datasets=[data_args.dataset_name] if data_args.dataset_name and "/" in data_args.dataset_name else None,
+        pipeline_tag="feature-extraction",
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="feature-extraction",
+                dataset_type=Path(source).name,
+                dataset_name=Path(source).name,
+                metric_type=metric,
+                metric_value=round(value, 5),
+            )
+            for metric, value in figures.items()
+            if metric not in ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        ]
+        or None,
+    )
+    health = verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated"
+    trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items() if count is not None)
+    figure_rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in sorted(figures.items()))
+    training = {
+        "optimizer steps": metrics.get("train_steps", training_args.max_steps),
+        "documents per step and process": training_args.train_batch_size * training_args.gradient_accumulation_steps,
+        "processes": training_args.world_size,
+        "learning rate": f"{training_args.start_lr} -> {training_args.learning_rate} -> {training_args.final_lr}",
+        "weight decay": f"{training_args.weight_decay} -> {training_args.final_weight_decay}",
+        "target encoder momentum": f"{training_args.ema_momentum} -> {training_args.final_ema_momentum}",
+        "variance/covariance weight": model.config.variance_covariance_weight,
+        "token prediction weight": model.config.token_prediction_weight,
+        "masking strategies": ", ".join(strategy.name for strategy in strategies),
+        "maximum length (tokens)": data_args.max_length,
+        "seed": training_args.seed,
+    }
+    training_rows = "\n".join(f"| {setting} | {value} |" for setting, value in training.items())
+    card = ModelCard(
+        f"""---
+{card_data.to_yaml()}
+---
+
+# {name}
+
+A text encoder pretrained with T-JEPA: it learned to predict the representations of hidden text rather than the hidden
+words. {model.config.num_hidden_layers} layers, {model.config.hidden_size} wide, vocabulary {model.config.vocab_size}.
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID")
+model = AutoModel.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)  # the target encoder
+```
+
+## Trained on
+
+{source}
+
+{trained_on}
+
+## How
+
+| | |
+| --- | --- |
+{training_rows}
+
+## Final figures
+
+Health: {health}.
+
+| on the validation documents | |
+| --- | --- |
+{figure_rows}
+"""
+    )
+    card.save(output_dir / "README.md")
+
+
+if __name__ == "__main__":
+    main()

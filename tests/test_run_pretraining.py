@@ -1,0 +1,270 @@
+"""The script as a user runs it: end to end, resumed, loaded elsewhere, and every refusal in plain words."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tjepa import run_pretraining
+from tjepa.train_tokenizer import train_tokenizer
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WORDS = ["the", "fox", "sees", "a", "red", "hen", "and", "runs", "home", "before", "night", "falls"]
+TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8,predictor_num_hidden_layers=1"
+
+
+def make_texts(num_documents: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(20, 60))) for _ in range(num_documents)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with documents, some of them unusable, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"text": text} for text in make_texts(60)] + [{"text": None}, {"text": " "}, {"text": "a"}]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (folder / "validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(8, 1)) + "\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "short.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    train_tokenizer(make_texts(60), vocab_size=300, model_max_length=64).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def arguments(inputs: Path, output_dir: Path, **overrides) -> list[str]:
+    values = {
+        "train_file": inputs / "train.jsonl",
+        "validation_file": inputs / "validation.jsonl",
+        "tokenizer_name": inputs / "tokenizer",
+        "config_overrides": TINY,
+        "max_length": 64,
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "output_dir": output_dir,
+        "cache_dir": inputs / "cache",
+    }
+    return [f"--{name}={value}" for name, value in {**values, **overrides}.items() if value is not None]
+
+
+def run(monkeypatch, argv: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_pretraining.py", *argv])
+    run_pretraining.main()
+
+
+def run_elsewhere(code: str, folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
+    """A fresh process in another directory, without network, where the package is not installed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "FOLDER": str(folder)}
+    blocked = "import os, sys; sys.modules['tjepa'] = None; folder = os.environ['FOLDER']\n"
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", blocked + code],
+        cwd=tmp_path / "elsewhere",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_launched_end_to_end_then_loaded_elsewhere(inputs, tmp_path):
+    output_dir = tmp_path / "out"
+    config = tmp_path / "config.yaml"
+    values = dict(argument[2:].split("=", 1) for argument in arguments(inputs, output_dir, max_steps="100"))
+    config.write_text(yaml.safe_dump(values))
+    launched = subprocess.run(
+        ["accelerate", "launch", "--cpu", str(REPOSITORY / "run_pretraining.py"), str(config), "--max_steps", "4"]
+        + ["--report_to", "tensorboard", "--gradient_accumulation_steps", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 4  # the flag beat the file
+    files = {path.name for path in output_dir.iterdir()}
+    assert {"model.safetensors", "config.json", "modeling_tjepa.py", "configuration_tjepa.py", "README.md"} <= files
+    assert {"tokenizer.json", "tokenizer_config.json", "masking_strategies.json", "all_results.json"} <= files
+
+    loaded = run_elsewhere(
+        """
+from transformers import AutoModel, AutoModelForPreTraining, AutoTokenizer
+from safetensors.torch import load_file
+encoder, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+weights = load_file(folder + "/model.safetensors")
+target = {name.removeprefix("target_encoder."): t for name, t in weights.items() if name.startswith("target_encoder.")}
+state = encoder.state_dict()
+assert state.keys() == target.keys() and all(state[name].equal(tensor) for name, tensor in target.items())
+model, info = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+assert {name for name, _ in model.named_children()} >= {"context_encoder", "target_encoder", "predictor"}
+assert not any(p.requires_grad for p in model.target_encoder.parameters())
+tokens = AutoTokenizer.from_pretrained(folder)("the fox", return_tensors="pt")
+print(encoder(**tokens).last_hidden_state.norm().item())
+""",
+        output_dir,
+        tmp_path,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+
+    here = subprocess.run(  # with the package installed: no trust_remote_code
+        [
+            sys.executable,
+            "-c",
+            f"import tjepa; from transformers import AutoModel\nAutoModel.from_pretrained('{output_dir}')",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert here.returncode == 0, here.stderr
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    event_files = list(tmp_path.rglob("events.out.tfevents.*"))
+    tags = set()
+    for file in event_files:
+        accumulator = EventAccumulator(str(file))
+        accumulator.Reload()
+        tags |= set(accumulator.Tags()["scalars"])
+    assert {"train/target_std", "train/target_rank", "train/cosine", "train/ema_momentum", "eval/cosine"} <= tags
+
+
+def test_books_pretrain_and_the_loss_falls(shared_folder, tmp_path, monkeypatch):
+    run(
+        monkeypatch,
+        [
+            f"--train_file={shared_folder / 'data' / 'books-validation.parquet'}",
+            f"--tokenizer_name={shared_folder / 'tokenizers' / 'bert-base-uncased'}",
+            f"--config_overrides={TINY}",
+            "--max_length=128",
+            "--max_steps=30",
+            "--per_device_train_batch_size=8",
+            "--logging_steps=10",
+            "--learning_rate=3e-3",
+            "--warmup_steps=5",
+            f"--output_dir={tmp_path / 'books'}",
+            f"--cache_dir={tmp_path / 'cache'}",
+        ],
+    )
+    history = json.loads((tmp_path / "books" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    results = json.loads((tmp_path / "books" / "all_results.json").read_text())
+    card = (tmp_path / "books" / "README.md").read_text()
+    is_collapsed = results["eval_cosine"] <= results["eval_mean_target_cosine"] or results["eval_target_std"] < 0.1
+    assert ("collapsed" in card) == is_collapsed  # the card says what the figures say
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(inputs, tmp_path, monkeypatch):
+    run(monkeypatch, arguments(inputs, tmp_path / "whole", max_steps=4))
+
+    class Interrupted(Exception):
+        pass
+
+    original = run_pretraining.EMACallback.on_optimizer_step
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Interrupted
+        original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_pretraining.EMACallback, "on_optimizer_step", interrupt)
+        with pytest.raises(Interrupted):
+            run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last"))
+    run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last"))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_streaming(inputs, tmp_path, monkeypatch):
+    run(monkeypatch, arguments(inputs, tmp_path / "out", streaming=True))
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_loss"] > 0
+
+
+def test_model_card_and_results(inputs, tmp_path, monkeypatch):
+    run(monkeypatch, arguments(inputs, tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "transformers" and "t-jepa" in metadata["tags"]
+    metrics = {m["type"]: m["value"] for m in metadata["model-index"][0]["results"][0]["metrics"]}
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-5)
+    assert "null" in card and "empty or whitespace only" in card  # what was dropped, and why
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
+    run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=2))
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint last.*--overwrite_output_dir"):
+        run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=2))
+    run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=2, overwrite_output_dir=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"text_column_name": "body"}, ValueError, r"no column 'body'; it has \['text'\]"),
+        ({"train_file": "empty.jsonl"}, ValueError, "is empty"),
+        ({"train_file": "short.jsonl"}, ValueError, "Every document of the train split was dropped"),
+        ({"train_file": "missing.jsonl"}, FileNotFoundError, "no file"),
+        ({"tokenizer_name": None}, ValueError, "Which tokenizer"),
+        ({"config_overrides": TINY + ",vocab_size=100"}, ValueError, "tokenizer has 300 tokens.*vocab_size=300"),
+        ({"config_overrides": "hiden_size=3"}, ValueError, r"has no \['hiden_size'\]"),
+        ({"config_overrides": "hidden_size"}, ValueError, "is a list such as"),
+        ({"masking_strategies": "ul3"}, ValueError, "must be a preset"),
+        ({"ipe_scale": 0.5}, ValueError, "ipe_scale must be at least 1"),
+        (
+            {"eval_strategy": "steps", "validation_file": None, "validation_split_percentage": 0},
+            ValueError,
+            "no validation",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(inputs, tmp_path, monkeypatch, overrides, error, message):
+    if overrides.get("train_file"):
+        overrides = {"train_file": inputs / overrides["train_file"]}
+    with pytest.raises(error, match=message):
+        run(monkeypatch, arguments(inputs, tmp_path / "out", **overrides))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_unknown_yaml_key(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-3\n")
+    with pytest.raises(ValueError, match="learning_rat.*learning_rate"):
+        run(monkeypatch, [str(tmp_path / "config.yaml")])
+
+
+def test_without_data_it_is_the_quickstart():
+    quickstart = str(REPOSITORY / "configs" / "quickstart.yaml")
+    assert run_pretraining.with_quickstart_default([]) == [quickstart]
+    assert run_pretraining.with_quickstart_default(["--seed", "1"]) == [quickstart, "--seed", "1"]
+    for given in (["my.yaml", "--seed", "1"], ["--train_file=x"], ["--dataset_name", "x"], ["--help"]):
+        assert run_pretraining.with_quickstart_default(given) == given
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_parse(path):
+    from tjepa.prepare_dataset import PreparationArguments, parse_arguments
+
+    if path.name.startswith("prepare_"):
+        parse_arguments(PreparationArguments, [str(path)])
+    else:
+        types = (run_pretraining.ModelArguments, run_pretraining.DataArguments)
+        types += (run_pretraining.MaskingArguments, run_pretraining.PretrainingArguments)
+        model_args, *_ = parse_arguments(types, [str(path)])
+        run_pretraining.parse_config_overrides(model_args.config_overrides)

@@ -80,6 +80,7 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of model_name_or_path."})
     token: str | None = field(default=None, metadata={"help": "Access token for the Hub, if not logged in."})
+    model_license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
 
 
 @dataclass
@@ -189,6 +190,7 @@ def main():
     if training_args.do_eval and trainer.eval_dataset is not None:
         metrics.update(trainer.evaluate())
         metrics.update({k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_")})
+    metrics["train_steps"] = trainer.state.global_step
     metrics["dropped_in_batches"] = collator.num_dropped_documents
 
     # The model folder
@@ -196,7 +198,7 @@ def main():
         if is_quickstart:
             metrics.update(report_what_was_learned(model.target_encoder, untrained_encoder, tokenizer))
         save_model_folder(model, tokenizer, strategies, metrics, training_args)
-        write_model_card(model, data_args, training_args, strategies, counts, metrics, health.verdict)
+        write_model_card(model, model_args, data_args, training_args, strategies, counts, metrics, health.verdict)
         logger.info(f"The model folder is {training_args.output_dir}")
         if training_args.push_to_hub:
             upload_folder(
@@ -282,11 +284,13 @@ def tokenize_splits(
     documents: datasets.DatasetDict | datasets.IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
-) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts]]:
+) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts | str | None]]:
     """Training and evaluation documents as token ids, wrapped for the collator, and what was kept and dropped."""
     splits, counts = {}, {}
     for split, dataset in documents.items():
-        if "input_ids" not in (dataset.column_names or []):
+        if "input_ids" in (dataset.column_names or []):
+            counts[split] = f"  {len(dataset):,} rows, tokenized before (counts in preparation.json of the dataset)"
+        else:
             dataset, counts[split] = tokenize_documents(dataset, tokenizer, args, desc=split)
             if counts[split] is not None:
                 logger.info(f"{split} documents:\n{counts[split]}")
@@ -402,10 +406,11 @@ def save_model_folder(
 
 def write_model_card(
     model: TJEPAForPreTraining,
+    model_args: ModelArguments,
     data_args: DataArguments,
     training_args: PretrainingArguments,
     strategies: list[MaskingStrategy],
-    counts: dict[str, DocumentCounts],
+    counts: dict[str, DocumentCounts | str | None],
     metrics: dict[str, float],
     verdict: str | None,
 ) -> None:
@@ -416,7 +421,7 @@ def write_model_card(
     figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
     card_data = ModelCardData(
         library_name="transformers",
-        license="apache-2.0",
+        license=model_args.model_license,
         tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
         datasets=[data_args.dataset_name] if data_args.dataset_name and "/" in data_args.dataset_name else None,
         pipeline_tag="feature-extraction",
@@ -438,7 +443,7 @@ def write_model_card(
     trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items() if count is not None)
     figure_rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in sorted(figures.items()))
     training = {
-        "optimizer steps": metrics.get("train_steps", training_args.max_steps),
+        "optimizer steps": metrics["train_steps"],
         "documents per step and process": training_args.train_batch_size * training_args.gradient_accumulation_steps,
         "processes": training_args.world_size,
         "learning rate": f"{training_args.start_lr} -> {training_args.learning_rate} -> {training_args.final_lr}",

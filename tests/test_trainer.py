@@ -161,6 +161,21 @@ def test_evaluation_does_not_disturb_training(tmp_path):
     assert evaluated.evaluate()["eval_loss"] == evaluated.evaluate()["eval_loss"]  # always the same masks
 
 
+def test_every_epoch_draws_new_masks(tmp_path):
+    seen = []
+
+    class Recorder(DataCollatorForTJEPA):
+        def __call__(self, examples):
+            seen.append({example["epoch"] for example in examples})
+            return super().__call__(examples)
+
+    trainer = make_trainer(tmp_path, collator=Recorder(), num_train_epochs=3, eval_strategy="epoch")
+    add_tjepa_callbacks(trainer, ["s"] * 7)
+    trainer.train()
+    train_batches, eval_batches = 6, 1
+    assert seen == sum(([{epoch}] * train_batches + [{0}] * eval_batches for epoch in range(3)), [])
+
+
 # --- Health ----------------------------------------------------------------------------------------------------------
 
 

@@ -417,20 +417,23 @@ def write_model_card(
     """README.md of the model folder: what it was trained on, how, and its final figures."""
     output_dir = Path(training_args.output_dir)
     name = output_dir.resolve().name
-    source = data_args.dataset_name or data_args.train_file
+    on_hub = data_args.dataset_name is not None and "/" in data_args.dataset_name
+    on_hub = on_hub and not Path(data_args.dataset_name).exists()
+    # of a local path only the name: where it lay is nobody's business
+    source = data_args.dataset_name if on_hub else Path(data_args.dataset_name or data_args.train_file).name
     figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
     card_data = ModelCardData(
         library_name="transformers",
         license=model_args.model_license,
         tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
-        datasets=[data_args.dataset_name] if data_args.dataset_name and "/" in data_args.dataset_name else None,
+        datasets=[source] if on_hub else None,
         pipeline_tag="feature-extraction",
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type="feature-extraction",
-                dataset_type=Path(source).name,
-                dataset_name=Path(source).name,
+                dataset_type=source,
+                dataset_name=source,
                 metric_type=metric,
                 metric_value=round(value, 5),
             )

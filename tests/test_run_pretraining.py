@@ -202,6 +202,7 @@ def test_model_card_and_results(inputs, tmp_path, monkeypatch):
     metrics = {m["type"]: m["value"] for m in metadata["model-index"][0]["results"][0]["metrics"]}
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert metrics["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-5)
+    assert "datasets" not in metadata and str(inputs) not in card  # a local file is no Hub dataset
     assert "null" in card and "empty or whitespace only" in card  # what was dropped, and why
 
 

@@ -12,6 +12,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_tjepa.TJEPAConfig",
     "AutoModel": "modeling_tjepa.TJEPAModel",
     "AutoModelForPreTraining": "modeling_tjepa.TJEPAForPreTraining",
+    "AutoModelForSequenceClassification": "modeling_tjepa.TJEPAForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_tjepa.TJEPAForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_tjepa.TJEPAForQuestionAnswering",
+    "AutoModelForMaskedLM": "modeling_tjepa.TJEPAForMaskedLM",
 }
 
 
@@ -69,9 +73,15 @@ class TJEPAConfig(PreTrainedConfig):
             Weight of the variance/covariance term (VICReg, arXiv 2105.04906) on the context encoder's output.
         token_prediction_weight (`float`, defaults to 0.0):
             Weight of predicting the hidden token itself at every target slot.
+        classifier_pooling (`str`, defaults to `"mean"`):
+            How [`TJEPAForSequenceClassification`] makes one vector of a text: `"mean"` over its real tokens, `"first"`
+            real token, or `"attention"`, a mean with learned weights.
+        classifier_dropout (`float`, *optional*, defaults to `hidden_dropout_prob`):
+            Dropout before the linear layer of the classification and question answering heads.
 
     Raises:
-        ValueError: for sizes that do not fit each other, weights below zero and probabilities outside [0, 1).
+        ValueError: for sizes that do not fit each other, weights below zero, probabilities outside [0, 1) and an
+            unknown pooling.
     """
 
     model_type = "tjepa"
@@ -102,6 +112,8 @@ class TJEPAConfig(PreTrainedConfig):
     learned_mask_token: bool = True
     variance_covariance_weight: float | int = 0.0
     token_prediction_weight: float | int = 0.0
+    classifier_pooling: str = "mean"
+    classifier_dropout: float | int | None = None
 
     def __post_init__(self, **kwargs):
         # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.
@@ -148,12 +160,16 @@ class TJEPAConfig(PreTrainedConfig):
         for name in ("vocab_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in ("variance_covariance_weight", "token_prediction_weight"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
+        if self.classifier_pooling not in ("mean", "first", "attention"):
+            raise ValueError(
+                f"classifier_pooling must be 'mean', 'first' or 'attention', got {self.classifier_pooling!r}."
+            )
 
     def predictor_config(self) -> "TJEPAConfig":
         """The configuration of the predictor's blocks: this one, with the predictor's sizes for the encoder's."""

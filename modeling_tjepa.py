@@ -1,8 +1,8 @@
 """T-JEPA: a text encoder pretrained by predicting its own representations.
 
 Top to bottom in the order data flows: rotary positions, attention, MLP, one block, the encoder (`TJEPAModel`), the
-predictor, and `TJEPAForPreTraining`, which holds the context encoder, its moving average (the target encoder), the
-predictor and the loss. Notable:
+predictor, `TJEPAForPreTraining`, which holds the context encoder, its moving average (the target encoder), the
+predictor and the loss, and the downstream heads on an encoder. Notable:
 
 - Everything runs on packed rows: sequences share a row with no padding between them, and one rule on integer ids
   (`packed_attention_mask`) says who attends to whom. No square mask is ever part of a batch.
@@ -13,6 +13,7 @@ predictor and the loss. Notable:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
@@ -22,11 +23,21 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import (
+    can_return_tuple,
+    is_flash_attention_requested,
+    merge_with_config_defaults,
+)
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tjepa import TJEPAConfig
@@ -118,8 +129,16 @@ def packed_attention_mask(
 
         query q may attend key k  <=>  view[q] = view[k]  and  (block[k] = 0  or  block[k] = block[q])
 
-    Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes.
+    Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes. Flash
+    attention has no mask: there the lengths of the views say it all, see `flash_attention_kwargs`.
     """
+    if is_flash_attention_requested(config):
+        if block_ids is None:
+            return None
+        raise ValueError(
+            f"{config._attn_implementation} can not keep target blocks apart, so the predictor needs another backend: "
+            "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
+        )
     if config._attn_implementation == "sdpa":
         return PackedViews.from_ids(view_ids, block_ids)
 
@@ -138,6 +157,14 @@ def packed_attention_mask(
         attention_mask=None,
         and_mask_function=same_view if block_ids is None else same_view_and_block,
     )
+
+
+def flash_attention_kwargs(view_ids: torch.Tensor) -> dict:
+    """Where each view starts in the flattened rows, as transformers hands it to flash attention's varlen kernels."""
+    view_lengths = torch.unique_consecutive(view_ids.flatten(), return_counts=True)[1]
+    starts = F.pad(view_lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = view_ids.shape[1]  # a bound is enough, and needs no value from the device
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def eager_attention_forward(
@@ -272,11 +299,14 @@ class TJEPALayer(GradientCheckpointingLayer):
 # --- The encoder -----------------------------------------------------------------------------------------------------
 
 
+# What a pretraining folder holds beside the encoder that was asked for, so that loading does not warn.
+OTHER_PRETRAINING_WEIGHTS = [r"^target_encoder\.", r"^context_encoder\.", r"^predictor\."]
+
+
 class TJEPAPreTrainedModel(PreTrainedModel):
     config: TJEPAConfig
     config_class = TJEPAConfig
-    # AutoModel on a pretraining folder finds the encoder under this prefix: the product is the target encoder.
-    base_model_prefix = "target_encoder"
+    base_model_prefix = "encoder"  # where the heads keep it; `TJEPAModel` drops and adds this prefix when it loads
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TJEPALayer"]
@@ -301,14 +331,51 @@ class TJEPAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TJEPATokenHead):
             init.zeros_(module.bias)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, encoder: Literal["target", "context"] = "target", **kwargs
+    ):
+        r"""
+        As in transformers, and for the encoder and the heads one argument more, which `AutoModel...from_pretrained`
+        passes on as well.
+
+        Args:
+            encoder (`str`, defaults to `"target"`):
+                Which encoder of a pretraining folder to take: `"target"`, the moving average, which is the product
+                of pretraining; or `"context"`, the one that was trained by gradient. Folders of an encoder or of a
+                head hold only one: for them leave it out.
+
+        Raises:
+            ValueError: for another `encoder`, or for `"context"` where the folder has no context encoder.
+        """
+        if encoder not in ("target", "context"):
+            raise ValueError(f"encoder must be 'target' (the moving average) or 'context', got {encoder!r}.")
+        if not hasattr(cls, "encoder_weights"):  # a class that has no encoder to choose
+            if encoder != "target":
+                raise ValueError(f"{cls.__name__} holds both encoders: leave out encoder={encoder!r}.")
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+        renaming = {rf"^{encoder}_encoder\.": cls.encoder_weights, **(kwargs.pop("key_mapping", None) or {})}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, key_mapping=renaming, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        # transformers would undo the renaming when it saves; what we save is an encoder or a head under its own names.
+        conversions = model.__dict__.pop("_weight_conversions", None) or []
+        if encoder == "context" and not any(conversion.was_used() for conversion in conversions):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no context encoder: only folders of TJEPAForPreTraining have "
+                "one. Leave out encoder='context' to load the encoder that is there."
+            )
+        return loaded
+
 
 class TJEPAModel(TJEPAPreTrainedModel):
     """
     The encoder: bidirectional pre-norm transformer with rotary positions. `AutoModel` on a pretraining folder gives
-    the target encoder.
+    the target encoder, with `encoder="context"` the context encoder; on the folder of a head, the head's encoder.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^context_encoder\.", r"^predictor\.", r"^token_head\."]
+    encoder_weights = "encoder."  # what the chosen encoder's weights are called before the prefix is dropped
+    _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
@@ -366,6 +433,8 @@ class TJEPAModel(TJEPAPreTrainedModel):
 
         if view_ids is not None:
             attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids)
+            if is_flash_attention_requested(self.config):
+                kwargs.update(flash_attention_kwargs(view_ids))
         else:
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
 
@@ -387,6 +456,8 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config.predictor_config())
+        if is_flash_attention_requested(self.config):  # it has no mask for target blocks
+            self.config._attn_implementation = "flex_attention"
         encoder_width, width = config.hidden_size, config.predictor_hidden_size
         self.encoder_width = encoder_width
         # The mask token lives in the encoder's width: it takes the place of a context representation.
@@ -534,6 +605,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
     `DataCollatorForTJEPA`; the target encoder moves only by [`~TJEPAForPreTraining.update_target_encoder`].
     """
 
+    base_model_prefix = "target_encoder"  # `base_model` is the product
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
     _keep_in_fp32_modules_strict = ["target_encoder"]  # at momentum 0.999 a bfloat16 average loses its updates
 
@@ -600,7 +672,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
     ) -> TJEPAForPreTrainingOutput:
         r"""
         Three streams of packed rows, made by `DataCollatorForTJEPA`; an index points into the flattened rows of
-        another stream, and a negative document or view id is padding.
+        another stream, and a negative document or view id is padding. Any integer type does; the collator makes int32.
 
         Args:
             input_ids, position_ids, document_ids (`torch.LongTensor` of shape `[rows, row_length]`):
@@ -652,14 +724,291 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.loss = output.loss + self.config.variance_covariance_weight * output.variance_covariance_loss
         if self.token_head is not None:
             logits = self.token_head(predictions, self.get_input_embeddings().weight)
-            token_losses = F.cross_entropy(logits.float(), flat_input_ids[label_indices], reduction="none")
+            token_losses = F.cross_entropy(logits.float(), flat_input_ids[label_indices].long(), reduction="none")
             output.token_prediction_loss, _ = mean_over_strategies(token_losses, slot_strategy_ids, slots_per_strategy)
             output.loss = output.loss + self.config.token_prediction_weight * output.token_prediction_loss
         return output
 
 
+# --- Downstream heads ------------------------------------------------------------------------------------------------
+
+
+class TJEPAPooling(nn.Module):
+    """
+    One vector per sequence, by `config.classifier_pooling`: the mean over the real tokens, the first real token, or a
+    mean whose weights are learned (one score per token, softmax over the real tokens).
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.pooling = config.classifier_pooling
+        if self.pooling == "attention":
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden_states [batch, length, hidden_size], attention_mask [batch, length] -> [batch, hidden_size]."""
+        if attention_mask is None:
+            is_token = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.bool)
+        elif attention_mask.dim() == 2:
+            is_token = attention_mask.to(hidden_states.device, torch.bool)
+        else:
+            raise ValueError(
+                f"Pooling needs an attention_mask of shape [batch, length], got {list(attention_mask.shape)}."
+            )
+        if self.pooling == "first":  # of the real tokens: not the first entry where padding is on the left
+            rows = torch.arange(len(hidden_states), device=hidden_states.device)
+            return hidden_states[rows, is_token.int().argmax(dim=1)]
+        if self.pooling == "attention":
+            scores = self.score(hidden_states).squeeze(-1).float()
+            weights = scores.masked_fill(~is_token, torch.finfo(torch.float32).min).softmax(dim=-1)
+        else:
+            weights = is_token / is_token.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.einsum("bl,bld->bd", weights.to(hidden_states.dtype), hidden_states)
+
+
+class TJEPAHeadModel(TJEPAPreTrainedModel):
+    """
+    What the heads share: an encoder. They load from a pretraining folder (the target encoder, or the context encoder
+    with `from_pretrained(..., encoder="context")`), from an encoder folder, and from their own.
+    """
+
+    encoder_weights = "encoder."
+    _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.encoder = TJEPAModel(config)
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.encoder.set_input_embeddings(value)
+
+
+class TJEPAForSequenceClassification(TJEPAHeadModel):
+    """Pooling, dropout and a linear layer: classes (one or several per text) or a regression."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.pooling = TJEPAPooling(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`]; one text per row.
+            labels (`torch.Tensor`, *optional*):
+                `torch.LongTensor` of shape `[batch]` with classes below `config.num_labels`; for several classes per
+                text (`config.problem_type="multi_label_classification"`) `torch.FloatTensor` of shape
+                `[batch, num_labels]` with 0 and 1; for regression (`num_labels=1` or `problem_type="regression"`)
+                `torch.FloatTensor` of shape `[batch]` or `[batch, num_labels]`. Without a `problem_type` integers
+                are classes and floats are several classes per text.
+
+        Returns:
+            `SequenceClassifierOutput` with `logits` [batch, num_labels] and, with labels, `loss`.
+        """
+        outputs: BaseModelOutput = self.encoder(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TJEPAForTokenClassification(TJEPAHeadModel):
+    """Dropout and a linear layer on every token: tagging."""
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`].
+            labels (`torch.LongTensor` of shape `[batch, length]`, *optional*): classes; -100 does not count.
+
+        Returns:
+            `TokenClassifierOutput` with `logits` [batch, length, num_labels] and, with labels, `loss`.
+        """
+        outputs: BaseModelOutput = self.encoder(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TJEPAForQuestionAnswering(TJEPAHeadModel):
+    """Dropout and a linear layer on every token that scores it as the first and as the last of the answer."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`]; question and text in a row.
+            start_positions, end_positions (`torch.LongTensor` of shape `[batch]`, *optional*):
+                First and last token of the answer; positions outside the row do not count.
+
+        Returns:
+            `QuestionAnsweringModelOutput` with `start_logits`, `end_logits` [batch, length] and, with both positions,
+            `loss`.
+        """
+        outputs: BaseModelOutput = self.encoder(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # [batch, length, 2]
+        start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TJEPAForMaskedLM(TJEPAHeadModel):
+    """
+    Token prediction on the encoder's own output, for fine-tuning on a domain and for comparing against pretraining as
+    a masked language model. The head is that of the token prediction in pretraining, and starts from its weights where
+    the folder has them.
+    """
+
+    _keys_to_ignore_on_load_unexpected = OTHER_PRETRAINING_WEIGHTS
+    _tied_weights_keys = {"decoder.weight": "encoder.token_embedding.weight"}
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.token_head = TJEPATokenHead(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # its bias is the token head's
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        """Also cuts the bias to the new vocabulary, or extends it by zeros."""
+        self.decoder = new_embeddings
+        bias = self.token_head.bias
+        num_new_tokens = len(new_embeddings.weight) - len(bias)
+        if num_new_tokens != 0:
+            resized = F.pad(bias.data, (0, num_new_tokens))  # a negative number cuts
+            self.token_head.bias = nn.Parameter(resized, requires_grad=bias.requires_grad)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`].
+            labels (`torch.LongTensor` of shape `[batch, length]`, *optional*): token ids; -100 does not count.
+
+        Returns:
+            `MaskedLMOutput` with `logits` [batch, length, vocab_size] and, with labels, `loss`.
+        """
+        outputs: BaseModelOutput = self.encoder(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.token_head(outputs.last_hidden_state, self.decoder.weight)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 TJEPAConfig.register_for_auto_class()
 TJEPAModel.register_for_auto_class("AutoModel")
 TJEPAForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+TJEPAForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+TJEPAForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+TJEPAForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+TJEPAForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
 
-__all__ = ["TJEPAForPreTraining", "TJEPAForPreTrainingOutput", "TJEPAModel", "TJEPAPreTrainedModel"]
+__all__ = [
+    "TJEPAForMaskedLM",
+    "TJEPAForPreTraining",
+    "TJEPAForPreTrainingOutput",
+    "TJEPAForQuestionAnswering",
+    "TJEPAForSequenceClassification",
+    "TJEPAForTokenClassification",
+    "TJEPAModel",
+    "TJEPAPreTrainedModel",
+]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAModel
 from tjepa.data_collator_tjepa import (
@@ -16,7 +17,7 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     pack_batch,
 )
-from tjepa.modeling_tjepa import variance_covariance_loss
+from tjepa.modeling_tjepa import packed_attention_mask, variance_covariance_loss
 
 from .conftest import make_examples, make_tiny_config
 
@@ -122,9 +123,34 @@ def test_attention_backends_agree(make_model, attn_implementation, row_length):
             close(actual, expected)
 
 
+def test_flash_attention_gets_the_views_lengths(monkeypatch):
+    """The kernel needs a GPU; a stand-in for its varlen form shows that it is handed the right views."""
+
+    def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, scaling, **kwargs):
+        assert attention_mask is None and cu_seq_lens_q.diff().max() <= max_length_q
+        flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [rows * length, heads, dim]
+        outputs = []
+        for start, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
+            q, k, v = (states[start:end].transpose(0, 1) for states in flat)
+            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1))
+        return torch.cat(outputs).view(query.shape[0], -1, *flat[0].shape[1:]), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", varlen_attention)
+    batch = DataCollatorForTJEPA(row_length=70)(make_examples([40, 23, 7, 64, 2]))
+    torch.manual_seed(0)
+    model = TJEPAModel(make_tiny_config()).eval()
+    inputs = {"position_ids": batch["position_ids"], "view_ids": batch["document_ids"]}
+    expected = model(batch["input_ids"], **inputs)[0]
+    model.config._attn_implementation_internal = "flash_attention_2"
+    is_token = batch["document_ids"] >= 0
+    close(model(batch["input_ids"], **inputs)[0][is_token], expected[is_token])
+    with pytest.raises(ValueError, match="target blocks"):
+        packed_attention_mask(model.config, expected, batch["document_ids"], batch["document_ids"])
+
+
 def test_gradient_checkpointing_changes_nothing(make_model, batch):
     model, checkpointed = make_model(), make_model()
-    checkpointed.gradient_checkpointing_enable()
+    checkpointed.activation_checkpointing_enable()
     expected = gradients(model.train(), batch)
     for name, gradient in gradients(checkpointed.train(), batch).items():
         close(gradient, expected[name], 0)

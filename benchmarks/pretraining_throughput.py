@@ -1,0 +1,248 @@
+"""One pretraining step, ours against the reference's algorithm written plainly (plain_reference.py).
+
+    python benchmarks/pretraining_throughput.py --max_length 1024 --output result.json --plot result.png
+
+Both take the same documents, views and weights, in turn, and must agree on the loss. A step is collator, forward,
+backward, AdamW and moving average. Peak memory is that of a process of its own for each side: what it grows by from
+before the first step. Ratios are ours / plain.
+
+Useful FLOPs are what real tokens need: per token and layer 8 d^2 (projections) + 4 d i (MLP), 4 d for every pair of
+query and key that the attention rule allows, the first encoder once, the trained parts three times. Utilisation is
+these over the step's time and over the rate of a large float32 matmul, measured in the same run.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from plain_reference import batch_bytes, plain_batch, plain_forward_backward
+from transformers import AutoTokenizer
+
+from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.data_collator_tjepa import MASKING_PRESETS, Views, draw_views, hash_keys, pack_batch
+from tjepa.prepare_dataset import DataArguments, load_documents, tokenize_documents
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODELS = {
+    "reference": {},
+    "quickstart": {
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "predictor_num_hidden_layers": 2,
+    },
+}
+
+
+def read_documents(args) -> list[np.ndarray]:
+    for path in (args.train_file, args.tokenizer):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path} is not there: pass --train_file and --tokenizer of your own.")
+    data_args = DataArguments(train_file=str(args.train_file), max_length=args.max_length, max_train_samples=2000)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    dataset, _ = tokenize_documents(load_documents(data_args)["train"], tokenizer, data_args, "train")
+    vocab_size = TJEPAConfig(**MODELS[args.model]).vocab_size
+    documents = [np.asarray(ids) % vocab_size for ids in dataset["input_ids"][:]]
+    order = np.random.default_rng(0).permutation(len(documents))
+    return [documents[index] for index in order[: args.num_documents]]
+
+
+def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views) -> float:
+    """Of one training step (module docstring)."""
+
+    def stack_flops(tokens: int, pairs: int, width: int, mlp_width: int, layers: int) -> float:
+        return layers * (tokens * (8 * width**2 + 4 * width * mlp_width) + 4 * width * pairs)
+
+    lengths = np.array([len(document) for document in documents])
+    contexts = np.bincount(views.context_view, minlength=len(views.document))
+    slots = np.bincount(views.slot_view, minlength=len(views.document))
+    block_starts = np.flatnonzero(np.diff(views.slot_block, prepend=-1) != 0)
+    block_lengths = np.diff(np.append(block_starts, len(views.slot_block)))
+    prediction_pairs = (contexts**2 + contexts * slots).sum() + (block_lengths**2).sum()
+    encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    predictor = (
+        config.predictor_hidden_size,
+        config.predictor_intermediate_size,
+        config.predictor_num_hidden_layers,
+    )
+    return (
+        stack_flops(lengths.sum(), (lengths**2).sum(), *encoder)
+        + 3 * stack_flops(contexts.sum(), (contexts**2).sum(), *encoder)
+        + 3 * stack_flops((contexts + slots).sum(), prediction_pairs, *predictor)
+    )
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a float32 matmul of 2048 x 2048, the best of five."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times[1:])
+
+
+class Step:
+    """One side's training step on fixed documents."""
+
+    def __init__(self, args, side: str):
+        torch.manual_seed(0)
+        self.side, self.documents = side, read_documents(args)
+        self.strategies = MASKING_PRESETS["ul2"]
+        self.model = TJEPAForPreTraining(TJEPAConfig(**MODELS[args.model])).train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)  # weights stay the same
+        self.views = self.draw()
+
+    def draw(self) -> Views:
+        return draw_views(self.documents, hash_keys(0, np.arange(len(self.documents))), self.strategies)
+
+    def batch(self) -> dict:
+        make = pack_batch if self.side == "ours" else plain_batch
+        return make(self.documents, self.draw(), len(self.strategies))
+
+    def __call__(self) -> float:
+        batch = self.batch()
+        if self.side == "ours":
+            loss = self.model(**batch).loss
+            loss.backward()
+            loss = loss.item()
+        else:
+            loss = plain_forward_backward(self.model, batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.update_target_encoder(0.999)
+        return loss
+
+
+def peak_memory_growth(argv: list[str], side: str) -> float:
+    """Bytes that one step adds to the largest resident size of a fresh process."""
+    command = [sys.executable, __file__, *argv, "--memory_of", side]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def padding_share(batch: dict) -> float:
+    """The worst of the three streams."""
+    return max(
+        (batch[name] < 0).float().mean().item() for name in ("document_ids", "context_view_ids", "prediction_view_ids")
+    )
+
+
+def measure(args, argv: list[str]) -> dict:
+    peak = matmul_peak()
+    steps = {side: Step(args, side) for side in ("ours", "plain")}
+    losses = {side: step() for side, step in steps.items()}  # also the warm-up
+    if abs(losses["ours"] - losses["plain"]) > 1e-5:
+        raise RuntimeError(f"The two sides disagree on the loss, so nothing can be compared: {losses}")
+    seconds = {side: [] for side in steps}
+    for _ in range(args.repeats):
+        for side, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[side].append(time.perf_counter() - start)
+    ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+    batches = {side: step.batch() for side, step in steps.items()}
+    memory = {side: peak_memory_growth(argv, side) for side in steps}
+    ours = steps["ours"]
+    tokens = sum(len(document) for document in ours.documents)
+    median = {side: statistics.median(times) for side, times in seconds.items()}
+    flops = useful_flops(ours.model.config, ours.documents, ours.views)
+    return {
+        "tokens_per_second_ratio": statistics.median(ratios),
+        "tokens_per_second_ratio_spread": [min(ratios), max(ratios)],
+        "peak_memory_ratio": memory["ours"] / memory["plain"],
+        "batch_bytes_ratio": batch_bytes(batches["ours"]) / batch_bytes(batches["plain"]),
+        "padding_share": padding_share(batches["ours"]),
+        "useful_flop_utilisation": flops / median["ours"] / peak,
+        "max_length": args.max_length,
+        "model": args.model,
+        "num_documents": len(ours.documents),
+        "loss": losses,
+        "matmul_flops_per_second": peak,
+        **{
+            side: {
+                "documents_per_second": len(ours.documents) / median[side],
+                "tokens_per_second": tokens / median[side],
+                "seconds_per_step": seconds[side],
+                "peak_memory_bytes": memory[side],
+                "batch_bytes": batch_bytes(batches[side]),
+            }
+            for side in steps
+        },
+        "plain_padding_share": 1 - batches["plain"]["attention_mask"].float().mean().item(),
+    }
+
+
+def report(result: dict) -> None:
+    print(f"{'':24}{'ours':>14}{'plain':>14}")
+    for name, scale in (
+        ("documents_per_second", 1),
+        ("tokens_per_second", 1),
+        ("peak_memory_bytes", 1e9),
+        ("batch_bytes", 1e6),
+    ):
+        unit = {1: name.replace("_", " "), 1e9: "peak memory (GB)", 1e6: "batch (MB)"}[scale]
+        print(f"{unit:24}{result['ours'][name] / scale:>14,.2f}{result['plain'][name] / scale:>14,.2f}")
+    print(f"{'padding share':24}{result['padding_share']:>14.1%}{result['plain_padding_share']:>14.1%}")
+    low, high = result["tokens_per_second_ratio_spread"]
+    print(f"\ntokens/s ratio {result['tokens_per_second_ratio']:.2f} ({low:.2f} to {high:.2f})")
+    peak = result["matmul_flops_per_second"] / 1e9
+    print(f"useful-FLOP utilisation {result['useful_flop_utilisation']:.1%} of {peak:.0f} GFLOP/s")
+
+
+def plot(result: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["tokens_per_second", "peak_memory_bytes", "batch_bytes"]
+    figure, axes = plt.subplots(1, len(names), figsize=(9, 2.8))
+    for axis, name in zip(axes, names, strict=True):
+        axis.bar(["ours", "plain"], [result["ours"][name], result["plain"][name]], color=["#2a6f97", "#bbbbbb"])
+        axis.set_title(name.replace("_", " "), fontsize=9)
+    figure.suptitle(f"one training step, maximum length {result['max_length']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens")
+    parser.add_argument("--num_documents", type=int, default=8, help="documents per step")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", choices=MODELS, default="reference")
+    parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
+    parser.add_argument("--num_threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--plot", help="PNG file")
+    parser.add_argument("--memory_of", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.num_threads)
+    if args.memory_of:
+        step = Step(args, args.memory_of)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        return
+    result = measure(args, sys.argv[1:])
+    report(result)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

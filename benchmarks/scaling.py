@@ -1,0 +1,130 @@
+"""How a step's cost and memory grow with the length of documents (at equal tokens) and the number of strategies.
+
+python benchmarks/scaling.py --output result.json --plot result.png
+
+Cost and peak memory per predictor token should be flat with length but for attention's own share, which is printed
+beside them: the part of the useful FLOPs that pairs of query and key need.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pretraining_throughput import useful_flops
+
+from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys, pack_batch
+
+
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+NUM_STRATEGIES = range(1, 8)
+
+
+def measure_one(length: int, num_strategies: int, args) -> dict:
+    """In a process of its own, for its peak memory."""
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 1000, size=length) for _ in range(max(1, args.num_tokens // length))]
+    strategies = MASKING_PRESETS["ul2"][:num_strategies]
+    views = draw_views(documents, hash_keys(0, np.arange(len(documents))), strategies)
+    batch = pack_batch(documents, views, num_strategies)
+    config = TJEPAConfig(vocab_size=1000, hidden_size=args.hidden_size, num_hidden_layers=args.num_layers)
+    model = TJEPAForPreTraining(config).train()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(args.repeats + 1):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        seconds.append(time.perf_counter() - start)
+    tokens = batch["prediction_indices"].numel()
+    flops = useful_flops(config, documents, views)
+    linear_flops = tokens_flops_without_attention(config, documents, views)
+    return {
+        "length": length,
+        "num_strategies": num_strategies,
+        "predictor_tokens": tokens,
+        "microseconds_per_token": statistics.median(seconds[1:]) / tokens * 1e6,
+        "peak_kilobytes_per_token": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / tokens,
+        "attention_share": 1 - linear_flops / flops,
+    }
+
+
+def tokens_flops_without_attention(config: TJEPAConfig, documents: list[np.ndarray], views) -> float:
+    tokens = sum(len(document) for document in documents)
+    per_token_and_layer = 8 * config.hidden_size**2 + 4 * config.hidden_size * config.intermediate_size
+    predictor_tokens = len(views.context_token) + len(views.slot_token)
+    trained = (
+        config.num_hidden_layers * len(views.context_token) + config.predictor_num_hidden_layers * predictor_tokens
+    )
+    return per_token_and_layer * (config.num_hidden_layers * tokens + 3 * trained)
+
+
+def in_own_process(length: int, num_strategies: int, argv: list[str]) -> dict:
+    command = [sys.executable, __file__, *argv, "--one", str(length), str(num_strategies)]
+    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    print(
+        f"{row['length']:>7}{row['num_strategies']:>12}{row['microseconds_per_token']:>16.1f}"
+        f"{row['peak_kilobytes_per_token']:>14.1f}{row['attention_share']:>16.1%}"
+    )
+    return row
+
+
+def plot(result: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for axis, rows, x in zip(axes, result.values(), ("length", "num_strategies"), strict=True):
+        axis.plot([row[x] for row in rows], [row["microseconds_per_token"] for row in rows], "o-", color="#2a6f97")
+        axis.set_ylabel("microseconds per predictor token")
+        axis.set_ylim(bottom=0)
+        twin = axis.twinx()
+        twin.plot([row[x] for row in rows], [row["peak_kilobytes_per_token"] for row in rows], "s--", color="#bb7733")
+        twin.set_ylabel("peak kB per predictor token")
+        twin.set_ylim(bottom=0)
+        axis.set_xlabel(x.replace("_", " "))
+    axes[0].set_xscale("log", base=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--num_tokens", type=int, default=4096, help="document tokens per step")
+    parser.add_argument("--max_length", type=int, default=4096, help="longest documents, in tokens")
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--num_layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num_threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--plot", help="PNG file")
+    parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure_one(*args.one, args)))
+        return
+    print(f"{'length':>7}{'strategies':>12}{'us per token':>16}{'kB per token':>14}{'attention FLOPs':>16}")
+    argv = sys.argv[1:]
+    lengths = [length for length in LENGTHS if length <= args.max_length]
+    result = {
+        "by_length": [in_own_process(length, 7, argv) for length in lengths],
+        "by_strategies": [in_own_process(min(512, args.max_length), count, argv) for count in NUM_STRATEGIES],
+    }
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

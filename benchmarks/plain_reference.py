@@ -60,8 +60,11 @@ def batch_bytes(batch: dict | torch.Tensor | list) -> int:
     return sum(batch_bytes(value) for value in (batch.values() if isinstance(batch, dict) else batch))
 
 
-def plain_forward_backward(model: TJEPAForPreTraining, batch: dict) -> float:
-    """Strategy after strategy, each with its own backward, so that only one strategy's activations are held."""
+def plain_forward_backward(model: TJEPAForPreTraining, batch: dict, one_backward: bool = False) -> float:
+    """
+    Strategy after strategy, each with its own backward, so that only one strategy's activations are held; or with
+    `one_backward` of the mean loss, as the reference does, which holds them all.
+    """
     with torch.no_grad():
         labels = model.target_encoder(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         labels = F.layer_norm(labels, labels.shape[-1:], eps=model.config.layer_norm_eps)
@@ -84,6 +87,11 @@ def plain_forward_backward(model: TJEPAForPreTraining, batch: dict) -> float:
         predictions = predictor.out_proj(predictor.final_norm(slot_states))
         slot_labels = labels.gather(1, slot_positions[..., None].expand(-1, -1, labels.shape[-1]))
         loss = F.smooth_l1_loss(predictions, slot_labels[strategy["slot_mask"]]) / len(batch["strategies"])
-        loss.backward()
-        total += loss.item()
-    return total
+        if one_backward:
+            total = total + loss
+        else:
+            loss.backward()
+            total += loss.item()
+    if one_backward:
+        total.backward()
+    return float(total)

@@ -4,7 +4,10 @@
 
 Both take the same documents, views and weights, in turn, and must agree on the loss. A step is collator, forward,
 backward, AdamW and moving average. Peak memory is that of a process of its own for each side: what it grows by from
-before the first step. Ratios are ours / plain.
+before the first step. Ratios are ours / plain. The plain side runs backward strategy after strategy, so that it holds
+the activations of one strategy only; `peak_memory_ratio_one_backward` compares with the reference's own order, one
+backward of the mean loss, where it holds those of all (as ours does). `--gradient_checkpointing` makes ours compute a
+layer's activations again in backward instead of keeping them: less memory, a third more arithmetic.
 
 Useful FLOPs are what real tokens need: per token and layer 8 d^2 (projections) + 4 d i (MLP), 4 d for every pair of
 query and key that the attention rule allows, the first encoder once, the trained parts three times. Utilisation is
@@ -13,10 +16,9 @@ these over the step's time and over the rate of a large float32 matmul, measured
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -44,9 +46,13 @@ MODELS = {
 
 
 def read_documents(args) -> list[np.ndarray]:
-    for path in (args.train_file, args.tokenizer):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path} is not there: pass --train_file and --tokenizer of your own.")
+    for option in ("train_file", "tokenizer"):
+        path = getattr(args, option)
+        if not path.exists():
+            raise SystemExit(
+                f"{path} is not there: pass --{option} of your own (--train_file: a .parquet, .jsonl or .txt file "
+                "with one document per row; --tokenizer: a folder with a tokenizer)."
+            )
     data_args = DataArguments(train_file=str(args.train_file), max_length=args.max_length, max_train_samples=2000)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     dataset, _ = tokenize_documents(load_documents(data_args)["train"], tokenizer, data_args, "train")
@@ -65,7 +71,8 @@ def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views)
     lengths = np.array([len(document) for document in documents])
     contexts = np.bincount(views.context_view, minlength=len(views.document))
     slots = np.bincount(views.slot_view, minlength=len(views.document))
-    block_starts = np.flatnonzero(np.diff(views.slot_block, prepend=-1) != 0)
+    new_block, new_view = np.diff(views.slot_block, prepend=-1) != 0, np.diff(views.slot_view, prepend=-1) != 0
+    block_starts = np.flatnonzero(new_block | new_view)
     block_lengths = np.diff(np.append(block_starts, len(views.slot_block)))
     prediction_pairs = (contexts**2 + contexts * slots).sum() + (block_lengths**2).sum()
     encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
@@ -95,11 +102,13 @@ def matmul_peak() -> float:
 class Step:
     """One side's training step on fixed documents."""
 
-    def __init__(self, args, side: str):
+    def __init__(self, args, documents: list[np.ndarray], side: str):
         torch.manual_seed(0)
-        self.side, self.documents = side, read_documents(args)
+        self.side, self.documents = side, documents
         self.strategies = MASKING_PRESETS["ul2"]
         self.model = TJEPAForPreTraining(TJEPAConfig(**MODELS[args.model])).train()
+        if side == "ours" and args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)  # weights stay the same
         self.views = self.draw()
@@ -118,17 +127,36 @@ class Step:
             loss.backward()
             loss = loss.item()
         else:
-            loss = plain_forward_backward(self.model, batch)
+            loss = plain_forward_backward(self.model, batch, one_backward=self.side == "plain_one_backward")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.update_target_encoder(0.999)
         return loss
 
 
-def peak_memory_growth(argv: list[str], side: str) -> float:
-    """Bytes that one step adds to the largest resident size of a fresh process."""
-    command = [sys.executable, __file__, *argv, "--memory_of", side]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def peak_memory_growth(args, documents: list[np.ndarray], side: str) -> float:
+    """Bytes that one step adds to the largest resident size of a process of its own."""
+
+    def run(connection):
+        torch.set_num_threads(args.num_threads)
+        step = Step(args, documents, side)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+    context = multiprocessing.get_context("fork")  # the documents and imports are there already
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        return float(receiver.recv())
+    except EOFError as error:
+        process.join()
+        raise RuntimeError(
+            f"The process that measures the memory of {side!r} ended with code {process.exitcode}: if it ran out of "
+            "memory, pass a smaller --num_documents."
+        ) from error
 
 
 def padding_share(batch: dict) -> float:
@@ -138,9 +166,13 @@ def padding_share(batch: dict) -> float:
     )
 
 
-def measure(args, argv: list[str]) -> dict:
+def measure(args) -> dict:
+    documents = read_documents(args)
+    # first, while this process is small and before it starts threads, which would not survive the fork
+    memory = {side: peak_memory_growth(args, documents, side) for side in ("ours", "plain", "plain_one_backward")}
+    torch.set_num_threads(args.num_threads)
     peak = matmul_peak()
-    steps = {side: Step(args, side) for side in ("ours", "plain")}
+    steps = {side: Step(args, documents, side) for side in ("ours", "plain")}
     losses = {side: step() for side, step in steps.items()}  # also the warm-up
     if abs(losses["ours"] - losses["plain"]) > 1e-5:
         raise RuntimeError(f"The two sides disagree on the loss, so nothing can be compared: {losses}")
@@ -152,7 +184,6 @@ def measure(args, argv: list[str]) -> dict:
             seconds[side].append(time.perf_counter() - start)
     ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
     batches = {side: step.batch() for side, step in steps.items()}
-    memory = {side: peak_memory_growth(argv, side) for side in steps}
     ours = steps["ours"]
     tokens = sum(len(document) for document in ours.documents)
     median = {side: statistics.median(times) for side, times in seconds.items()}
@@ -161,11 +192,13 @@ def measure(args, argv: list[str]) -> dict:
         "tokens_per_second_ratio": statistics.median(ratios),
         "tokens_per_second_ratio_spread": [min(ratios), max(ratios)],
         "peak_memory_ratio": memory["ours"] / memory["plain"],
+        "peak_memory_ratio_one_backward": memory["ours"] / memory["plain_one_backward"],
         "batch_bytes_ratio": batch_bytes(batches["ours"]) / batch_bytes(batches["plain"]),
         "padding_share": padding_share(batches["ours"]),
         "useful_flop_utilisation": flops / median["ours"] / peak,
         "max_length": args.max_length,
         "model": args.model,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "num_documents": len(ours.documents),
         "loss": losses,
         "matmul_flops_per_second": peak,
@@ -194,6 +227,7 @@ def report(result: dict) -> None:
         unit = {1: name.replace("_", " "), 1e9: "peak memory (GB)", 1e6: "batch (MB)"}[scale]
         print(f"{unit:24}{result['ours'][name] / scale:>14,.2f}{result['plain'][name] / scale:>14,.2f}")
     print(f"{'padding share':24}{result['padding_share']:>14.1%}{result['plain_padding_share']:>14.1%}")
+    print(f"peak memory / plain with one backward of the mean loss: {result['peak_memory_ratio_one_backward']:.2f}")
     low, high = result["tokens_per_second_ratio_spread"]
     print(f"\ntokens/s ratio {result['tokens_per_second_ratio']:.2f} ({low:.2f} to {high:.2f})")
     peak = result["matmul_flops_per_second"] / 1e9
@@ -219,7 +253,7 @@ def plot(result: dict, path: str) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--max_length", type=int, default=1024, help="tokens")
-    parser.add_argument("--num_documents", type=int, default=8, help="documents per step")
+    parser.add_argument("--num_documents", type=int, default=4, help="documents per step")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", choices=MODELS, default="reference")
     parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
@@ -227,16 +261,9 @@ def main():
     parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plot", help="PNG file")
-    parser.add_argument("--memory_of", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="of ours: less memory, more arithmetic")
     args = parser.parse_args()
-    torch.set_num_threads(args.num_threads)
-    if args.memory_of:
-        step = Step(args, args.memory_of)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-        return
-    result = measure(args, sys.argv[1:])
+    result = measure(args)
     report(result)
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")

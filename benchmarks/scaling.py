@@ -24,7 +24,6 @@ from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys, pa
 
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-NUM_STRATEGIES = range(1, 8)
 
 
 def measure_one(length: int, num_strategies: int, args) -> dict:
@@ -102,6 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_tokens", type=int, default=4096, help="document tokens per step")
     parser.add_argument("--max_length", type=int, default=4096, help="longest documents, in tokens")
+    parser.add_argument("--max_strategies", type=int, choices=range(1, 8), default=7, help="measured from 1 to this")
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
@@ -118,7 +118,9 @@ def main():
     lengths = [length for length in LENGTHS if length <= args.max_length]
     result = {
         "by_length": [in_own_process(length, 7, argv) for length in lengths],
-        "by_strategies": [in_own_process(min(512, args.max_length), count, argv) for count in NUM_STRATEGIES],
+        "by_strategies": [
+            in_own_process(min(512, args.max_length), count, argv) for count in range(1, args.max_strategies + 1)
+        ],
     }
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -60,10 +60,10 @@ def batch_bytes(batch: dict | torch.Tensor | list) -> int:
     return sum(batch_bytes(value) for value in (batch.values() if isinstance(batch, dict) else batch))
 
 
-def plain_forward_backward(model: TJEPAForPreTraining, batch: dict, one_backward: bool = False) -> float:
+def plain_forward_backward(model: TJEPAForPreTraining, batch: dict) -> float:
     """
-    Strategy after strategy, each with its own backward, so that only one strategy's activations are held; or with
-    `one_backward` of the mean loss, as the reference does, which holds them all.
+    Strategy after strategy, each with its own backward, so that only one strategy's activations are held. (The
+    reference takes one backward of the mean loss, which holds them all.)
     """
     with torch.no_grad():
         labels = model.target_encoder(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
@@ -87,11 +87,6 @@ def plain_forward_backward(model: TJEPAForPreTraining, batch: dict, one_backward
         predictions = predictor.out_proj(predictor.final_norm(slot_states))
         slot_labels = labels.gather(1, slot_positions[..., None].expand(-1, -1, labels.shape[-1]))
         loss = F.smooth_l1_loss(predictions, slot_labels[strategy["slot_mask"]]) / len(batch["strategies"])
-        if one_backward:
-            total = total + loss
-        else:
-            loss.backward()
-            total += loss.item()
-    if one_backward:
-        total.backward()
-    return float(total)
+        loss.backward()
+        total += loss.item()
+    return total

@@ -32,6 +32,7 @@ def generated_text(shared_folder, tmp_path) -> list[str]:
 
 def test_pretraining_throughput(generated_text, tmp_path):
     options = ["--model", "quickstart", "--max_length", "32", "--num_documents", "4", "--repeats", "1"]
+    options += ["--num_threads", "1"]
     result = run_benchmark("pretraining_throughput", tmp_path / "result.json", *generated_text, *options)
     for key in (
         "tokens_per_second_ratio",
@@ -62,6 +63,7 @@ def test_collator_throughput(generated_text, tmp_path):
 
 def test_scaling(tmp_path):
     sizes = ["--num_tokens", "128", "--max_length", "128", "--hidden_size", "96", "--num_layers", "1"]
-    result = run_benchmark("scaling", tmp_path / "result.json", *sizes, "--repeats", "1", "--max_strategies", "1")
+    sizes += ["--max_strategies", "1"]
+    result = run_benchmark("scaling", tmp_path / "result.json", *sizes, "--repeats", "1", "--num_threads", "1")
     assert [row["length"] for row in result["by_length"]] == [128]
     assert [row["num_strategies"] for row in result["by_strategies"]] == [1]

@@ -67,6 +67,10 @@ class TJEPAConfig(PreTrainedConfig):
             Width of the MLP inside a predictor block.
         predictor_rotary_dim (`int`, *optional*, defaults to `min(rotary_dim, predictor head width)`):
             `rotary_dim` of the predictor.
+        predictor_cross_attention (`bool`, defaults to `False`):
+            Whether the predictor carries only the target slots through its layers, where they attend to each other and
+            to the context encoder's output as it is. Less than half the arithmetic; the reference's predictor encodes
+            the context again.
         learned_mask_token (`bool`, defaults to `True`):
             Whether the mask token is learned (initialised to ones) or fixed (ones scaled to unit norm).
         variance_covariance_weight (`float`, defaults to 0.0):
@@ -109,6 +113,7 @@ class TJEPAConfig(PreTrainedConfig):
     predictor_num_attention_heads: int | None = None
     predictor_intermediate_size: int | None = None
     predictor_rotary_dim: int | None = None
+    predictor_cross_attention: bool = False
     learned_mask_token: bool = True
     variance_covariance_weight: float | int = 0.0
     token_prediction_weight: float | int = 0.0

@@ -58,13 +58,17 @@ class PackedViews:
     Args:
         groups: for each group the number of views, of context tokens per view and of target slots per view.
         slot_masks: for each group a bool tensor [views, 1, slots, context + slots], or `None` where it has no slots.
+        slots_only: the queries are those of the target slots alone, in the order of the stream.
     """
 
     groups: list[tuple[int, int, int]]
     slot_masks: list[torch.Tensor | None]
+    slots_only: bool = False
 
     @classmethod
-    def from_ids(cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None) -> "PackedViews":
+    def from_ids(
+        cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None, slots_only: bool = False
+    ) -> "PackedViews":
         """
         Args:
             view_ids (`torch.LongTensor` of shape [rows, row_length]): the view of each entry; negative is padding.
@@ -90,39 +94,61 @@ class PackedViews:
                 blocks = block_ids[start:stop].view(num_views, 1, 1, -1)
                 slot_masks.append((blocks == 0) | (blocks == blocks[..., num_context:].transpose(2, 3)))
             start = stop
-        return cls(groups, slot_masks)
+        return cls(groups, slot_masks, slots_only)
 
 
 def packed_sdpa_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed_views: PackedViews, dropout: float
 ) -> torch.Tensor:
-    """Attention within each view of `packed_views`; tensors are [rows, heads, row_length, head_dim]."""
-    num_rows, num_heads, row_length, head_dim = query.shape
-    group_lengths = [views * (context + slots) for views, context, slots in packed_views.groups]
-    # split, not slices: its backward is one concatenation, where each slice would fill a gradient of the full size
-    query, key, value = (
-        states.transpose(1, 2).reshape(num_rows * row_length, num_heads, head_dim).split(group_lengths)
-        for states in (query, key, value)
-    )
+    """
+    Attention within each view of `packed_views`.
+
+    Args:
+        query (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`):
+            One for every entry; with `packed_views.slots_only` `[1, heads, num_slots, head_dim]`.
+        key, value (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`): one for every entry.
+
+    Returns:
+        `torch.FloatTensor` of shape `[rows, row_length, heads, head_dim]`, or `[1, num_slots, heads, head_dim]`.
+    """
+
+    def split_into_groups(states: torch.Tensor, num_entries: list[int]) -> tuple[torch.Tensor, ...]:
+        # split, not slices: its backward is one concatenation, where each slice would fill a gradient of full size
+        return states.transpose(1, 2).flatten(0, 1).split(num_entries)  # each [entries, heads, head_dim]
+
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    num_keys = [views * (context + slots) for views, context, slots in packed_views.groups]
+    num_slots = [views * slots for views, _, slots in packed_views.groups]
     outputs = []
-    for (num_views, num_context, num_slots), slot_mask, q, k, v in zip(
-        packed_views.groups, packed_views.slot_masks, query, key, value, strict=True
+    for (num_views, num_context, _), slot_mask, q, k, v in zip(
+        packed_views.groups,
+        packed_views.slot_masks,
+        split_into_groups(query, num_slots if packed_views.slots_only else num_keys),
+        split_into_groups(key, num_keys),
+        split_into_groups(value, num_keys),
+        strict=True,
     ):
+        if len(q) == 0:
+            continue
         q, k, v = (states.unflatten(0, (num_views, -1)).transpose(1, 2) for states in (q, k, v))
-        if num_slots == 0:
-            output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        if slot_mask is None or packed_views.slots_only:
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=slot_mask, dropout_p=dropout)
         else:
-            q_context, q_slots = q.split([num_context, num_slots], dim=2)
+            q_context, q_slots = q.tensor_split([num_context], dim=2)
             k_context, v_context = k[:, :, :num_context], v[:, :, :num_context]
             context = F.scaled_dot_product_attention(q_context, k_context, v_context, dropout_p=dropout)
             slots = F.scaled_dot_product_attention(q_slots, k, v, attn_mask=slot_mask, dropout_p=dropout)
             output = torch.cat([context, slots], dim=2)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).view(num_rows, row_length, num_heads, head_dim)
+    return torch.cat(outputs).view(num_rows, num_queries, num_heads, head_dim)
 
 
 def packed_attention_mask(
-    config: TJEPAConfig, hidden_states: torch.Tensor, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None
+    config: TJEPAConfig,
+    hidden_states: torch.Tensor,
+    view_ids: torch.Tensor,
+    block_ids: torch.Tensor | None = None,
+    query_indices: torch.Tensor | None = None,
 ):
     """
     The one attention rule of the model, in the form that `config._attn_implementation` takes:
@@ -130,7 +156,8 @@ def packed_attention_mask(
         query q may attend key k  <=>  view[q] = view[k]  and  (block[k] = 0  or  block[k] = block[q])
 
     Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes. Flash
-    attention has no mask: there the lengths of the views say it all, see `flash_attention_kwargs`.
+    attention has no mask: there the lengths of the views say it all, see `flash_attention_kwargs`. With
+    `query_indices` only these entries of the (only) row have a query: all target slots, ascending.
     """
     if is_flash_attention_requested(config):
         if block_ids is None:
@@ -140,20 +167,26 @@ def packed_attention_mask(
             "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
         )
     if config._attn_implementation == "sdpa":
-        return PackedViews.from_ids(view_ids, block_ids)
+        return PackedViews.from_ids(view_ids, block_ids, slots_only=query_indices is not None)
+
+    query_states, query_view_ids, query_block_ids = hidden_states, view_ids, block_ids
+    if query_indices is not None:
+        query_states, query_view_ids = hidden_states[:, query_indices], view_ids[:, query_indices]
+        query_block_ids = block_ids[:, query_indices]
 
     def same_view(batch_idx, head_idx, q_idx, kv_idx):
-        return view_ids[batch_idx, q_idx] == view_ids[batch_idx, kv_idx]
+        return query_view_ids[batch_idx, q_idx] == view_ids[batch_idx, kv_idx]
 
     def same_view_and_block(batch_idx, head_idx, q_idx, kv_idx):
         key_block = block_ids[batch_idx, kv_idx]
         return same_view(batch_idx, head_idx, q_idx, kv_idx) & (
-            (key_block == 0) | (key_block == block_ids[batch_idx, q_idx])
+            (key_block == 0) | (key_block == query_block_ids[batch_idx, q_idx])
         )
 
     return create_bidirectional_mask(
         config=config,
-        inputs_embeds=hidden_states,
+        inputs_embeds=query_states,
+        encoder_hidden_states=hidden_states,
         attention_mask=None,
         and_mask_function=same_view if block_ids is None else same_view_and_block,
     )
@@ -238,12 +271,25 @@ class TJEPAAttention(nn.Module):
         attention_mask: "torch.Tensor | PackedViews | None" = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
+        return self.attend(*self.project(hidden_states, rotary_angles), attention_mask, **kwargs)
+
+    def project(self, hidden_states: torch.Tensor, rotary_angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[batch, length, hidden_size] -> rotated query, rotated key, value, each [batch, length, heads, head_dim]."""
         qkv = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # [batch, length, 3 * heads, head_dim]
         query_key, value = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
         query_key = apply_rotary_emb(rotary_angles.unsqueeze(2), query_key)
-        query, key, value = (states.transpose(1, 2) for states in (*query_key.chunk(2, dim=2), value))
+        return (*query_key.chunk(2, dim=2), value)
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None",
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = query.shape[:-2]
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         if isinstance(attention_mask, PackedViews):
             attn_output, attn_weights = packed_sdpa_attention(query, key, value, attention_mask, dropout), None
@@ -276,10 +322,12 @@ def layer_norm(config: TJEPAConfig) -> nn.LayerNorm:
 class TJEPALayer(GradientCheckpointingLayer):
     """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
 
+    attention_class = TJEPAAttention
+
     def __init__(self, config: TJEPAConfig):
         super().__init__()
         self.attention_norm = layer_norm(config)
-        self.attention = TJEPAAttention(config)
+        self.attention = self.attention_class(config)
         self.mlp_norm = layer_norm(config)
         self.mlp = TJEPAMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -448,10 +496,52 @@ class TJEPAModel(TJEPAPreTrainedModel):
 # --- The predictor ---------------------------------------------------------------------------------------------------
 
 
+class TJEPASlotAttention(TJEPAAttention):
+    """Attention whose queries are the target slots alone; keys and values are all entries, as ever."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None",
+        slot_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        sizes = [hidden_states.shape[-1], 2 * hidden_states.shape[-1]]
+        q_weight, kv_weight = self.qkv_proj.weight.split(sizes)
+        q_bias, kv_bias = (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
+        query = F.linear(hidden_states[:, slot_indices], q_weight, q_bias).unflatten(-1, (-1, self.head_dim))
+        key, value = F.linear(hidden_states, kv_weight, kv_bias).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        rotary_angles = rotary_angles.unsqueeze(2)
+        query, key = apply_rotary_emb(rotary_angles[:, slot_indices], query), apply_rotary_emb(rotary_angles, key)
+        return self.attend(query, key, value, attention_mask)
+
+
+class TJEPASlotLayer(TJEPALayer):
+    """A layer that moves the target slots only: the context keeps its states, and costs keys and values."""
+
+    attention_class = TJEPASlotAttention
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None",
+        slot_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """hidden_states [1, num_entries, hidden_size], slot_indices int [num_slots], ascending."""
+        normed = self.attention_norm(hidden_states)
+        attn_output, _ = self.attention(normed, rotary_angles, attention_mask, slot_indices)
+        slots = hidden_states[:, slot_indices] + self.dropout(attn_output)
+        slots = slots + self.dropout(self.mlp(self.mlp_norm(slots)))
+        return hidden_states.index_copy(1, slot_indices, slots)
+
+
 class TJEPAPredictor(TJEPAPreTrainedModel):
     """
     Predicts the target encoder's output at the target slots from the context encoder's output. All target blocks of a
-    view share one sequence (target packing): blocks see the context and themselves, not each other.
+    view share one sequence (target packing): blocks see the context and themselves, not each other. With
+    `config.predictor_cross_attention` only the slots are carried through the layers, and attend to the context
+    encoder's output as it is.
     """
 
     def __init__(self, config: TJEPAConfig):
@@ -470,7 +560,8 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
             self.in_proj = nn.Linear(encoder_width, width, bias=config.use_bias)
             self.out_proj = nn.Linear(width, encoder_width, bias=config.use_bias)
         self.rotary_embedding = TJEPARotaryEmbedding(self.config)
-        self.layers = nn.ModuleList([TJEPALayer(self.config) for _ in range(self.config.num_hidden_layers)])
+        layer_class = TJEPASlotLayer if config.predictor_cross_attention else TJEPALayer
+        self.layers = nn.ModuleList([layer_class(self.config) for _ in range(self.config.num_hidden_layers)])
         self.final_norm = layer_norm(self.config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -508,12 +599,17 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
         entries = prediction_indices.masked_fill(prediction_block_ids > 0, len(context_states))
         hidden_states = F.embedding(entries, table)  # [rows, row_length, predictor_hidden_size]
 
-        attention_mask = packed_attention_mask(
-            self.config, hidden_states, prediction_view_ids, block_ids=prediction_block_ids
-        )
         rotary_angles = self.rotary_embedding(prediction_position_ids)
+        view_ids, block_ids, of_slots = prediction_view_ids, prediction_block_ids, {}
+        if self.config.predictor_cross_attention:  # the slots of all rows are one row of queries
+            hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
+            view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
+            of_slots = {"slot_indices": slot_indices.long().sort().values}
+        attention_mask = packed_attention_mask(
+            self.config, hidden_states, view_ids, block_ids, of_slots.get("slot_indices")
+        )
         for layer in self.layers:
-            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
+            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, **of_slots)
         slot_states = hidden_states.flatten(0, 1).index_select(0, slot_indices)
         return self.out_proj(self.final_norm(slot_states))
 

@@ -1,5 +1,5 @@
 """What T-JEPA adds to an unmodified `transformers.Trainer`: the target encoder's moving average, the schedules, the
-optimizer's parameter groups, and a monitor that makes a collapse visible.
+optimizer's parameter groups, and a monitor that makes a collapse visible; and a `TJEPATrainer` for many processes.
 
     trainer = Trainer(model, args, data_collator=DataCollatorForTJEPA(), train_dataset=DocumentDataset(dataset),
                       optimizers=create_optimizer_and_scheduler(model, args, num_training_steps=args.max_steps))
@@ -10,9 +10,14 @@ Nothing here reads or writes files.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain, islice, repeat
 
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedType, parse_flag_from_env, reduce
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -180,6 +185,99 @@ class EvaluationRandomStateCallback(TrainerCallback):
             self._fork = None
 
 
+# --- Many processes --------------------------------------------------------------------------------------------------
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """
+    A tensor's sum over all processes. A process's part enters the loss of every process, so its gradient is the sum
+    of theirs. (torch's own differentiable all-reduce is deprecated, and its successor has no gradient before 2.9.)
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return reduce(tensor, reduction="sum")
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return reduce(gradient, reduction="sum")
+
+
+class UnpaddedBatchSamplerShard(BatchSamplerShard):
+    """
+    A process's batches of an epoch, as many on every process: where the last round has too few, an empty batch fills
+    the place. (accelerate fills it with documents of the epoch's beginning, which then count twice.)
+    """
+
+    def __len__(self) -> int:
+        batches = len(self.batch_sampler)
+        return batches // self.num_processes if self.drop_last else math.ceil(batches / self.num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = islice(self.batch_sampler, self.process_index, None, self.num_processes)
+        return islice(chain(share, repeat([])), len(self))
+
+
+class TJEPATrainer(Trainer):
+    """
+    A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
+    DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
+    of the step; an evaluation's loss that over all slots of a round of batches. Only the variance/covariance term,
+    which is no sum over tokens, is computed for each micro-batch (of all processes) and averaged over these.
+
+    On one process without gradient accumulation an unmodified Trainer does the same.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # accelerate shards on GPUs only; on CPUs it would go on without a word, each process with the whole model
+        state = self.args.distributed_state
+        wants_fsdp = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.reshard_after_forward and self.model.token_head is not None:
+            raise ValueError(
+                "token_prediction_weight is above 0: the token head reads the input embedding after the encoder has "
+                "run, when FSDP has sharded it again. Set fsdp_reshard_after_forward: false, as "
+                "configs/accelerate/fsdp2.yaml does."
+            )
+
+    def _get_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        if isinstance(dataloader.batch_sampler, BatchSamplerShard):
+            # torch forbids to give a DataLoader another sampler
+            dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard
+        return dataloader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):  # others have equal shares, see above
+            longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
+            batches += [self._prepare_inputs(self.data_collator([])) for _ in range(longest - len(batches))]
+        if batches:
+            self._join(batches)
+        else:
+            self.control.should_epoch_stop = True
+        return batches, num_items
+
+    def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
+        inputs = self._prepare_inputs(inputs)
+        self._join([inputs])
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return reduce(loss, reduction="mean"), logits, labels
+
+    def _join(self, batches: list[dict]) -> None:
+        """Makes one batch of the batches of all processes, as far as the loss is concerned."""
+        slots_per_strategy = sum(batch["slots_per_strategy"] for batch in batches) / len(batches)
+        slots_per_strategy = reduce(slots_per_strategy, reduction="mean")
+        for batch in batches:
+            batch["slots_per_strategy"] = slots_per_strategy
+            if self.args.world_size > 1:
+                batch["sum_over_processes"] = SumOverProcesses.apply
+
+
 # --- Health ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,11 +294,9 @@ class FeatureMoments:
     @torch.no_grad()
     def update(self, features: torch.Tensor) -> None:
         """features: float [num_tokens, hidden_size]."""
-        if len(features) == 0:
-            return
         features = features.detach().float()
         if self.count == 0:
-            self.shift = features.mean(dim=0)
+            self.shift = features.mean(dim=0) if len(features) > 0 else features.new_zeros(features.shape[1])
             self.total = torch.zeros_like(self.shift)
             self.products = features.new_zeros(features.shape[1], features.shape[1])
         features = features - self.shift
@@ -211,6 +307,21 @@ class FeatureMoments:
     @property
     def mean(self) -> torch.Tensor:
         return self.shift + self.total / self.count
+
+    def sums(self) -> torch.Tensor:
+        """Number, sum and sum of outer products of all tokens, flat: what can be added up over processes."""
+        shift, total = self.shift.double(), self.total.double()  # float64: a large common mean comes back in here
+        cross = torch.outer(shift, total)
+        products = self.products + cross + cross.T + self.count * torch.outer(shift, shift)
+        count = shift.new_tensor([self.count])
+        return torch.cat([count, total + self.count * shift, products.flatten()])
+
+    def set_sums(self, sums: torch.Tensor) -> None:
+        count, total, products = sums.split([1, len(self.total), len(self.total) ** 2])
+        mean = total / count.clamp(min=1)
+        self.count = int(count)
+        self.shift, self.total = mean.float(), torch.zeros_like(self.total)
+        self.products = (products.view_as(self.products) - count * torch.outer(mean, mean)).float()
 
     def covariance(self) -> torch.Tensor:
         mean = self.total / self.count
@@ -256,14 +367,26 @@ class PretrainingStatistics:
                 if was_seen:
                     self.losses.setdefault(f"loss_{name}", []).append(loss.detach())
 
+    def _add_other_processes(self) -> None:
+        """One all-reduce. Every process must take part; they have the same losses, since they share their slots."""
+        moments = [self.targets, self.predictions, self.contexts, self.target_directions, self.cosines]
+        sums = [moment.sums() for moment in moments]
+        losses = torch.stack([torch.stack(values).mean() for values in self.losses.values()]).double()
+        *sums, losses = reduce(torch.cat([*sums, losses]), "sum").split([len(part) for part in (*sums, losses)])
+        for moment, moment_sums in zip(moments, sums, strict=True):
+            moment.set_sums(moment_sums)
+        self.losses = dict(zip(self.losses, losses[:, None] / PartialState().num_processes, strict=True))
+
     def summary(self) -> dict[str, float]:
-        """Figures for the log; empty if there was no target slot."""
+        """Figures of all processes together for the log; empty if there was no target slot."""
+        if self.losses and PartialState().num_processes > 1:
+            self._add_other_processes()
         if self.targets.count == 0:
             return {}
         # the cosine that always predicting the mean label would get: no learning needed for that
         mean_target = torch.nn.functional.normalize(self.targets.mean, dim=0)
         return {
-            **{name: torch.stack(values).mean().item() for name, values in self.losses.items()},
+            **{name: torch.stack(list(values)).mean().item() for name, values in self.losses.items()},
             "target_std": self.targets.std(),
             "prediction_std": self.predictions.std(),
             "target_rank": self.targets.rank(),

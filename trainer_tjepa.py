@@ -218,6 +218,12 @@ class UnpaddedBatchSamplerShard(BatchSamplerShard):
         return islice(chain(share, repeat([])), len(self))
 
 
+def without_repeated_documents(dataloader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+    if isinstance(dataloader.batch_sampler, BatchSamplerShard):
+        dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard  # torch lets nobody exchange the sampler itself
+    return dataloader
+
+
 class TJEPATrainer(Trainer):
     """
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
@@ -235,20 +241,25 @@ class TJEPATrainer(Trainer):
         if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.reshard_after_forward and self.model.token_head is not None:
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
             raise ValueError(
-                "token_prediction_weight is above 0: the token head reads the input embedding after the encoder has "
-                "run, when FSDP has sharded it again. Set fsdp_reshard_after_forward: false, as "
-                "configs/accelerate/fsdp2.yaml does."
+                f"DeepSpeed with {self.accelerator.mixed_precision} holds the target encoder in that type, too, and "
+                "its moving average would lose its updates to rounding. Train in float32 (mixed_precision: no), or "
+                "take configs/accelerate/fsdp2.yaml, which keeps float32 weights under bf16."
             )
 
-    def _get_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
-        dataloader = super()._get_dataloader(*args, **kwargs)
-        if isinstance(dataloader.batch_sampler, BatchSamplerShard):
-            # torch forbids to give a DataLoader another sampler
-            dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard
-        return dataloader
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and self.model.token_head is not None:
+            # the token head reads the input embedding after the encoder is done with it
+            self.model.get_input_embeddings().set_reshard_after_forward(False)
+        return prepared
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return without_repeated_documents(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
+        return without_repeated_documents(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
@@ -267,6 +278,13 @@ class TJEPATrainer(Trainer):
         self._join([inputs])
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return reduce(loss, reduction="mean"), logits, labels
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_fsdp_enabled:
+            # FSDP2 derives a class of its own from the model's; a checkpoint is to name ours and to hold its code
+            for name in ("__name__", "__module__"):
+                setattr(type(self.model), name, getattr(TJEPAForPreTraining, name))
+        super().save_model(output_dir, _internal_call)
 
     def _join(self, batches: list[dict]) -> None:
         """Makes one batch of the batches of all processes, as far as the loss is concerned."""

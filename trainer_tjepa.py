@@ -16,7 +16,7 @@ from itertools import chain, islice, repeat
 
 import torch
 from accelerate import PartialState
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.utils import DistributedType, parse_flag_from_env, reduce
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -218,9 +218,24 @@ class UnpaddedBatchSamplerShard(BatchSamplerShard):
         return islice(chain(share, repeat([])), len(self))
 
 
+class UnpaddedIterableDatasetShard(IterableDatasetShard):
+    """The same for a stream that all processes read: `None` fills a place for which there is no document."""
+
+    def __iter__(self) -> Iterator[dict | None]:
+        documents, first = iter(self.dataset), self.process_index * self.batch_size
+        while documents_of_round := list(islice(documents, self.num_processes * self.batch_size)):
+            missing = self.num_processes * self.batch_size - len(documents_of_round)
+            if missing and self.drop_last:
+                return
+            yield from (documents_of_round + [None] * missing)[first : first + self.batch_size]
+
+
 def without_repeated_documents(dataloader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+    """Makes the above of accelerate's classes: torch lets nobody exchange a DataLoader's dataset or sampler."""
     if isinstance(dataloader.batch_sampler, BatchSamplerShard):
-        dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard  # torch lets nobody exchange the sampler itself
+        dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard
+    elif isinstance(dataloader.dataset, IterableDatasetShard):
+        dataloader.dataset.__class__ = UnpaddedIterableDatasetShard
     return dataloader
 
 
@@ -264,7 +279,7 @@ class TJEPATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):  # others have equal shares, see above
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):  # it may divide itself, unequally
             longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
             batches += [self._prepare_inputs(self.data_collator([])) for _ in range(longest - len(batches))]
         if batches:

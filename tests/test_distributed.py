@@ -21,7 +21,7 @@ from transformers import Trainer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.modeling_tjepa import variance_covariance_loss
 from tjepa.run_pretraining import check_number_of_processes
-from tjepa.trainer_tjepa import FeatureMoments, UnpaddedBatchSamplerShard
+from tjepa.trainer_tjepa import FeatureMoments, UnpaddedBatchSamplerShard, UnpaddedIterableDatasetShard
 
 from .conftest import make_examples
 from .test_run_pretraining import TINY, arguments, inputs, run  # noqa: F401
@@ -152,8 +152,8 @@ def test_torchrun_goes_on_from_the_checkpoint_of_one_process(inputs, one_process
     assert_same_run(one_process, tmp_path / "out")
 
 
-# Two streams of different length on two processes: accelerate gives the first process documents 0 and 1 of its stream,
-# then 4 (and 0 once more, to fill the batch); the second process has none at all.
+# Two streams of different length on two processes, of which accelerate takes every other batch: the first process gets
+# documents 0 and 1 of its stream, then 4; the second gets none at all.
 UNEVEN_STREAMS = """
 import sys
 import torch
@@ -185,7 +185,7 @@ def train_on_stream(indices: list[int], output_dir: str) -> torch.nn.Module:
 def test_a_share_of_a_stream_may_be_empty(tmp_path):
     (tmp_path / "script.py").write_text(UNEVEN_STREAMS)
     launch_command(["torchrun", "--nproc_per_node", "2", "script.py", str(tmp_path)], tmp_path)
-    expected = train_on_stream([0, 1, 4, 0], str(tmp_path / "one")).state_dict()
+    expected = train_on_stream([0, 1, 4], str(tmp_path / "one")).state_dict()
     for rank in range(2):
         weights = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for name, tensor in expected.items():
@@ -274,6 +274,26 @@ def test_shares_of_an_epoch(num_documents, drop_last):
     rounds = [sum(batches_of_round, []) for batches_of_round in zip(*given_out, strict=True)]
     whole_rounds = BatchSampler(SequentialSampler(range(num_documents)), batch_size=12, drop_last=drop_last)
     assert rounds == list(whole_rounds)  # what one process with batches of 12 gets
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("num_documents", [0, 1, 7, 23, 24])
+def test_shares_of_a_stream(num_documents, drop_last):
+    options = {"batch_size": 4, "num_processes": 3, "drop_last": drop_last}
+    shares = [
+        list(UnpaddedIterableDatasetShard(range(num_documents), process_index=rank, **options)) for rank in range(3)
+    ]
+    assert len({len(share) for share in shares}) == 1 and len(shares[0]) % 4 == 0
+    rounds = [sum((share[start : start + 4] for share in shares), []) for start in range(0, len(shares[0]), 4)]
+    whole_rounds = BatchSampler(SequentialSampler(range(num_documents)), batch_size=12, drop_last=drop_last)
+    assert [[index for index in of_round if index is not None] for of_round in rounds] == list(whole_rounds)
+
+
+def test_places_without_a_document_are_no_dropped_documents():
+    collator, examples = DataCollatorForTJEPA(), make_examples([20, 9])
+    with_gaps, without = collator([None, *examples, None]), collator(examples)
+    assert all(torch.equal(with_gaps[name], tensor) for name, tensor in without.items())
+    assert collator.num_dropped_documents == 0
 
 
 def test_loss_of_uneven_shares(make_model):

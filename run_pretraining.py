@@ -123,7 +123,6 @@ class PretrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
-    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Buffers never change."})
 
     def __post_init__(self):
         # without it accelerate takes the processes of a machine without GPU for so many lone ones

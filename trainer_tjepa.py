@@ -191,7 +191,7 @@ class EvaluationRandomStateCallback(TrainerCallback):
 class SumOverProcesses(torch.autograd.Function):
     """
     A tensor's sum over all processes. A process's part enters the loss of every process, so its gradient is the sum
-    of theirs. (torch's own differentiable all-reduce is deprecated, and its successor has no gradient before 2.9.)
+    of theirs. (Of torch's own two differentiable all-reduces one is deprecated and the other private.)
     """
 
     @staticmethod
@@ -279,7 +279,8 @@ class TJEPATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):  # it may divide itself, unequally
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # it may divide itself, unequally; to know makes a GPU wait once a step
             longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
             batches += [self._prepare_inputs(self.data_collator([])) for _ in range(longest - len(batches))]
         if batches:

@@ -256,12 +256,21 @@ class TJEPATrainer(Trainer):
         if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
         super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # autocast instead, as without FSDP: its policy casts what goes into a module, rotary angles and numbers of
+            # slots included, and bfloat16 cannot tell position 257 from 258
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
             raise ValueError(
                 f"DeepSpeed with {self.accelerator.mixed_precision} holds the target encoder in that type, too, and "
                 "its moving average would lose its updates to rounding. Train in float32 (mixed_precision: no), or "
                 "take configs/accelerate/fsdp2.yaml, which keeps float32 weights under bf16."
             )
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)

@@ -145,6 +145,19 @@ def test_two_processes_with_fsdp2_then_resumed(inputs, one_process, tmp_path):  
     assert_same_run(one_process, tmp_path / "resumed")
 
 
+def test_fsdp2_in_bfloat16(inputs, tmp_path, monkeypatch):  # noqa: F811
+    """As without FSDP: float32 weights, autocast, and no cast of rotary angles and numbers of slots."""
+    options = {**OPTIONS, "max_steps": 2, "gradient_accumulation_steps": 1, "eval_steps": 2, "save_strategy": "no"}
+    run(monkeypatch, arguments(inputs, tmp_path / "one", **options, per_device_train_batch_size=8, bf16=True))
+    script = [SCRIPT, *arguments(inputs, tmp_path / "two", **options, per_device_train_batch_size=4)]
+    accelerate_launch("fsdp2.yaml", script, tmp_path, "--mixed_precision", "bf16")
+    logs = [json.loads((tmp_path / f / "trainer_state.json").read_text())["log_history"] for f in ("one", "two")]
+    for entry, other in zip(*logs, strict=True):
+        for name in {"loss", "eval_loss"} & entry.keys():
+            assert other[name] == pytest.approx(entry[name], abs=1e-3)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "two" / "model.safetensors").values())
+
+
 def test_torchrun_goes_on_from_the_checkpoint_of_one_process(inputs, one_process, tmp_path):  # noqa: F811
     shutil.copytree(one_process / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
     resumed = arguments(inputs, tmp_path / "out", **TWO_PROCESSES, resume_from_checkpoint="last")
@@ -380,7 +393,8 @@ def test_sums_of_moments_add_up():
 
 def test_deepspeed_in_bfloat16_is_refused(tmp_path, monkeypatch):
     def pretend(trainer):
-        trainer.is_deepspeed_enabled, trainer.accelerator = True, SimpleNamespace(mixed_precision="bf16")
+        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = False, True
+        trainer.accelerator = SimpleNamespace(mixed_precision="bf16")
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", pretend)
     with pytest.raises(ValueError, match="lose its updates to rounding"):

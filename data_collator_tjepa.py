@@ -600,11 +600,14 @@ class DataCollatorForTJEPA:
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
         Args:
-            examples: each with `input_ids` (int [n]), `document_index` (int) and `epoch` (int).
+            examples:
+                each with `input_ids` (int [n]), `document_index` (int) and `epoch` (int). `None` is a place
+                without a document, where there are fewer documents than processes could share.
 
         Raises:
             ValueError: if `document_index` or `epoch` is missing.
         """
+        examples = [example for example in examples if example is not None]
         for key in ("input_ids", "document_index", "epoch"):
             if any(key not in example for example in examples):
                 raise ValueError(

@@ -640,17 +640,24 @@ def mean_over_strategies(
     Args:
         loss_per_slot (`torch.FloatTensor` of shape `[num_slots]`): losses.
         slot_strategy_ids (`torch.LongTensor` of shape `[num_slots]`): strategy of each slot.
-        slots_per_strategy (`torch.LongTensor` of shape `[num_strategies]`): how often each occurs among them.
+        slots_per_strategy (`torch.Tensor` of shape `[num_strategies]`):
+            How often each occurs among them; where the batch is a share of a larger one, how often on average in a
+            share, a fraction (see [`TJEPAForPreTraining.forward`]).
 
     Returns:
         The loss (scalar) and the loss per strategy [num_strategies], 0 where a strategy has no slot in the batch.
     """
     sums = loss_per_slot.new_zeros(len(slots_per_strategy)).index_add(0, slot_strategy_ids, loss_per_slot)
-    loss_per_strategy = sums / slots_per_strategy.clamp(min=1)
-    return loss_per_strategy.sum() / (slots_per_strategy > 0).sum().clamp(min=1), loss_per_strategy
+    is_there = slots_per_strategy > 0
+    loss_per_strategy = sums / slots_per_strategy.masked_fill(~is_there, 1)
+    return loss_per_strategy.sum() / is_there.sum().clamp(min=1), loss_per_strategy
 
 
-def variance_covariance_loss(states: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+def variance_covariance_loss(
+    states: torch.Tensor,
+    is_token: torch.Tensor,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """
     The variance and covariance terms of VICReg (arXiv 2105.04906), features centred over the batch, C = z'z / N:
 
@@ -659,12 +666,14 @@ def variance_covariance_loss(states: torch.Tensor, is_token: torch.Tensor) -> to
     Args:
         states (`torch.FloatTensor` of shape `[num_entries, hidden_size]`): the context encoder's output z.
         is_token (`torch.BoolTensor` of shape `[num_entries]`): False for padding, which does not count.
+        sum_over_processes (`Callable`, *optional*): see [`TJEPAForPreTraining.forward`].
     """
+    total = sum_over_processes or (lambda tensor: tensor)
     with torch.autocast(device_type=states.device.type, enabled=False):
-        num_tokens = is_token.sum().clamp(min=1)
+        num_tokens = total(is_token.sum()).clamp(min=1)
         states = states.float() * is_token.unsqueeze(-1)
-        centred = (states - states.sum(dim=0) / num_tokens) * is_token.unsqueeze(-1)
-        covariance = centred.T @ centred / num_tokens  # [hidden_size, hidden_size]
+        centred = (states - total(states.sum(dim=0)) / num_tokens) * is_token.unsqueeze(-1)
+        covariance = total(centred.T @ centred) / num_tokens  # [hidden_size, hidden_size]
         variances = covariance.diagonal()
         variance_loss = F.relu(1.0 - torch.sqrt(variances + 1e-4)).mean()
         covariance_loss = (covariance.square().sum() - variances.square().sum()) / len(variances)
@@ -763,7 +772,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         slot_indices: torch.LongTensor,
         label_indices: torch.LongTensor,
         slot_strategy_ids: torch.LongTensor,
-        slots_per_strategy: torch.LongTensor,
+        slots_per_strategy: torch.Tensor,
+        sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
         return_dict: bool | None = None,
     ) -> TJEPAForPreTrainingOutput:
         r"""
@@ -781,7 +791,13 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 target slots (blocks 1, 2, ... ascending).
             slot_indices, label_indices, slot_strategy_ids (`torch.LongTensor` of shape `[num_slots]`):
                 For every target slot its index in stream 3, the index of its label in stream 1, and its strategy.
-            slots_per_strategy (`torch.LongTensor` of shape `[num_strategies]`): number of slots of each strategy.
+            slots_per_strategy (`torch.Tensor` of shape `[num_strategies]`):
+                Number of slots of each strategy. Where this batch is one of several that make a step (on as many
+                processes, or one after the other), the mean over those batches: the mean of their losses is then the
+                loss of all their documents together, however unevenly these are divided.
+            sum_over_processes (`Callable`, *optional*):
+                Where the batch is spread over processes, what sums a tensor over them, differentiably: the
+                variance/covariance term takes its moments over the whole batch.
         """
         flat_input_ids, flat_position_ids = input_ids.flatten(), position_ids.flatten()
 
@@ -816,7 +832,9 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             context_states=context_states,
         )
         if self.config.variance_covariance_weight > 0:
-            output.variance_covariance_loss = variance_covariance_loss(context_states, context_view_ids.flatten() >= 0)
+            output.variance_covariance_loss = variance_covariance_loss(
+                context_states, context_view_ids.flatten() >= 0, sum_over_processes
+            )
             output.loss = output.loss + self.config.variance_covariance_weight * output.variance_covariance_loss
         if self.token_head is not None:
             logits = self.token_head(predictions, self.get_input_embeddings().weight)

@@ -48,6 +48,7 @@ from tjepa.quickstart import report_what_was_learned
 from tjepa.train_tokenizer import train_tokenizer
 from tjepa.trainer_tjepa import (
     EMACallback,
+    TJEPATrainer,
     WeightDecayCallback,
     add_tjepa_callbacks,
     create_optimizer,
@@ -123,8 +124,11 @@ class PretrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
     def __post_init__(self):
+        # without it accelerate takes the processes of a machine without GPU for so many lone ones
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # The tensors of a batch differ in their first dimension: accelerate must neither split nor pad them.
         self.accelerator_config = {
             **(self.accelerator_config or {}),
@@ -145,6 +149,7 @@ def main():
     if training_args.device.type == "cpu":
         use_all_cores(training_args)
         keep_freed_memory()
+    check_number_of_processes(training_args)
     if training_args.n_gpu > 1:
         raise RuntimeError(
             f"One process sees {training_args.n_gpu} GPUs. Start one process for each with accelerate launch "
@@ -198,6 +203,7 @@ def main():
     metrics["dropped_in_batches"] = collator.num_dropped_documents
 
     # The model folder
+    model = gather_model(trainer)
     if trainer.is_world_process_zero():
         if is_quickstart:
             metrics.update(report_what_was_learned(model.target_encoder, untrained_encoder, tokenizer))
@@ -229,6 +235,32 @@ def set_up_logging(args: TrainingArguments) -> None:
     transformers.utils.logging.set_verbosity(logging.WARNING)
     if args.process_index != 0:
         datasets.disable_progress_bars()
+
+
+def check_number_of_processes(args: TrainingArguments) -> None:
+    """
+    Raises:
+        RuntimeError: if processes that were started together do not train together, or if `accelerate launch` was
+            asked for several processes and started one.
+    """
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started != args.world_size:
+        raise RuntimeError(
+            f"The launcher started {num_started} processes, but this one trains in a group of {args.world_size}. "
+            "Start them with accelerate launch --config_file and a file of configs/accelerate, or with torchrun; on "
+            "the CPUs of a machine with GPUs pass --use_cpu, too."
+        )
+    # accelerate launch sets MASTER_ADDR for several processes only; a launcher that starts them sets WORLD_SIZE, too
+    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched_by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "accelerate launch was asked for several processes and started one: with distributed_type MULTI_CPU it "
+            "leaves starting them to mpirun, and --cpu or distributed_type NO never start more than one. Use "
+            "configs/accelerate/cpu.yaml, or torchrun --nproc_per_node. (If one process is meant: --num_processes 1, "
+            "and no MASTER_ADDR in the environment.)"
+        )
+    if args.world_size > 1:
+        logger.info(f"{args.world_size} processes")
 
 
 def use_all_cores(args: TrainingArguments) -> None:
@@ -370,13 +402,13 @@ def create_trainer(
     splits: dict[str, torch.utils.data.Dataset],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Trainer:
-    """An unmodified Trainer with T-JEPA's optimizer and learning-rate schedule."""
+    """A Trainer with T-JEPA's optimizer and learning-rate schedule."""
     if args.eval_strategy != "no" and "validation" not in splits:
         raise ValueError(
             f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
             "--validation_split_percentage above 0."
         )
-    trainer = Trainer(
+    trainer = TJEPATrainer(
         model=model,
         args=args,
         data_collator=collator,
@@ -400,6 +432,17 @@ def create_trainer(
             ipe_scale=args.ipe_scale,
         )
     return trainer
+
+
+def gather_model(trainer: Trainer) -> TJEPAForPreTraining:
+    """The trained model in one piece. Every process takes part; where it is sharded, only the first one gets it."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    model = TJEPAForPreTraining(trainer.model.config)
+    if trainer.is_world_process_zero():
+        model.load_state_dict(weights)
+    return model
 
 
 def save_model_folder(

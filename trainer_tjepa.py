@@ -1,5 +1,5 @@
 """What T-JEPA adds to an unmodified `transformers.Trainer`: the target encoder's moving average, the schedules, the
-optimizer's parameter groups, and a monitor that makes a collapse visible.
+optimizer's parameter groups, and a monitor that makes a collapse visible; and a `TJEPATrainer` for many processes.
 
     trainer = Trainer(model, args, data_collator=DataCollatorForTJEPA(), train_dataset=DocumentDataset(dataset),
                       optimizers=create_optimizer_and_scheduler(model, args, num_training_steps=args.max_steps))
@@ -10,9 +10,14 @@ Nothing here reads or writes files.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain, islice, repeat
 
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.utils import DistributedType, parse_flag_from_env, reduce
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -180,6 +185,142 @@ class EvaluationRandomStateCallback(TrainerCallback):
             self._fork = None
 
 
+# --- Many processes --------------------------------------------------------------------------------------------------
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """
+    A tensor's sum over all processes. A process's part enters the loss of every process, so its gradient is the sum
+    of theirs. (Of torch's own two differentiable all-reduces one is deprecated and the other private.)
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return reduce(tensor, reduction="sum")
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return reduce(gradient, reduction="sum")
+
+
+class UnpaddedBatchSamplerShard(BatchSamplerShard):
+    """
+    A process's batches of an epoch, as many on every process: where the last round has too few, an empty batch fills
+    the place. (accelerate fills it with documents of the epoch's beginning, which then count twice.)
+    """
+
+    def __len__(self) -> int:
+        batches = len(self.batch_sampler)
+        return batches // self.num_processes if self.drop_last else math.ceil(batches / self.num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = islice(self.batch_sampler, self.process_index, None, self.num_processes)
+        return islice(chain(share, repeat([])), len(self))
+
+
+class UnpaddedIterableDatasetShard(IterableDatasetShard):
+    """The same for a stream that all processes read: `None` fills a place for which there is no document."""
+
+    def __iter__(self) -> Iterator[dict | None]:
+        documents, first = iter(self.dataset), self.process_index * self.batch_size
+        while documents_of_round := list(islice(documents, self.num_processes * self.batch_size)):
+            missing = self.num_processes * self.batch_size - len(documents_of_round)
+            if missing and self.drop_last:
+                return
+            yield from (documents_of_round + [None] * missing)[first : first + self.batch_size]
+
+
+def without_repeated_documents(dataloader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+    """Makes the above of accelerate's classes: torch lets nobody exchange a DataLoader's dataset or sampler."""
+    if isinstance(dataloader.batch_sampler, BatchSamplerShard):
+        dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard
+    elif isinstance(dataloader.dataset, IterableDatasetShard):
+        dataloader.dataset.__class__ = UnpaddedIterableDatasetShard
+    return dataloader
+
+
+class TJEPATrainer(Trainer):
+    """
+    A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
+    DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
+    of the step; an evaluation's loss that over all slots of a round of batches. Only the variance/covariance term,
+    which is no sum over tokens, is computed for each micro-batch (of all processes) and averaged over these.
+
+    On one process without gradient accumulation an unmodified Trainer does the same.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # accelerate shards on GPUs only; on CPUs it would go on without a word, each process with the whole model
+        state = self.args.distributed_state
+        wants_fsdp = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # autocast instead, as without FSDP: its policy casts what goes into a module, rotary angles and numbers of
+            # slots included, and bfloat16 cannot tell position 257 from 258
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"DeepSpeed with {self.accelerator.mixed_precision} holds the target encoder in that type, too, and "
+                "its moving average would lose its updates to rounding. Train in float32 (mixed_precision: no), or "
+                "take configs/accelerate/fsdp2.yaml, which keeps float32 weights under bf16."
+            )
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and self.model.token_head is not None:
+            # the token head reads the input embedding after the encoder is done with it
+            self.model.get_input_embeddings().set_reshard_after_forward(False)
+        return prepared
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return without_repeated_documents(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
+        return without_repeated_documents(super().get_eval_dataloader(eval_dataset))
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # it may divide itself, unequally; to know makes a GPU wait once a step
+            longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
+            batches += [self._prepare_inputs(self.data_collator([])) for _ in range(longest - len(batches))]
+        if batches:
+            self._join(batches)
+        else:
+            self.control.should_epoch_stop = True
+        return batches, num_items
+
+    def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
+        inputs = self._prepare_inputs(inputs)
+        self._join([inputs])
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return reduce(loss, reduction="mean"), logits, labels
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_fsdp_enabled:
+            # FSDP2 derives a class of its own from the model's; a checkpoint is to name ours and to hold its code
+            for name in ("__name__", "__module__"):
+                setattr(type(self.model), name, getattr(TJEPAForPreTraining, name))
+        super().save_model(output_dir, _internal_call)
+
+    def _join(self, batches: list[dict]) -> None:
+        """Makes one batch of the batches of all processes, as far as the loss is concerned."""
+        slots_per_strategy = sum(batch["slots_per_strategy"] for batch in batches) / len(batches)
+        slots_per_strategy = reduce(slots_per_strategy, reduction="mean")
+        for batch in batches:
+            batch["slots_per_strategy"] = slots_per_strategy
+            if self.args.world_size > 1:
+                batch["sum_over_processes"] = SumOverProcesses.apply
+
+
 # --- Health ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,11 +337,9 @@ class FeatureMoments:
     @torch.no_grad()
     def update(self, features: torch.Tensor) -> None:
         """features: float [num_tokens, hidden_size]."""
-        if len(features) == 0:
-            return
         features = features.detach().float()
         if self.count == 0:
-            self.shift = features.mean(dim=0)
+            self.shift = features.mean(dim=0) if len(features) > 0 else features.new_zeros(features.shape[1])
             self.total = torch.zeros_like(self.shift)
             self.products = features.new_zeros(features.shape[1], features.shape[1])
         features = features - self.shift
@@ -211,6 +350,21 @@ class FeatureMoments:
     @property
     def mean(self) -> torch.Tensor:
         return self.shift + self.total / self.count
+
+    def sums(self) -> torch.Tensor:
+        """Number, sum and sum of outer products of all tokens, flat: what can be added up over processes."""
+        shift, total = self.shift.double(), self.total.double()  # float64: a large common mean comes back in here
+        cross = torch.outer(shift, total)
+        products = self.products + cross + cross.T + self.count * torch.outer(shift, shift)
+        count = shift.new_tensor([self.count])
+        return torch.cat([count, total + self.count * shift, products.flatten()])
+
+    def set_sums(self, sums: torch.Tensor) -> None:
+        count, total, products = sums.split([1, len(self.total), len(self.total) ** 2])
+        mean = total / count.clamp(min=1)
+        self.count = int(count)
+        self.shift, self.total = mean.float(), torch.zeros_like(self.total)
+        self.products = (products.view_as(self.products) - count * torch.outer(mean, mean)).float()
 
     def covariance(self) -> torch.Tensor:
         mean = self.total / self.count
@@ -256,14 +410,26 @@ class PretrainingStatistics:
                 if was_seen:
                     self.losses.setdefault(f"loss_{name}", []).append(loss.detach())
 
+    def _add_other_processes(self) -> None:
+        """One all-reduce. Every process must take part; they have the same losses, since they share their slots."""
+        moments = [self.targets, self.predictions, self.contexts, self.target_directions, self.cosines]
+        sums = [moment.sums() for moment in moments]
+        losses = torch.stack([torch.stack(values).mean() for values in self.losses.values()]).double()
+        *sums, losses = reduce(torch.cat([*sums, losses]), "sum").split([len(part) for part in (*sums, losses)])
+        for moment, moment_sums in zip(moments, sums, strict=True):
+            moment.set_sums(moment_sums)
+        self.losses = dict(zip(self.losses, losses[:, None] / PartialState().num_processes, strict=True))
+
     def summary(self) -> dict[str, float]:
-        """Figures for the log; empty if there was no target slot."""
+        """Figures of all processes together for the log; empty if there was no target slot."""
+        if self.losses and PartialState().num_processes > 1:
+            self._add_other_processes()
         if self.targets.count == 0:
             return {}
         # the cosine that always predicting the mean label would get: no learning needed for that
         mean_target = torch.nn.functional.normalize(self.targets.mean, dim=0)
         return {
-            **{name: torch.stack(values).mean().item() for name, values in self.losses.items()},
+            **{name: torch.stack(list(values)).mean().item() for name, values in self.losses.items()},
             "target_std": self.targets.std(),
             "prediction_std": self.predictions.std(),
             "target_rank": self.targets.rank(),

@@ -2,6 +2,7 @@
 through, and compares the end with a run that nobody disturbed: weights, optimizer and log must be equal to the bit.
 
     python tests/kill_and_resume.py --num_kills 200 --output_file kills.json
+    python tests/kill_and_resume.py --num_kills 50 -- --streaming=True --dataloader_num_workers=2
 
 Half of the kills come at any moment, half within milliseconds after a checkpoint folder has appeared, while it is
 being written. Every start is a fork of this process, which has imported everything and done nothing: a real process
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,10 +38,14 @@ def write_inputs(folder: Path) -> list[str]:
     """Documents and a tokenizer, and the command line that trains on them."""
     choose = random.Random(0)
     texts = [" ".join(choose.choices(WORDS, k=choose.randint(20, 60))) for _ in range(60)]
-    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    files = {"train-0": texts[:26], "train-1": texts[26:52], "validation": texts[52:]}
+    for name, texts_of_file in files.items():
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts_of_file)
+        (folder / f"{name}.jsonl").write_text(rows)
     train_tokenizer(texts, vocab_size=300, model_max_length=64).save_pretrained(folder / "tokenizer")
     return [
-        f"--train_file={folder / 'train.jsonl'}",
+        f"--train_file={folder / 'train-*.jsonl'}",
+        f"--validation_file={folder / 'validation.jsonl'}",
         f"--tokenizer_name={folder / 'tokenizer'}",
         f"--cache_dir={folder / 'cache'}",
         "--config_overrides=hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8,"
@@ -91,7 +97,19 @@ def wait(pid: int, until: float = float("inf"), stop_waiting=lambda: False) -> i
     return None
 
 
-def is_saving(output_dir: Path) -> bool:
+def times_of_checkpoints(output_dir: Path) -> dict[str, int]:
+    """Checkpoint folder -> when a file in it was last created."""
+    if not output_dir.is_dir():
+        return {}
+    with os.scandir(output_dir) as entries:
+        return {entry.name: entry.stat().st_mtime_ns for entry in entries if entry.name.startswith("checkpoint-")}
+
+
+def has_changed(output_dir: Path, times: dict[str, int]) -> bool:
+    return times_of_checkpoints(output_dir) != times
+
+
+def is_torn(output_dir: Path) -> bool:
     newest = list(list_checkpoints(output_dir).values())[-1:]
     return bool(newest) and find_damage(newest[0]) is not None
 
@@ -125,8 +143,7 @@ def kill_until_done(arguments, output_dir, log, choose: random.Random, duration:
         elif choose.random() < 0.5:
             code = wait(pid, time.monotonic() + choose.uniform(0, duration))
         else:
-            was_saving = is_saving(output_dir)  # a leftover of the last kill does not count
-            code = wait(pid, stop_waiting=lambda: is_saving(output_dir) != was_saving)
+            code = wait(pid, stop_waiting=partial(has_changed, output_dir, times_of_checkpoints(output_dir)))
             if code is None:
                 code = wait(pid, time.monotonic() + choose.uniform(0, 0.1))
         if code == 0:
@@ -135,7 +152,7 @@ def kill_until_done(arguments, output_dir, log, choose: random.Random, duration:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         counts["kills"] += 1
-        counts["torn_checkpoints"] += is_saving(output_dir)
+        counts["torn_checkpoints"] += is_torn(output_dir)
         counts["half_written_model_folders"] += any(output_dir.glob(".unfinished-*"))
         if (output_dir / "model.safetensors").exists():
             load_file(output_dir / "model.safetensors")  # raises if it is not whole

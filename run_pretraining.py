@@ -132,6 +132,13 @@ class PretrainingArguments(TrainingArguments):
     ipe_scale: float = field(
         default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
+            "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130."
+        },
+    )
     stop_on_collapse: bool = field(
         default=False,
         metadata={

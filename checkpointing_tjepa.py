@@ -18,7 +18,7 @@ from pathlib import Path
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from .trainer_tjepa import collapsed_evaluations
@@ -123,11 +123,12 @@ class CheckpointCallback(TrainerCallback):
                 )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if (control.should_save or control.should_evaluate) and state.is_world_process_zero:
+        may_save = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        if (control.should_save or may_save) and state.is_world_process_zero:
             # a checkpoint that is being overwritten is not complete, whatever it was before
             (_checkpoint_folder(args, state) / MARK).unlink(missing_ok=True)
 
-    on_epoch_end = on_step_end
+    on_epoch_end = on_evaluate = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         PartialState().wait_for_everyone()  # until every process has written its part

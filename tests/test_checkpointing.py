@@ -128,6 +128,14 @@ def test_marks_of_what_will_be_overwritten(tmp_path, caplog):
     assert find_damage(early) is not None
 
 
+def test_an_evaluation_leaves_the_mark(tmp_path):
+    """At the end of an epoch, after the checkpoint of its last step."""
+    args = PretrainingArguments(output_dir=str(tmp_path))
+    folder = make_checkpoint(tmp_path, 2)
+    CheckpointCallback().on_epoch_end(args, TrainerState(global_step=2), TrainerControl(should_evaluate=True))
+    assert find_damage(folder) is None
+
+
 def test_files_are_replaced_as_a_whole(tmp_path):
     (tmp_path / "model.safetensors").write_text("old")
     (tmp_path / ".unfinished-of-a-killed-run").mkdir()

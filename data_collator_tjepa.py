@@ -11,17 +11,23 @@ Words: a *view* is one document under one strategy, that is its context tokens a
 hidden position of one block. The collator does not know any model.
 """
 
+import copy
 import json
+import logging
 import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import repeat
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 import yaml
+
+
+logger = logging.getLogger(__name__)
 
 
 # --- Masking strategies ----------------------------------------------------------------------------------------------
@@ -193,20 +199,109 @@ class DocumentStream(torch.utils.data.IterableDataset):
     """
     The same for a streaming `datasets.IterableDataset`. A stream that is split over processes and workers has no
     running number that all of them agree on, so a checksum of its tokens stands for a document's index.
+
+    A run continues in the middle of a stream without rereading it: at the end of every batch a worker notes where
+    its part of the source stands (`IterableDataset.state_dict`) in shared memory, where the main process finds it
+    when a checkpoint is saved. A resumed worker hands out `None` for the documents that the Trainer is going to skip,
+    and goes on from the noted place. What `datasets` cannot resume exactly (its shuffle buffer is lost), or what was
+    noted with another number of workers or batch size, is reread from the start.
+
+    Args:
+        dataset (`datasets.IterableDataset`): with a column `input_ids` (list of token ids).
+        repeat (`bool`, defaults to `False`): start over at the end, with new masks and, where the dataset is shuffled,
+            in a new order. For training: the Trainer then sees one endless epoch, and its count of batches says how
+            far each worker has come.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset):
+    MAX_POSITION_BYTES = 16384  # as JSON; a longer one is not noted
+
+    def __init__(self, dataset: datasets.IterableDataset, repeat: bool = False):
         self.dataset = dataset
+        self.repeat = repeat
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._noted_batches = None  # int64 [num_workers, num_noted]: after which batch of a worker
+        self._noted_positions = None  # uint8 [num_workers, num_noted, MAX_POSITION_BYTES]: JSON, padded with spaces
+        self._start = {}  # worker -> where it goes on
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
         self.dataset.set_epoch(epoch)  # reshuffles, where the stream is shuffled
 
-    def __iter__(self) -> Iterator[dict]:
-        for example in self.dataset:
-            input_ids = np.asarray(example["input_ids"], dtype=np.int64)
-            yield {"input_ids": input_ids, "document_index": zlib.crc32(input_ids), "epoch": int(self.epoch)}
+    def remember_positions(self, num_workers: int, documents_per_batch: int, num_batches: int) -> None:
+        """Before the workers start: how many read, in what portions, and how many batches each may be ahead."""
+        self.num_workers, self.documents_per_batch = max(1, num_workers), documents_per_batch
+        if not self.repeat or has_shuffle_buffer(self.dataset._ex_iterable):
+            return
+        size = (self.num_workers, num_batches)
+        self._noted_batches = torch.zeros(size, dtype=torch.int64).share_memory_()
+        self._noted_positions = torch.zeros((*size, self.MAX_POSITION_BYTES), dtype=torch.uint8).share_memory_()
+
+    def _note(self, worker: int, batch: int, position: dict) -> None:
+        text = json.dumps(position).encode()
+        if self._noted_batches is not None and len(text) <= self.MAX_POSITION_BYTES:
+            slot = batch % self._noted_batches.shape[1]
+            padded = np.frombuffer(text.ljust(self.MAX_POSITION_BYTES), dtype=np.uint8)
+            self._noted_positions[worker, slot] = torch.from_numpy(padded.copy())
+            self._noted_batches[worker, slot] = batch
+
+    def state_dict(self, num_batches: int) -> dict | None:
+        """Where every worker stood after `num_batches` batches in all; `None` where that is not known."""
+        if self._noted_batches is None:
+            return None
+        workers = []
+        for worker in range(self.num_workers):
+            batch = len(range(worker, num_batches, self.num_workers))  # batches come from the workers in turn
+            slot = batch % self._noted_batches.shape[1]
+            if batch > 0 and int(self._noted_batches[worker, slot]) != batch:
+                return None
+            position = json.loads(self._noted_positions[worker, slot].numpy().tobytes()) if batch > 0 else None
+            workers.append({"num_documents": batch * self.documents_per_batch, "position": position})
+        return {"documents_per_batch": self.documents_per_batch, "workers": workers}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Goes on where `state` says. If it does not fit, nothing changes: the Trainer rereads from the start."""
+        fits = state is not None and len(state["workers"]) == self.num_workers
+        if not fits or state["documents_per_batch"] != self.documents_per_batch:
+            reason = "has no position in it" if state is None else "was read by other workers or in other batches"
+            logger.warning(f"The streaming dataset {reason}: rereading it from the start up to the checkpoint.")
+            return
+        self._start = {worker: start for worker, start in enumerate(state["workers"]) if start["position"] is not None}
+
+    def __iter__(self) -> Iterator[dict | None]:
+        info = torch.utils.data.get_worker_info()
+        worker = 0 if info is None else info.id
+        dataset, epoch, num_documents = self.dataset, int(self.epoch), 0
+        if self.repeat:
+            dataset = copy.deepcopy(dataset)  # datasets shares the epoch with the other workers
+        if worker in self._start:
+            start = self._start[worker]
+            num_documents = start["num_documents"]
+            yield from repeat(None, num_documents)  # the Trainer skips them
+            epoch = start["position"]["epoch"]
+            dataset.load_state_dict(start["position"]["dataset"])
+        is_first_pass = True
+        while True:
+            if self.repeat:
+                dataset.set_epoch(epoch)
+            num_before = num_documents
+            for example in dataset:
+                num_documents += 1
+                if self._noted_batches is not None and num_documents % self.documents_per_batch == 0:
+                    position = {"epoch": epoch, "dataset": dataset.state_dict()}
+                    self._note(worker, num_documents // self.documents_per_batch, position)
+                input_ids = np.asarray(example["input_ids"], dtype=np.int64)
+                yield {"input_ids": input_ids, "document_index": zlib.crc32(input_ids), "epoch": epoch}
+            if not self.repeat or (num_documents == num_before and not is_first_pass):
+                return
+            is_first_pass = False
+            epoch += 1
+
+
+def has_shuffle_buffer(iterable) -> bool:
+    """Whether a streaming dataset draws from a shuffle buffer, whose content `datasets` does not save."""
+    parents = [getattr(iterable, "ex_iterable", None), *getattr(iterable, "ex_iterables", [])]
+    is_buffer = type(iterable).__name__ == "BufferShuffledExamplesIterable"
+    return is_buffer or any(has_shuffle_buffer(parent) for parent in parents if parent is not None)
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -601,8 +696,8 @@ class DataCollatorForTJEPA:
         """
         Args:
             examples:
-                each with `input_ids` (int [n]), `document_index` (int) and `epoch` (int). `None` is a place
-                without a document, where there are fewer documents than processes could share.
+                each with `input_ids` (int [n]), `document_index` (int) and `epoch` (int). `None` is a place without a
+                document: where there are fewer than processes could share, and in what a resumed stream skips.
 
         Raises:
             ValueError: if `document_index` or `epoch` is missing.

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,20 @@ import datasets
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, upload_folder
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments, set_seed
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.checkpointing_tjepa import (
+    CheckpointCallback,
+    explain_failed_save,
+    find_damage,
+    find_last_checkpoint,
+    is_marked,
+    list_checkpoints,
+    replacing_files,
+)
 from tjepa.data_collator_tjepa import (
     DataCollatorForTJEPA,
     DocumentDataset,
@@ -47,7 +57,10 @@ from tjepa.prepare_dataset import (
 from tjepa.quickstart import report_what_was_learned
 from tjepa.train_tokenizer import train_tokenizer
 from tjepa.trainer_tjepa import (
+    COLLAPSE_PATIENCE,
     EMACallback,
+    HealthCallback,
+    StopOnSignalCallback,
     TJEPATrainer,
     WeightDecayCallback,
     add_tjepa_callbacks,
@@ -122,6 +135,23 @@ class PretrainingArguments(TrainingArguments):
     ipe_scale: float = field(
         default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
+            "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130."
+        },
+    )
+    stop_on_collapse: bool = field(
+        default=False,
+        metadata={
+            "help": "End training, with exit code 3, when collapse_patience evaluations in a row find a collapse."
+        },
+    )
+    collapse_patience: int = field(
+        default=COLLAPSE_PATIENCE,
+        metadata={"help": "Collapsed evaluations in a row, after the warm-up."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
@@ -191,16 +221,17 @@ def main():
         strategy_names,
         EMACallback(training_args.ema_momentum, training_args.final_ema_momentum, training_args.ipe_scale),
         WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
+        HealthCallback(strategy_names, training_args.stop_on_collapse, training_args.collapse_patience),
     )
     metrics = {}
     if training_args.do_train:
-        metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        trainer.save_state()
+        metrics.update(train(trainer, checkpoint))
     if training_args.do_eval and trainer.eval_dataset is not None:
         metrics.update(trainer.evaluate())
         metrics.update({k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_")})
     metrics["train_steps"] = trainer.state.global_step
     metrics["dropped_in_batches"] = collator.num_dropped_documents
+    metrics["nonfinite_gradients"] = health.num_nonfinite_gradients
 
     # The model folder
     model = gather_model(trainer)
@@ -218,6 +249,8 @@ def main():
                 commit_message="End of training",
                 token=training_args.hub_token or model_args.token,
             )
+    if health.stopped_run:
+        sys.exit(3)
 
 
 def with_quickstart_default(arguments: list[str]) -> list[str]:
@@ -285,26 +318,72 @@ def keep_freed_memory() -> None:
 
 def find_checkpoint(args: PretrainingArguments) -> str | None:
     """
-    The checkpoint to resume from: `--resume_from_checkpoint last` takes the newest in `output_dir`, or starts anew
-    where there is none.
+    The checkpoint to resume from: `--resume_from_checkpoint last` takes the newest complete one in `output_dir`, or
+    starts anew where there is none.
 
     Raises:
         FileExistsError: if `output_dir` holds a run, and neither resuming nor overwriting was asked for.
+        FileNotFoundError: if the checkpoint asked for is none.
+        ValueError: if it was complete once and is not any more.
     """
     output_dir = Path(args.output_dir)
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
     if args.resume_from_checkpoint is not None:
         if args.resume_from_checkpoint.lower() in ("last", "true"):
-            logger.info(f"Resuming from {last}" if last else f"No checkpoint in {output_dir}: starting anew")
-            return last
+            # one process looks: the others must not find another one
+            found = [find_last_checkpoint(output_dir) if args.process_index == 0 else None]
+            last = broadcast_object_list(found)[0]
+            logger.info(f"Resuming from {last}" if last else f"No complete checkpoint in {output_dir}: starting anew")
+            return last and str(last)
+        if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint (it has no "
+                "trainer_state.json). Name a folder such as runs/mine/checkpoint-1000, or 'last' for the newest "
+                "complete one in --output_dir."
+            )
+        if is_marked(args.resume_from_checkpoint) and (damage := find_damage(args.resume_from_checkpoint)):
+            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is damaged: {damage}.")
         return args.resume_from_checkpoint
-    holds_run = last is not None or (output_dir / "config.json").is_file()
+    holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "config.json").is_file()
     if args.do_train and holds_run and not args.overwrite_output_dir:
         raise FileExistsError(
             f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, replace it with "
             "--overwrite_output_dir, or choose another --output_dir."
         )
     return None
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """
+    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics.
+
+    Raises:
+        SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
+        OSError: if a checkpoint could not be written.
+    """
+    if checkpoint is not None and is_finished(trainer, checkpoint):
+        logger.info(f"{checkpoint} is the end of training already")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json")
+        return {}
+    stop_on_signal = StopOnSignalCallback()
+    trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save
+    trainer.add_callback(CheckpointCallback())
+    with explain_failed_save(trainer):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if stop_on_signal.signal_number is not None:
+        logger.warning(
+            f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {trainer.state.global_step}, "
+            "with a checkpoint. Start again with --resume_from_checkpoint last."
+        )
+        sys.exit(128 + stop_on_signal.signal_number)
+    trainer.save_state()
+    return metrics
+
+
+def is_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Whether a checkpoint lies at the last step. (The Trainer would do another step from there.)"""
+    num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= num_steps
 
 
 def load_tokenizer(
@@ -342,8 +421,10 @@ def tokenize_splits(
             dataset, counts[split] = tokenize_documents(dataset, tokenizer, args, desc=split)
             if counts[split] is not None:
                 logger.info(f"{split} documents:\n{counts[split]}")
-        wrapper = DocumentStream if isinstance(dataset, datasets.IterableDataset) else DocumentDataset
-        splits[split] = wrapper(dataset)
+        if isinstance(dataset, datasets.IterableDataset):
+            splits[split] = DocumentStream(dataset, repeat=split == "train")
+        else:
+            splits[split] = DocumentDataset(dataset)
     return splits, counts
 
 
@@ -453,14 +534,14 @@ def save_model_folder(
     args: PretrainingArguments,
 ) -> None:
     """Weights, config, code files, tokenizer, and beside them the masking strategies and the final figures."""
-    output_dir = Path(args.output_dir)
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    for name, content in {
-        "masking_strategies.json": strategies_to_dicts(strategies),
-        "all_results.json": metrics,
-    }.items():
-        (output_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replacing_files(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name, content in {
+            "masking_strategies.json": strategies_to_dicts(strategies),
+            "all_results.json": metrics,
+        }.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_model_card(

@@ -10,6 +10,9 @@ Nothing here reads or writes files.
 """
 
 import math
+import os
+import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice, repeat
@@ -17,7 +20,7 @@ from itertools import chain, islice, repeat
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from accelerate.utils import DistributedType, parse_flag_from_env, reduce
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env, reduce
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -30,6 +33,7 @@ logger = logging.get_logger(__name__)
 # data2vec 2.0 (arXiv 2212.07525) stops below this; centred RankMe under MIN_RANK is a warning, not a verdict
 MIN_TARGET_STD = 0.1
 MIN_RANK = 0.1
+COLLAPSE_PATIENCE = 3  # evaluations in a row, for a collapse to be called lasting
 
 
 # --- Schedules and optimizer -----------------------------------------------------------------------------------------
@@ -321,6 +325,121 @@ class TJEPATrainer(Trainer):
                 batch["sum_over_processes"] = SumOverProcesses.apply
 
 
+# --- Resuming and stopping -------------------------------------------------------------------------------------------
+
+
+class ResumeStateCallback(TrainerCallback):
+    """
+    Keeps in `trainer_state.json` what the Trainer forgets between two starts: the loss summed up since the last log
+    line, and how far every worker of every process has read a streaming dataset. Must come after the Trainer's own
+    callbacks, which decide whether to log and to save.
+    """
+
+    KEY = "ResumeState"
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._stream = None
+
+    def on_train_begin(self, args, state: TrainerState, control, train_dataloader=None, **kwargs):
+        saved = state.stateful_callbacks.get(self.KEY)
+        if saved is not None and saved["unlogged_steps"]:
+            self._trainer._globalstep_last_logged -= saved["unlogged_steps"]
+            self._trainer._tr_loss += saved["unlogged_loss"]
+            self._trainer._total_loss_scalar -= saved["unlogged_loss"]  # train_loss is that of this start only
+        dataset = train_dataloader.dataset
+        is_sharded = isinstance(dataset, IterableDatasetShard)  # reads the documents of all processes, keeps its own
+        self._stream = dataset.dataset if is_sharded else dataset
+        if hasattr(self._stream, "remember_positions"):
+            self._stream.remember_positions(
+                num_workers=args.dataloader_num_workers,
+                documents_per_batch=args.train_batch_size * (args.world_size if is_sharded else 1),
+                num_batches=(args.dataloader_prefetch_factor or 2) + 2,  # how far a worker may be ahead
+            )
+            if saved is not None:
+                streams = saved["streams"]
+                self._stream.load_state_dict(streams[args.process_index] if len(streams) == args.world_size else None)
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
+        if not (control.should_save or control.should_evaluate):
+            return
+        loss, num_steps, streams = 0.0, 0, [None]
+        if not control.should_log:  # else the sum starts anew before the checkpoint is written
+            num_steps = state.global_step - self._trainer._globalstep_last_logged
+            loss = self._trainer.accelerator.gather(self._trainer._tr_loss).mean().item()
+        if hasattr(self._stream, "state_dict"):
+            num_batches = state.global_step * args.gradient_accumulation_steps  # a stream is one endless epoch
+            streams = gather_object([self._stream.state_dict(num_batches)])
+        state.stateful_callbacks[self.KEY] = {
+            "unlogged_steps": num_steps,
+            "unlogged_loss": loss,
+            "streams": streams,
+        }
+
+    on_epoch_end = on_step_end
+
+
+def absorb_first_signal(initialize_worker, worker_id: int) -> None:
+    """A worker must outlive the first SIGTERM or SIGINT: schedulers and terminals send it to the workers, too."""
+    for number in StopOnSignalCallback.SIGNALS:
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if initialize_worker is not None:
+        initialize_worker(worker_id)
+
+
+class StopOnSignalCallback(TrainerCallback):
+    """
+    SIGTERM or SIGINT (Ctrl-C): the optimizer step is finished, a checkpoint is saved, training ends, on all
+    processes after the same step. A second signal kills at once; one within a second of the first is the same one,
+    sent by terminal and launcher both. (transformers' `enable_jit_checkpoint` saves between forward pass and optimizer
+    step, and a run resumed from there differs.)
+
+    After training `signal_number` says which signal it was, or `None`.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._received_at = math.inf
+        self._previous_handlers = {}
+        self._group = None
+
+    def _receive(self, number: int, frame) -> None:
+        if self.signal_number is None:
+            self.signal_number, self._received_at = number, time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving a checkpoint.\n".encode())
+        elif time.monotonic() - self._received_at > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _stop_if_received(self, args: TrainingArguments, control: TrainerControl) -> None:
+        number = self.signal_number or 0
+        if self._group is not None:
+            numbers = torch.tensor(number)
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, self._group)
+            number = int(numbers)
+        if number:
+            self.signal_number = number
+            control.should_save = control.should_training_stop = True
+
+    def on_train_begin(self, args: TrainingArguments, state, control, train_dataloader=None, **kwargs):
+        self._previous_handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        loader.worker_init_fn = partial(absorb_first_signal, loader.worker_init_fn)
+        if args.world_size > 1:  # on the CPU: asking must not make a GPU wait
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
+        self._stop_if_received(args, control)
+
+    on_evaluate = on_step_end  # an evaluation may take long, and its checkpoint is written after it
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+
 # --- Health ----------------------------------------------------------------------------------------------------------
 
 
@@ -462,55 +581,109 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "") -> str | None:
     return None
 
 
+def collapsed_evaluations(state: TrainerState) -> list[int]:
+    """Optimizer steps of the latest evaluations in a row that found a collapse; empty if the last one did not."""
+    is_collapsed = {
+        entry["step"]: collapse_verdict(entry, prefix="eval_") is not None
+        for entry in state.log_history
+        if "eval_target_std" in entry
+    }
+    steps = []
+    for step in reversed(is_collapsed):
+        if not is_collapsed[step]:
+            break
+        steps.insert(0, step)
+    return steps
+
+
 class HealthCallback(TrainerCallback):
     """
     Adds loss terms and the health of the representations to the Trainer's log, warns of a collapse at every
-    evaluation, and stops at a non-finite loss.
+    evaluation, and stops at a non-finite loss or gradient.
 
     Training figures are those of the logged step, evaluation figures those of the whole evaluation set. Nothing is
     read from the device on other steps.
 
+    A collapse in `patience` evaluations in a row after the warm-up is a lasting one: it is reported as an error and,
+    with `stop_on_collapse`, ends training without another checkpoint. Non-finite gradients are counted
+    (`nonfinite_gradients` in the log). Under float16 the gradient scaler skips their steps, which is its way to find
+    the scale; else they stop the run.
+
     Args:
         strategy_names (`list[str]`): names of the collator's strategies, in order.
+        stop_on_collapse (`bool`, defaults to `False`): whether a lasting collapse ends training.
+        patience (`int`, defaults to 3): evaluations in a row.
     """
 
-    def __init__(self, strategy_names: list[str]):
+    def __init__(self, strategy_names: list[str], stop_on_collapse: bool = False, patience: int = COLLAPSE_PATIENCE):
+        if patience < 1:
+            raise ValueError(f"HealthCallback: patience counts evaluations and must be at least 1, got {patience}.")
         self.strategy_names = strategy_names
+        self.stop_on_collapse = stop_on_collapse
+        self.patience = patience
         self.verdict: str | None = None  # of the latest evaluation
+        self.stopped_run = False
         self._train_statistics = PretrainingStatistics(strategy_names)
         self._eval_statistics = PretrainingStatistics(strategy_names)
-        self._first_bad_step: torch.Tensor | None = None
+        # both on the device: the first step with a non-finite value, or inf
+        self._first_bad_loss: torch.Tensor | None = None
+        self._first_bad_gradient: torch.Tensor | None = None
+        self._bad_gradients = torch.zeros((), dtype=torch.int64)
+        self._reported_bad_gradients = 0
         self._will_log = False
         self._step = 0
 
     def watch(self, model: TJEPAForPreTraining) -> None:
         model.register_forward_hook(self._after_forward, with_kwargs=True)
 
+    @property
+    def num_nonfinite_gradients(self) -> int:
+        return int(self._bad_gradients)
+
     def _after_forward(self, model, args, inputs, output):
         if not model.training:
             self._eval_statistics.update(output, inputs)
             return
-        bad_step = torch.where(torch.isfinite(output.loss.detach()), math.inf, float(self._step))
-        self._first_bad_step = bad_step if self._first_bad_step is None else self._first_bad_step.minimum(bad_step)
+        self._first_bad_loss = self._first_bad_step(self._first_bad_loss, output.loss.detach())
         if self._will_log:
             self._train_statistics.update(output, inputs)
 
+    def _first_bad_step(self, earlier: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        bad_step = torch.where(torch.isfinite(value), math.inf, float(self._step))
+        return bad_step if earlier is None else earlier.minimum(bad_step)
+
     def _raise_if_not_finite(self) -> None:
-        step = math.inf if self._first_bad_step is None else self._first_bad_step.item()
-        if step < math.inf:
-            raise FloatingPointError(
-                f"The loss was not finite in optimizer step {int(step)}; stopped before saving another checkpoint. "
-                "The last checkpoint is good; resume from it with --resume_from_checkpoint, with a lower "
-                "--learning_rate, a longer warm-up or a lower --max_grad_norm."
-            )
+        for name, first_bad_step in (("loss", self._first_bad_loss), ("gradient", self._first_bad_gradient)):
+            step = math.inf if first_bad_step is None else first_bad_step.item()
+            if step < math.inf:
+                raise FloatingPointError(
+                    f"The {name} was not finite in optimizer step {int(step)}; stopped before saving another "
+                    "checkpoint. The last checkpoint is good; resume from it with --resume_from_checkpoint, with a "
+                    "lower --learning_rate, a longer warm-up or a lower --max_grad_norm."
+                )
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        counts = [entry["nonfinite_gradients"] for entry in state.log_history if "nonfinite_gradients" in entry]
+        self._reported_bad_gradients = counts[-1] if counts else 0
+        self._bad_gradients = torch.tensor(self._reported_bad_gradients, device=args.device)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._step = state.global_step + 1
         self._will_log = self._step % state.logging_steps == 0 or (self._step == 1 and args.logging_first_step)
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # The Trainer's own norm is not handed to callbacks; clipping keeps what is not finite that way.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
+        self._bad_gradients += ~torch.isfinite(norm)
+        if getattr(optimizer, "scaler", None) is None:
+            self._first_bad_gradient = self._first_bad_step(self._first_bad_gradient, norm)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         # reading a loss makes a GPU wait; on the CPU it costs nothing
-        if args.device.type == "cpu" or self._will_log or state.global_step % state.save_steps == 0:
+        will_save = control.should_save or state.global_step % state.save_steps == 0
+        is_last = state.global_step >= state.max_steps
+        if args.device.type == "cpu" or self._will_log or will_save or is_last:
             self._raise_if_not_finite()
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -522,15 +695,37 @@ class HealthCallback(TrainerCallback):
             self._eval_statistics = PretrainingStatistics(self.strategy_names)
             if metrics:
                 add_to_log(state, logs, metrics)
-                self._judge(metrics)
+                self._judge(metrics, args, state, control)
         elif "loss" in logs:
             add_to_log(state, logs, self._train_statistics.summary())
             self._train_statistics = PretrainingStatistics(self.strategy_names)
+            self._report_nonfinite_gradients(state, logs)
 
-    def _judge(self, metrics: dict[str, float]) -> None:
+    def _report_nonfinite_gradients(self, state: TrainerState, logs: dict) -> None:
+        count = self.num_nonfinite_gradients
+        if count:
+            add_to_log(state, logs, {"nonfinite_gradients": count})
+        if count > self._reported_bad_gradients:
+            logger.warning(
+                f"The gradient was not finite in {count - self._reported_bad_gradients} optimizer steps since the "
+                f"last report, {count} in all: the float16 gradient scaler skipped these steps and lowered its scale. "
+                "A few are normal; if it goes on, use --bf16 or a lower --learning_rate."
+            )
+        self._reported_bad_gradients = count
+
+    def _judge(self, metrics: dict[str, float], args, state: TrainerState, control: TrainerControl) -> None:
         self.verdict = collapse_verdict(metrics, prefix="eval_")
         if self.verdict is not None:
-            logger.warning(f"The representations have {self.verdict}. See the collapse advice in the README.")
+            num_warmup_steps = args.get_warmup_steps(state.max_steps)  # nothing is learned before the first steps
+            steps = [step for step in collapsed_evaluations(state) if step > num_warmup_steps]
+            if len(steps) > 1:
+                self.verdict += f"; so in the last {len(steps)} evaluations, since step {steps[0]}"
+            report = logger.error if len(steps) >= self.patience else logger.warning
+            report(f"The representations have {self.verdict}. See the collapse advice in the README.")
+            if self.stop_on_collapse and len(steps) >= self.patience:
+                logger.error(f"Stopping at step {state.global_step} without another checkpoint (--stop_on_collapse).")
+                self.stopped_run = control.should_training_stop = True
+                control.should_save = False
         elif (rank := metrics["eval_target_rank"]) < MIN_RANK:
             logger.warning(
                 f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: judge "
@@ -549,6 +744,7 @@ def add_tjepa_callbacks(
     strategy_names: list[str],
     ema: EMACallback | None = None,
     weight_decay: WeightDecayCallback | None = None,
+    health: HealthCallback | None = None,
 ) -> HealthCallback:
     """
     Adds everything above to a Trainer. The callbacks go first in its list: what they add to a log line reaches those
@@ -557,11 +753,12 @@ def add_tjepa_callbacks(
     Returns:
         The `HealthCallback`, which knows the latest verdict.
     """
-    health = HealthCallback(strategy_names)
+    health = health or HealthCallback(strategy_names)
     health.watch(trainer.model)
     callbacks = [ema or EMACallback(), EpochCallback(), health]
     if weight_decay is not None:
         callbacks.append(weight_decay)
     trainer.callback_handler.callbacks[:0] = callbacks
     trainer.add_callback(EvaluationRandomStateCallback())
+    trainer.add_callback(ResumeStateCallback(trainer))
     return health

@@ -23,9 +23,9 @@ from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys
 
 # peak dense bfloat16 FLOP/s from the maker's data sheet, and an assumed price in dollars per hour
 GPUS = {"RTX4090": (165e12, 0.5), "A100": (312e12, 1.5), "H100": (989e12, 2.5)}
-# tokens and typical tokens per sequence: TinyStories (arXiv 2305.07759), MiniPile (arXiv 2304.08442),
-# SlimPajama (dataset card cerebras/SlimPajama-627B)
-CORPORA = {"TinyStories": (0.47e9, 220), "MiniPile": (1.5e9, 1024), "SlimPajama": (627e9, 1024)}
+# Tokens, and tokens per sequence. TinyStories: 2.12 million stories (card of roneneldan/TinyStories) of 209 tokens,
+# the mean of 7,123 of them with LLaMA's tokenizer. MiniPile: arXiv 2304.08442. SlimPajama: its dataset card.
+CORPORA = {"TinyStories": (0.44e9, 209), "MiniPile": (1.5e9, 1024), "SlimPajama": (627e9, 1024)}
 MODELS = {
     "reference": {},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -83,15 +83,19 @@ def main():
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     rows = calculate(args)
-    print(
-        f"| corpus | model | GFLOP/token | tokens/s per {args.gpu} | GPU hours | days on {args.num_gpus} | dollars |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    header = [
+        "corpus",
+        "model",
+        "GFLOP/token",
+        f"tokens/s per {args.gpu}",
+        "GPU hours",
+        f"days on {args.num_gpus}",
+        "$",
+    ]
+    formats = ["", "", ".2f", ",.0f", ",.1f", ".2f", ",.0f"]
+    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for row in rows:
-        print(
-            f"| {row['corpus']} | {row['model']} | {row['gigaflops_per_token']:.2f} | {row['tokens_per_second']:,.0f} | "
-            f"{row['gpu_hours']:,.1f} | {row['days']:,.2f} | {row['dollars']:,.0f} |"
-        )
+        print("| " + " | ".join(format(value, form) for value, form in zip(row.values(), formats, strict=True)) + " |")
     if args.output:
         args.output.write_text(json.dumps(rows, indent=2) + "\n")
 

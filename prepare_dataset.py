@@ -16,13 +16,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import yaml
 from datasets import (
     Dataset,
@@ -45,6 +46,7 @@ QUICKSTART = "quickstart"  # the --dataset_name of the docstrings that are insta
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 NUM_STREAMED_EVAL_DOCUMENTS = 1000
+BATCH_SIZE = 256  # documents tokenized at once; bounds the memory that book-length ones take
 SPLIT_SEED = 0
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 
@@ -95,7 +97,7 @@ class SourceArguments:
         default=5,
         help="Percentage of the train documents, drawn at random with a fixed seed, that becomes the validation split "
         "where there is none. 0: no validation split. With --streaming the length is unknown: any other value takes "
-        "the first --max_eval_samples documents of the stream, and training skips them.",
+        "the first --max_eval_samples documents of the stream, and training leaves these texts out wherever they are.",
     )
     streaming: bool = HfArg(default=False, help="Read the dataset while it is used, without downloading it first.")
     max_train_samples: int | None = HfArg(default=None, help="Read at most this many train documents. Default: all.")
@@ -302,12 +304,28 @@ def _limit_streams(splits: dict[str, IterableDataset], args: SourceArguments) ->
     train, validation = splits["train"], splits.get("validation")
     num_validation = args.max_eval_samples or NUM_STREAMED_EVAL_DOCUMENTS
     if validation is None and args.validation_split_percentage > 0:
-        train, validation = train.skip(num_validation), train
+        validation = train
+        held_out = [_hash_if_valid(example.get(args.text_column_name)) for example in train.take(num_validation)]
+        if len(held_out) < num_validation:
+            raise ValueError(
+                f"The stream has only {len(held_out)} documents, and all of them would become the validation split: "
+                "pass --validation_file, a --max_eval_samples below that, or --validation_split_percentage 0."
+            )
+        # not train.skip, which skips other documents as soon as the stream is split between processes or workers
+        train = train.filter(_is_not_in, fn_kwargs={"hashes": {*held_out} - {None}, "column": args.text_column_name})
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
     if validation is None:
         return IterableDatasetDict(train=train)
     return IterableDatasetDict(train=train, validation=validation.take(num_validation))
+
+
+def _hash_if_valid(text: Any) -> int | None:
+    return _hash_text(text) if find_fault(text) is None else None
+
+
+def _is_not_in(example: dict, hashes: set[int], column: str) -> bool:
+    return _hash_if_valid(example.get(column)) not in hashes
 
 
 # ---- tokens ----
@@ -385,18 +403,23 @@ def _hash_text(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _encode(dataset: Dataset | IterableDataset, tokenizer, args: DataArguments, desc: str):
+def check_columns(dataset: Dataset | IterableDataset, text_column_name: str, desc: str) -> None:
+    """Raises a `ValueError` if there are no documents, or none in the column `text_column_name`."""
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns beforehand
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {desc} split has no documents.")
-    if args.text_column_name not in columns:
+    if text_column_name not in columns:
         raise ValueError(
-            f"The {desc} split has no column {args.text_column_name!r}; it has {sorted(columns)}. "
+            f"The {desc} split has no column {text_column_name!r}; it has {sorted(columns)}. "
             "Pass --text_column_name with the one that holds the text."
         )
+
+
+def _encode(dataset: Dataset | IterableDataset, tokenizer, args: DataArguments, desc: str):
+    check_columns(dataset, args.text_column_name, desc)
     parameters = {
         "batched": True,
-        "batch_size": 256,  # documents; bounds the memory that book-length ones take
+        "batch_size": BATCH_SIZE,
         "input_columns": [args.text_column_name],
         "remove_columns": [args.text_column_name],
         "features": ENCODED_FEATURES,
@@ -460,7 +483,7 @@ def tokenize_documents(
     args: DataArguments,
     desc: str,
     seen_hashes: set[int] | None = None,
-) -> tuple[Dataset | IterableDataset, DocumentCounts | None]:
+) -> tuple[Dataset, DocumentCounts]:
     """Tokenizes documents without special tokens, drops those that cannot be used and cuts those that are too long.
 
     Args:
@@ -469,20 +492,101 @@ def tokenize_documents(
         args (`DataArguments`): `max_length`, `min_tokens` and `long_documents`; workers and cache.
         desc (`str`): What the split is called in the progress bar and in errors.
         seen_hashes (`set[int]`, *optional*): If given, documents whose hash is in it are dropped as duplicates, and
-            those that are kept are added; pass one set for several splits. Not for streams.
+            those that are kept are added; pass one set for several splits.
 
     Returns:
-        `tuple`: The dataset, whose only column `input_ids` holds int32 token ids, and its `DocumentCounts`. For an
-        `IterableDataset` the work is done while it is read and the counts are `None`.
+        `tuple`: The dataset, whose only column `input_ids` holds int32 token ids, and its `DocumentCounts`. An
+        `IterableDataset` is read into memory: for a stream that does not end soon there is `StreamTokenizer`.
 
     Raises:
         ValueError: If the text column is missing, there are no documents, or all of them were dropped.
     """
     encoded = _encode(dataset, tokenizer, args, desc)
-    if isinstance(encoded, Dataset):
-        return _keep(encoded, desc, seen_hashes)
-    is_kept = encoded.filter(lambda drop_reason: drop_reason == KEPT, input_columns=["drop_reason"])
-    return is_kept.select_columns("input_ids"), None
+    if isinstance(encoded, IterableDataset):
+        encoded = Dataset.from_list(list(encoded), features=ENCODED_FEATURES)
+    return _keep(encoded, desc, seen_hashes)
+
+
+class StreamTokenizer:
+    """
+    `tokenize_documents` for a stream that is read in shares, by several workers: the same rows, and the same counts,
+    without holding any of them. The counts are in shared memory (each worker has a line of its own there), so that the
+    main process knows them at any time. A document counts when it is read, in every epoch, and again after a resume.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Any tokenizer of transformers.
+        args (`DataArguments`): `text_column_name`, `max_length`, `min_tokens` and `long_documents`.
+    """
+
+    NUM_WORKERS = 64
+    NAMES = ("num_documents", "num_truncated", "num_split", "num_tokens_cut", *DROP_REASONS)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DataArguments):
+        self.tokenizer = tokenizer
+        self.args = args
+        # counts by name, then rows by their number of tokens
+        num_counts = len(self.NAMES) + args.max_length + 1
+        self._counts = torch.zeros((self.NUM_WORKERS, num_counts), dtype=torch.int64).share_memory_()
+
+    def __call__(self, dataset: IterableDataset) -> IterableDataset:
+        """The rows of a stream of documents, in the column `input_ids`."""
+        name = self.args.text_column_name
+        return dataset.select_columns(name).map(
+            self._encode_and_count, batched=True, batch_size=BATCH_SIZE, input_columns=[name], remove_columns=[name]
+        )
+
+    def _encode_and_count(self, texts: list) -> dict[str, list]:
+        rows = encode_batch(
+            texts, self.tokenizer, self.args.max_length, self.args.min_tokens, self.args.long_documents
+        )
+        drop_reason, num_tokens = np.array(rows["drop_reason"]), np.array(rows["num_tokens"])
+        is_first = np.array(rows["piece"]) == 0
+        document = np.cumsum(is_first) - 1
+        num_cut = np.array(rows["num_document_tokens"])[is_first] - np.bincount(document, weights=num_tokens)
+        num_cut[drop_reason[is_first] != KEPT] = 0
+        by_name = {
+            "num_documents": len(texts),
+            "num_truncated": (num_cut > 0).sum(),
+            "num_split": (np.bincount(document) > 1).sum(),
+            "num_tokens_cut": num_cut.sum(),
+            **{reason: (drop_reason == index).sum() for index, reason in enumerate(DROP_REASONS)},
+        }
+        by_length = np.bincount(num_tokens[drop_reason == KEPT], minlength=self.args.max_length + 1)
+        worker = torch.utils.data.get_worker_info()
+        line = self._counts[0 if worker is None else worker.id % self.NUM_WORKERS]
+        line += torch.tensor([*(by_name[name] for name in self.NAMES), *by_length], dtype=torch.int64)
+        kept = zip(rows["input_ids"], rows["drop_reason"], strict=True)
+        return {"input_ids": [input_ids for input_ids, reason in kept if reason == KEPT]}
+
+    def counts(self, over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None) -> DocumentCounts:
+        """
+        What became of the documents that were read so far.
+
+        Args:
+            over_processes (`Callable`, *optional*): sums an int64 tensor over processes, if there are several.
+        """
+        total = self._counts.sum(dim=0)
+        total = (total if over_processes is None else over_processes(total)).cpu().numpy()
+        by_name = dict(zip(self.NAMES, map(int, total), strict=False))
+        by_length = total[len(self.NAMES) :]
+        dropped = {reason: by_name[reason] for reason in DROP_REASONS if by_name[reason]}
+        num_rows, num_up_to = int(by_length.sum()), np.cumsum(by_length)
+        percentiles = {}
+        for percentile in PERCENTILES if num_rows else ():
+            rank = percentile * (num_rows - 1) // 100  # as np.percentile(method="lower")
+            name = f"{percentile}%" if percentile < 100 else "max"
+            percentiles[name] = int(np.searchsorted(num_up_to, rank, side="right"))
+        return DocumentCounts(
+            num_documents=by_name["num_documents"],
+            num_kept=by_name["num_documents"] - sum(dropped.values()),
+            dropped=dropped,
+            num_truncated=by_name["num_truncated"],
+            num_split=by_name["num_split"],
+            num_rows=num_rows,
+            num_tokens=int((by_length * np.arange(len(by_length))).sum()),
+            num_tokens_cut=by_name["num_tokens_cut"],
+            length_percentiles=percentiles,
+        )
 
 
 # ---- the prepared folder ----

@@ -50,6 +50,8 @@ from tjepa.prepare_dataset import (
     QUICKSTART,
     DataArguments,
     DocumentCounts,
+    StreamTokenizer,
+    check_columns,
     load_documents,
     parse_arguments,
     tokenize_documents,
@@ -152,6 +154,9 @@ class PretrainingArguments(TrainingArguments):
         default=COLLAPSE_PATIENCE,
         metadata={"help": "Collapsed evaluations in a row, after the warm-up."},
     )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "With --streaming: documents that each worker shuffles at a time. 0: none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
@@ -193,7 +198,7 @@ def main():
     with training_args.main_process_first(desc="preparing the documents"):
         documents = load_documents(data_args, model_args.cache_dir, model_args.token)
         tokenizer = load_tokenizer(model_args, data_args, documents)
-        datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args)
+        datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Model
     model = load_model(model_args, data_args, tokenizer, training_args)
@@ -232,6 +237,11 @@ def main():
     metrics["train_steps"] = trainer.state.global_step
     metrics["dropped_in_batches"] = collator.num_dropped_documents
     metrics["nonfinite_gradients"] = health.num_nonfinite_gradients
+    if isinstance(counts["train"], StreamTokenizer):
+        counts["train"] = counts["train"].counts(
+            lambda count: trainer.accelerator.reduce(count.to(training_args.device), "sum")
+        )
+        logger.info(f"train documents, as far as they were read since this start:\n{counts['train']}")
 
     # The model folder
     model = gather_model(trainer)
@@ -411,21 +421,48 @@ def tokenize_splits(
     documents: datasets.DatasetDict | datasets.IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
-) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts | str | None]]:
+    training_args: PretrainingArguments,
+) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts | StreamTokenizer | str]]:
     """Training and evaluation documents as token ids, wrapped for the collator, and what was kept and dropped."""
     splits, counts = {}, {}
     for split, dataset in documents.items():
+        if isinstance(dataset, datasets.IterableDataset) and split == "train":
+            splits[split], counts[split] = make_stream(dataset, tokenizer, args, training_args)
+            continue
         if "input_ids" in (dataset.column_names or []):
             counts[split] = f"  {len(dataset):,} rows, tokenized before (counts in preparation.json of the dataset)"
         else:
             dataset, counts[split] = tokenize_documents(dataset, tokenizer, args, desc=split)
-            if counts[split] is not None:
-                logger.info(f"{split} documents:\n{counts[split]}")
-        if isinstance(dataset, datasets.IterableDataset):
-            splits[split] = DocumentStream(dataset, repeat=split == "train")
-        else:
-            splits[split] = DocumentDataset(dataset)
+            logger.info(f"{split} documents:\n{counts[split]}")
+        splits[split] = DocumentDataset(dataset)
     return splits, counts
+
+
+def make_stream(
+    documents: datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    training_args: PretrainingArguments,
+) -> tuple[DocumentStream, StreamTokenizer]:
+    """Endless training documents, of which this process and its workers read their share, and what counts them."""
+    check_columns(documents, args.text_column_name, "train")
+    stream_tokenizer = StreamTokenizer(tokenizer, args)
+    stream = DocumentStream(
+        documents,
+        transform=stream_tokenizer,
+        shuffle_buffer_size=training_args.shuffle_buffer_size,
+        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        rank=training_args.process_index,
+        world_size=training_args.world_size,
+        repeat=True,
+    )
+    num_shares = training_args.world_size * max(1, training_args.dataloader_num_workers)
+    if documents.num_shards < num_shares:
+        logger.warning(
+            f"The stream has {documents.num_shards} files for {num_shares} readers (processes times workers): each "
+            f"reads all of them, and tokenizes one document in {num_shares}. {num_shares} files or more are faster."
+        )
+    return stream, stream_tokenizer
 
 
 def parse_config_overrides(overrides: str | None) -> dict:

@@ -159,8 +159,14 @@ class EMACallback(TrainerCallback):
 class EpochCallback(TrainerCallback):
     """
     Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one
-    process, but not through the batch sampler of several.)
+    process, but not through the batch sampler of several.) And keeps accelerate from splitting a stream that is split.
     """
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        shard = train_dataloader.dataset
+        if isinstance(shard, IterableDatasetShard) and getattr(shard.dataset, "world_size", 1) > 1:
+            # a stream of which every process reads its own share: accelerate must not take a part of that part
+            shard.num_processes, shard.process_index = 1, 0
 
     def on_epoch_begin(self, args, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch))
@@ -353,7 +359,7 @@ class ResumeStateCallback(TrainerCallback):
         if hasattr(self._stream, "remember_positions"):
             self._stream.remember_positions(
                 num_workers=args.dataloader_num_workers,
-                documents_per_batch=args.train_batch_size * (args.world_size if is_sharded else 1),
+                documents_per_batch=args.train_batch_size * (dataset.num_processes if is_sharded else 1),
                 num_batches=(args.dataloader_prefetch_factor or 2) + 2,  # how far a worker may be ahead
             )
             if saved is not None:

@@ -19,6 +19,7 @@ from tjepa import prepare_dataset as script
 from tjepa.prepare_dataset import (
     DataArguments,
     PreparationArguments,
+    StreamTokenizer,
     load_documents,
     parse_arguments,
     prepare_dataset,
@@ -119,6 +120,8 @@ def test_streamed_validation_is_the_head_that_training_skips(stories_file):
     splits = load_documents(arguments)
     assert [row["text"] for row in splits["validation"]] == DOCUMENTS[:3]
     assert [row["text"] for row in splits["train"]] == DOCUMENTS[3:8]
+    with pytest.raises(ValueError, match="only 20 documents.*--max_eval_samples below that"):
+        load_documents(DataArguments(train_file=stories_file, streaming=True))
 
 
 def test_a_glob_reads_several_files(tmp_path):
@@ -257,15 +260,17 @@ def test_counts_are_right_from_the_cache_and_with_workers(tmp_path, stories_file
 def test_streams_are_tokenized_alike(tokenizer):
     texts = [*DOCUMENTS, None, " ", "the"]
     arguments = DataArguments(max_length=4, min_tokens=3, long_documents="split")
-    expected, _ = tokenize_documents(Dataset.from_dict({"text": texts}), tokenizer, arguments, "train")
-    stream, counts = tokenize_documents(stream_of(texts), tokenizer, arguments, "train")
-    assert counts is None
-    assert list(stream) == list(expected)
+    expected, expected_counts = tokenize_documents(Dataset.from_dict({"text": texts}), tokenizer, arguments, "train")
+    held, held_counts = tokenize_documents(stream_of(texts), tokenizer, arguments, "train")
+    assert list(held) == list(expected) and held_counts == expected_counts
+    stream_tokenizer = StreamTokenizer(tokenizer, arguments)
+    assert list(stream_tokenizer(stream_of(texts))) == list(expected)
+    assert stream_tokenizer.counts() == expected_counts
 
 
 def test_a_stream_survives_anything(tokenizer):
     texts = [DOCUMENTS[0], None, 3, "bad \ud800 half", DOCUMENTS[1]]
-    stream, _ = tokenize_documents(stream_of(texts), tokenizer, DataArguments(), "train")
+    stream = StreamTokenizer(tokenizer, DataArguments())(stream_of(texts))
     assert [row["input_ids"] for row in stream] == tokenizer(DOCUMENTS[:2], add_special_tokens=False)["input_ids"]
 
 

@@ -13,17 +13,38 @@ import copy
 import json
 import logging
 import os
+import re
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import datasets
 import torch
 import transformers
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, upload_folder
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    create_branch,
+    create_repo,
+    run_as_future,
+    upload_folder,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import (
@@ -56,7 +77,12 @@ from tjepa.trainer_tjepa import (
 logger = logging.getLogger(__name__)
 
 QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
-MODEL_FOLDER_FILES = ["*.safetensors*", "*.json", "*.py", "*.md", "*.txt", "*.model", "*.jinja"]
+# What --push_to_hub publishes of a folder; the tokenizer's vocabulary files come to it by their own names.
+PUBLISHED_FILES = [
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "README.md"),
+    *("config.json", "configuration_tjepa.py", "modeling_tjepa.py", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+]
 
 
 @dataclass
@@ -120,6 +146,13 @@ class PretrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
+            "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'."
+        },
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
 
     def __post_init__(self):
@@ -147,6 +180,7 @@ def main():
             f"--num_processes {training_args.n_gpu}, or show it only one with CUDA_VISIBLE_DEVICES=0."
         )
     checkpoint = find_checkpoint(training_args)
+    publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
     # Text -> tokens
@@ -183,6 +217,8 @@ def main():
         EMACallback(training_args.ema_momentum, training_args.final_ema_momentum, training_args.ipe_scale),
         WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
     )
+    if publisher is not None:
+        trainer.add_callback(publisher)
     metrics = {}
     if training_args.do_train:
         metrics.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
@@ -200,14 +236,8 @@ def main():
         save_model_folder(model, tokenizer, strategies, metrics, training_args)
         write_model_card(model, model_args, data_args, training_args, strategies, counts, metrics, health.verdict)
         logger.info(f"The model folder is {training_args.output_dir}")
-        if training_args.push_to_hub:
-            upload_folder(
-                repo_id=trainer.hub_model_id,
-                folder_path=training_args.output_dir,
-                allow_patterns=MODEL_FOLDER_FILES,
-                commit_message="End of training",
-                token=training_args.hub_token or model_args.token,
-            )
+        if publisher is not None:
+            publisher.publish_model_folder(training_args.output_dir, tokenizer)
 
 
 def with_quickstart_default(arguments: list[str]) -> list[str]:
@@ -257,6 +287,115 @@ def find_checkpoint(args: PretrainingArguments) -> str | None:
             "--overwrite_output_dir, or choose another --output_dir."
         )
     return None
+
+
+# ---- the Hub ----
+
+
+class HubPublisher(TrainerCallback):
+    """
+    `--push_to_hub`: the model folder at the end of training and, by `--hub_strategy`, at every save before it.
+
+    The Trainer's own push is not used: it uploads whatever lies in the run folder, TensorBoard files and pickled
+    arguments among it. Here only `PUBLISHED_FILES` go out, and with the strategies `checkpoint` and `all_checkpoints`,
+    as their names say, the whole checkpoint folder beside them (`last-checkpoint/` or `checkpoint-N/`).
+
+    Args:
+        args (`PretrainingArguments`): the `hub_` arguments and `output_dir`, whose name is the default repository.
+        token (`str`, *optional*): a token with write permission; default: the one that is logged in.
+
+    Raises:
+        PermissionError: if the Hub does not let this token create or use the repository.
+    """
+
+    def __init__(self, args: PretrainingArguments, token: str | None):
+        self.strategy = HubStrategy(args.hub_strategy)
+        self.hub = {"token": token, "revision": args.hub_revision}
+        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            self.repo_id = create_repo(repo_id, token=token, private=args.hub_private_repo, exist_ok=True).repo_id
+            if args.hub_revision is not None:
+                create_branch(self.repo_id, branch=args.hub_revision, token=token, exist_ok=True)
+        except HfHubHTTPError as error:
+            raise PermissionError(
+                f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as "
+                "--hub_token, or log in with `hf auth login`. Nothing was trained yet."
+            ) from error
+        self.jobs = []
+
+    def upload(self, folder: str, message: str, allow_patterns: list[str] | None, path_in_repo: str | None = None):
+        upload_folder(
+            repo_id=self.repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=message,
+            allow_patterns=allow_patterns,
+            **self.hub,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        disable_progress_bars()  # tqdm breaks when bars come and go in the background while the Trainer's is written
+
+    def on_save(self, args, state, control, processing_class: PreTrainedTokenizerBase = None, **kwargs):
+        """Uploads in the background; while one upload runs the next is left out, unless `hub_always_push`."""
+        if self.strategy == HubStrategy.END or not state.is_world_process_zero:
+            return
+        if self.jobs and not self.jobs[-1].done() and not args.hub_always_push:
+            logger.info(f"Step {state.global_step} is not pushed: the push before it still runs.")
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        copy = tempfile.TemporaryDirectory()  # the Trainer may delete the checkpoint while it is read
+        shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+        message = f"Training in progress, step {state.global_step}"
+        folder_on_hub = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: checkpoint.name,
+        }.get(self.strategy)
+        self.jobs.append(run_as_future(self._upload_checkpoint, copy, message, processing_class, folder_on_hub))
+
+    def _upload_checkpoint(self, copy: tempfile.TemporaryDirectory, message: str, tokenizer, folder_on_hub) -> None:
+        try:
+            with copy as folder:
+                self.upload(folder, message, published_files(tokenizer))
+                if folder_on_hub is not None:
+                    self.upload(folder, f"{message}, checkpoint", allow_patterns=None, path_in_repo=folder_on_hub)
+        except Exception as error:  # training goes on; the push at its end counts
+            logger.warning(f"{message}: the push to {self.repo_id} failed. {error}")
+
+    def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Raises:
+            RuntimeError: if the upload failed; the folder is whole all the same.
+        """
+        for job in self.jobs:
+            job.result()
+        enable_progress_bars()
+        try:
+            self.upload(folder, "End of training", published_files(tokenizer))
+        except Exception as error:
+            raise RuntimeError(
+                f"The push to {self.repo_id} failed, but nothing is lost: {folder} holds the whole model. Push it "
+                f"later with `hf upload {self.repo_id} {folder}` and --include for each of its model files."
+            ) from error
+        logger.info(f"Pushed to {self.repo_id}")
+
+
+def published_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
+
+
+def create_publisher(args: PretrainingArguments, token: str | None) -> HubPublisher | None:
+    """
+    The publisher that `--push_to_hub` asks for, on the main process. Afterwards the arguments hold no token, for they
+    are pickled into every checkpoint, and the Trainer does not push by itself.
+    """
+    token, args.hub_token = args.hub_token or token, None
+    publisher = None
+    if args.push_to_hub and args.process_index == 0:
+        publisher = HubPublisher(args, token)
+        args.hub_model_id = publisher.repo_id  # with the user's name, if it had none
+    args.push_to_hub = False
+    return publisher
 
 
 def load_tokenizer(
@@ -416,11 +555,11 @@ def write_model_card(
 ) -> None:
     """README.md of the model folder: what it was trained on, how, and its final figures."""
     output_dir = Path(training_args.output_dir)
-    name = output_dir.resolve().name
-    on_hub = data_args.dataset_name is not None and "/" in data_args.dataset_name
-    on_hub = on_hub and not Path(data_args.dataset_name).exists()
-    # of a local path only the name: where it lay is nobody's business
-    source = data_args.dataset_name if on_hub else Path(data_args.dataset_name or data_args.train_file).name
+    repo_id = training_args.hub_model_id or "PATH_OR_REPO_ID"
+    name = Path(training_args.hub_model_id or output_dir.resolve()).name
+    on_hub = data_args.dataset_name not in (None, QUICKSTART) and not Path(data_args.dataset_name).exists()
+    # of a path or URL only the file name: where it lay is nobody's business, and a URL may hold a key
+    source = data_args.dataset_name if on_hub else file_name(data_args.dataset_name or data_args.train_file)
     figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
     card_data = ModelCardData(
         library_name="transformers",
@@ -432,7 +571,7 @@ def write_model_card(
         eval_results=[
             EvalResult(
                 task_type="feature-extraction",
-                dataset_type=source,
+                dataset_type=re.sub(r"[^\w./-]+", "-", source),  # the Hub takes nothing else, "*" in globs included
                 dataset_name=source,
                 metric_type=metric,
                 metric_value=round(value, 5),
@@ -472,8 +611,8 @@ words. {model.config.num_hidden_layers} layers, {model.config.hidden_size} wide,
 ```python
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID")
-model = AutoModel.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)  # the target encoder
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)  # the target encoder
 ```
 
 ## Trained on
@@ -488,6 +627,12 @@ model = AutoModel.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)  # 
 | --- | --- |
 {training_rows}
 
+The masking strategies, as `--masking_strategies` takes them:
+
+```yaml
+{yaml.safe_dump(strategies_to_dicts(strategies), sort_keys=False).strip()}
+```
+
 ## Final figures
 
 Health: {health}.
@@ -498,6 +643,11 @@ Health: {health}.
 """
     )
     card.save(output_dir / "README.md")
+
+
+def file_name(path_or_url: str) -> str:
+    """The last part of a path, or of a URL without what follows its path."""
+    return Path(urlsplit(path_or_url).path if "://" in path_or_url else path_or_url).name
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from tjepa.prepare_dataset import (
     QUICKSTART,
     DataArguments,
     DocumentCounts,
+    StreamCounts,
     load_documents,
     parse_arguments,
     tokenize_documents,
@@ -228,6 +229,7 @@ def main():
         metrics.update({k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_")})
     metrics["train_steps"] = trainer.state.global_step
     metrics["dropped_in_batches"] = collator.num_dropped_documents
+    metrics["documents"] = {split: count.to_dict() for split, count in counts.items() if not isinstance(count, str)}
 
     # The model folder
     if trainer.is_world_process_zero():
@@ -423,7 +425,7 @@ def tokenize_splits(
     documents: datasets.DatasetDict | datasets.IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
-) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts | str | None]]:
+) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts | StreamCounts | str]]:
     """Training and evaluation documents as token ids, wrapped for the collator, and what was kept and dropped."""
     splits, counts = {}, {}
     for split, dataset in documents.items():
@@ -431,7 +433,7 @@ def tokenize_splits(
             counts[split] = f"  {len(dataset):,} rows, tokenized before (counts in preparation.json of the dataset)"
         else:
             dataset, counts[split] = tokenize_documents(dataset, tokenizer, args, desc=split)
-            if counts[split] is not None:
+            if isinstance(counts[split], DocumentCounts):  # of a stream nothing is known yet
                 logger.info(f"{split} documents:\n{counts[split]}")
         wrapper = DocumentStream if isinstance(dataset, datasets.IterableDataset) else DocumentDataset
         splits[split] = wrapper(dataset)
@@ -549,7 +551,7 @@ def write_model_card(
     data_args: DataArguments,
     training_args: PretrainingArguments,
     strategies: list[MaskingStrategy],
-    counts: dict[str, DocumentCounts | str | None],
+    counts: dict[str, DocumentCounts | StreamCounts | str],
     metrics: dict[str, float],
     verdict: str | None,
 ) -> None:
@@ -582,7 +584,7 @@ def write_model_card(
         or None,
     )
     health = verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated"
-    trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items() if count is not None)
+    trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items())
     figure_rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in sorted(figures.items()))
     training = {
         "optimizer steps": metrics["train_steps"],

@@ -195,7 +195,7 @@ def test_counts_every_reason_and_never_crashes(tmp_path, tokenizer):
     for words in ("documents read", "not a string", "tokens per row", "10"):
         assert words in str(counts)
 
-    encoded = script.encode_batch(texts, tokenizer, max_length=8, min_tokens=2, long_documents="truncate")
+    encoded = script.encode_batch(texts, tokenizer=tokenizer, max_length=8, min_tokens=2, long_documents="truncate")
     reasons = [script.DROP_REASONS[index] for index in encoded["drop_reason"] if index != script.KEPT]
     assert reasons.count("invalid unicode") == 1 and reasons.count("not a string") == 4
 
@@ -257,10 +257,11 @@ def test_counts_are_right_from_the_cache_and_with_workers(tmp_path, stories_file
 def test_streams_are_tokenized_alike(tokenizer):
     texts = [*DOCUMENTS, None, " ", "the"]
     arguments = DataArguments(max_length=4, min_tokens=3, long_documents="split")
-    expected, _ = tokenize_documents(Dataset.from_dict({"text": texts}), tokenizer, arguments, "train")
+    expected, expected_counts = tokenize_documents(Dataset.from_dict({"text": texts}), tokenizer, arguments, "train")
     stream, counts = tokenize_documents(stream_of(texts), tokenizer, arguments, "train")
-    assert counts is None
+    assert counts.num_kept == 0  # nothing was read yet
     assert list(stream) == list(expected)
+    assert counts.to_dict() == {"num_kept": expected_counts.num_kept, "dropped": expected_counts.dropped}
 
 
 def test_a_stream_survives_anything(tokenizer):

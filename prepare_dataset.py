@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import fsspec
 import numpy as np
@@ -289,8 +290,8 @@ def _load_files(
     formats = {FILE_FORMATS.get(_extension(path)) for path in paths}
     if len(formats) > 1 or None in formats:
         raise ValueError(
-            f"--{argument} {pattern!r} has the extension(s) {sorted({_extension(path) for path in paths})}; it must "
-            f"be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(COMPRESSIONS)}). "
+            f"--{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
+            f"must be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(COMPRESSIONS)}). "
             "A folder is given with --dataset_name."
         )
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
@@ -372,8 +373,16 @@ def _parse_json(line: str, text_column_name: str) -> Iterator[Any]:
         yield row.get(text_column_name) if isinstance(row, dict) else DAMAGED
 
 
+def without_query(path_or_url: str) -> str:
+    """A path as it is; a URL without what may be secret in it: user, password, query and fragment."""
+    if "://" not in path_or_url:
+        return path_or_url
+    parts = urlsplit(path_or_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def _extension(path: str) -> str:
-    stem, extension = os.path.splitext(path.lower())
+    stem, extension = os.path.splitext(without_query(path).lower())
     return os.path.splitext(stem)[1] if extension in COMPRESSIONS else extension
 
 
@@ -672,7 +681,8 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
                 splits[name], counts[name] = _keep(encoded, name, seen_hashes)
             splits.save_to_disk(folder)
         tokenizer.save_pretrained(folder)
-        record = {"arguments": asdict(args), "counts": {name: count.to_dict() for name, count in counts.items()}}
+        arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items()}
+        record = {"arguments": arguments, "counts": {name: count.to_dict() for name, count in counts.items()}}
         (folder / "preparation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return counts
 

@@ -19,7 +19,6 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import datasets
 import torch
@@ -63,6 +62,7 @@ from tjepa.prepare_dataset import (
     load_documents,
     parse_arguments,
     tokenize_documents,
+    without_query,
 )
 from tjepa.quickstart import report_what_was_learned
 from tjepa.train_tokenizer import train_tokenizer
@@ -561,7 +561,9 @@ def write_model_card(
     name = Path(training_args.hub_model_id or output_dir.resolve()).name
     on_hub = data_args.dataset_name not in (None, QUICKSTART) and not Path(data_args.dataset_name).exists()
     # of a path or URL only the file name: where it lay is nobody's business, and a URL may hold a key
-    source = data_args.dataset_name if on_hub else file_name(data_args.dataset_name or data_args.train_file)
+    source = (
+        data_args.dataset_name if on_hub else Path(without_query(data_args.dataset_name or data_args.train_file)).name
+    )
     figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
     card_data = ModelCardData(
         library_name="transformers",
@@ -645,11 +647,6 @@ Health: {health}.
 """
     )
     card.save(output_dir / "README.md")
-
-
-def file_name(path_or_url: str) -> str:
-    """The last part of a path, or of a URL without what follows its path."""
-    return Path(urlsplit(path_or_url).path if "://" in path_or_url else path_or_url).name
 
 
 if __name__ == "__main__":

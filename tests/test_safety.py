@@ -1,9 +1,12 @@
 """Safe by default: nothing that is read runs code, nothing is written elsewhere, no secret goes anywhere."""
 
 import ast
+import functools
 import json
 import os
 import pickle
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from tjepa import TJEPAForPreTraining, TJEPAModel, prepare_dataset
 from tjepa.convert_checkpoint import convert_checkpoint
-from tjepa.run_pretraining import file_name
 from tjepa.train_tokenizer import train_tokenizer
 
 from .test_run_pretraining import arguments, make_texts, run
@@ -240,10 +242,42 @@ def test_tokens_are_nowhere(inputs, monkeypatch, capfd, caplog):
         assert not [path for path, content in written.items() if secret.encode() in content]
 
 
-def test_a_key_in_a_url_stays_out_of_the_card():
+class SilentFileServer(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def data_url(inputs):
+    """A file on a web server, whose address holds a key."""
+    handler = functools.partial(SilentFileServer, directory=inputs)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/train.jsonl?X-Signature={SECRETS[0]}"
+        server.shutdown()
+
+
+def test_a_key_in_a_url_stays_there(inputs, data_url, monkeypatch, caplog, capfd):
+    run(monkeypatch, arguments(inputs, inputs / "out", max_steps=1, train_file=data_url))
+    prepared = prepare_dataset.PreparationArguments(
+        train_file=data_url,
+        tokenizer_name=str(inputs / "tokenizer"),
+        output_dir=str(inputs / "prepared"),
+        min_tokens=2,
+    )
+    prepare_dataset.prepare_dataset(prepared)
+    with pytest.raises(ValueError, match="extension") as error:
+        prepare_dataset.load_documents(prepare_dataset.DataArguments(train_file=data_url.replace("jsonl", "html")))
+    for folder in ("out", "prepared"):
+        assert not [p for p in (inputs / folder).rglob("*") if p.is_file() and SECRETS[0].encode() in p.read_bytes()]
+    assert "train.jsonl" in (inputs / "out" / "README.md").read_text()
+    assert SECRETS[0] not in str(error.value) + caplog.text + "".join(capfd.readouterr())
+
+
+def test_what_is_secret_in_a_url():
     url = "https://user:password@host.example/data/train.parquet?X-Signature=secret#part"
-    assert file_name(url) == "train.parquet"
-    assert file_name("data/a folder/train-*.parquet") == "train-*.parquet"
+    assert prepare_dataset.without_query(url) == "https://host.example/data/train.parquet"
+    assert prepare_dataset.without_query("data/a folder/train-?.parquet") == "data/a folder/train-?.parquet"
 
 
 def test_an_encoder_folder_names_no_local_path(make_model, tmp_path):

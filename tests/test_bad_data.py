@@ -10,18 +10,23 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.prepare_dataset import DataArguments, load_documents, tokenize_documents
 from tjepa.train_tokenizer import train_tokenizer
 
+from .test_masking import masking_strategies
 from .test_run_pretraining import arguments, make_texts, run
 
 
 NUM_GOOD = 200
 NUM_OF_EACH = 100
+SLOT_INDICES = ("slot_indices", "label_indices")
 DROPPED = {  # kind of document -> the reason that must be given
     "null": lambda rng: (None, "null"),
     "number": lambda rng: (rng.choice([7, -1.5, 1e300, 0]), "not a string"),
@@ -186,3 +191,55 @@ def test_what_was_readable_of_a_truncated_file_is_used_and_the_cache_knows_when_
     assert counts_of(path, tokenizer_folder)[0] > num_kept
     path.write_bytes(whole)
     assert counts_of(path, tokenizer_folder) == (3000, {})
+
+
+# ---- any token sequences whatever ----
+
+token_sequences = st.one_of(
+    st.lists(st.integers(0, 2**31 - 1), max_size=60),  # anything, also nothing and a single token
+    st.builds(lambda token, length: [token] * length, st.integers(0, 9), st.integers(0, 200)),  # one token for ever
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(token_sequences, max_size=6),
+    st.lists(masking_strategies(), min_size=1, max_size=3),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_collator_takes_any_documents(documents, strategies, seed, in_rows, hide_recurring, one_view):
+    collator = DataCollatorForTJEPA(
+        strategies,
+        seed,
+        row_length=200 if in_rows else None,
+        mask_recurring_targets=hide_recurring,
+        views_per_document=1 if one_view else None,
+    )
+    examples = [{"input_ids": ids, "document_index": i, "epoch": 0} for i, ids in enumerate(documents)]
+    batch = {name: tensor.numpy() for name, tensor in collator(examples).items()}
+    kept = [ids for ids in documents if len(ids) >= 2]
+    assert collator.num_dropped_documents == len(documents) - len(kept)
+
+    tokens, positions = batch["input_ids"].ravel(), batch["position_ids"].ravel()
+    document_of_token = batch["document_ids"].ravel()
+    for document, ids in enumerate(kept):
+        assert tokens[document_of_token == document].tolist() == ids
+        assert positions[document_of_token == document].tolist() == list(range(len(ids)))
+    assert (document_of_token >= 0).sum() == sum(map(len, kept))
+
+    # every view sees something and predicts something of one document, each at its own position
+    view_of_entry, block_of_entry = batch["prediction_view_ids"].ravel(), batch["prediction_block_ids"].ravel()
+    position_of_entry, slots, labels = batch["prediction_position_ids"].ravel(), *map(batch.get, SLOT_INDICES)
+    assert (position_of_entry[slots] == positions[labels]).all() and (block_of_entry[slots] > 0).all()
+    assert (block_of_entry > 0).sum() == len(slots)
+    views = set(view_of_entry[view_of_entry >= 0].tolist())
+    assert len(views) == len(kept) * (1 if one_view else len(strategies))
+    assert set(view_of_entry[slots].tolist()) == views == set(batch["context_view_ids"].ravel().tolist()) - {-1}
+    context_documents = document_of_token[batch["context_indices"].ravel()]
+    for view in views:
+        seen = set(context_documents[batch["context_view_ids"].ravel() == view].tolist())
+        assert seen == set(document_of_token[labels[view_of_entry[slots] == view]].tolist()) and len(seen) == 1
+    assert batch["slots_per_strategy"].sum() == len(slots)

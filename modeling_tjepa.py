@@ -385,7 +385,7 @@ class TJEPAPreTrainedModel(PreTrainedModel):
     ):
         r"""
         As in transformers, and for the encoder and the heads one argument more, which `AutoModel...from_pretrained`
-        passes on as well.
+        passes on as well. Weights are read from safetensors files only: others can hold code.
 
         Args:
             encoder (`str`, defaults to `"target"`):
@@ -394,8 +394,13 @@ class TJEPAPreTrainedModel(PreTrainedModel):
                 head hold only one: for them leave it out.
 
         Raises:
-            ValueError: for another `encoder`, or for `"context"` where the folder has no context encoder.
+            ValueError: for another `encoder`, or for `"context"` where the folder has no context encoder; for
+                `use_safetensors=False`.
+            OSError: if there are no safetensors files.
         """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("T-JEPA weights are safetensors files only: leave out use_safetensors=False.")
+        kwargs["use_safetensors"] = True
         if encoder not in ("target", "context"):
             raise ValueError(f"encoder must be 'target' (the moving average) or 'context', got {encoder!r}.")
         if not hasattr(cls, "encoder_weights"):  # a class that has no encoder to choose

@@ -5,23 +5,31 @@ As a script it writes a folder that pretraining loads in an instant, with its to
     python prepare_dataset.py configs/prepare_tinystories.yaml --max_length 256
 
 Notable: no document disappears silently. Every row of the tokenized (and cached) data remembers why it was dropped and
-how long its document was, so the statistics are the same whether the work was just done or came from the cache.
+how long its document was, so the statistics are the same whether the work was just done or came from the cache. Files
+that `datasets` refuses as a whole because a part of them is damaged are read once more, document by document.
 """
 
+import csv
 import difflib
 import glob
 import hashlib
+import io
 import json
+import logging
+import lzma
 import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import fsspec
 import numpy as np
 import torch
 import yaml
@@ -36,11 +44,16 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from pyarrow import ArrowException, parquet
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from tjepa.quickstart import load_quickstart_documents
 
+
+logger = logging.getLogger(__name__)
 
 QUICKSTART = "quickstart"  # the --dataset_name of the docstrings that are installed with this project
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
@@ -57,9 +70,13 @@ DROP_REASONS = (
     "invalid unicode",
     "shorter than min_tokens",
     "duplicate",
+    "unreadable",
 )
-NULL, NOT_A_STRING, EMPTY, INVALID_UNICODE, TOO_SHORT, DUPLICATE = range(len(DROP_REASONS))
+NULL, NOT_A_STRING, EMPTY, INVALID_UNICODE, TOO_SHORT, DUPLICATE, UNREADABLE = range(len(DROP_REASONS))
 KEPT = -1
+DAMAGED = object()  # stands for a document that is in a file but cannot be read from it
+FAULT_COLUMN = "fault_found_when_read"
+DAMAGES = (ArrowException, csv.Error, EOFError, lzma.LZMAError, OSError, UnicodeError, ValueError, zlib.error)
 
 # One row per piece of a document; a dropped document is one row without tokens.
 ENCODED_FEATURES = Features(
@@ -90,7 +107,8 @@ class SourceArguments:
     train_file: str | None = HfArg(
         default=None,
         help="A local file, or a glob in quotes: parquet, json, jsonl, csv or txt (one document per line), as it is "
-        "or compressed (.gz).",
+        "or compressed (.gz). Of a damaged file all that can be read is used, and what cannot is counted as "
+        "unreadable; with --streaming it ends the run.",
     )
     validation_file: str | None = HfArg(default=None, help="The same for the validation split.")
     validation_split_percentage: float = HfArg(
@@ -229,7 +247,8 @@ def load_documents(
 
     Returns:
         `DatasetDict` or, with `args.streaming`, `IterableDatasetDict`. A folder written by this script has the column
-        `input_ids` already and is never streamed: it is memory-mapped anyway.
+        `input_ids` already and is never streamed: it is memory-mapped anyway. Local files with damaged parts, unless
+        they are streamed, come with the text column only and, in another column, why a text is missing.
 
     Raises:
         ValueError: If not exactly one source was given, a file has an unknown extension or is empty, or there is no
@@ -243,7 +262,7 @@ def load_documents(
     if args.train_file is not None:
         files = {"train": args.train_file, "validation": args.validation_file}
         splits = {
-            name: _load_files(f"{name}_file", pattern, args.streaming, cache_dir)
+            name: _load_files(f"{name}_file", pattern, args, cache_dir)
             for name, pattern in files.items()
             if pattern is not None
         }
@@ -263,26 +282,108 @@ def load_documents(
     return _limit_datasets(splits, args)
 
 
-def _load_files(argument: str, pattern: str, streaming: bool, cache_dir: str | None) -> Dataset | IterableDataset:
+def _load_files(
+    argument: str, pattern: str, args: SourceArguments, cache_dir: str | None
+) -> Dataset | IterableDataset:
     paths = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise FileNotFoundError(f"--{argument}: no file {pattern!r} (seen from {os.getcwd()}).")
     formats = {FILE_FORMATS.get(_extension(path)) for path in paths}
     if len(formats) > 1 or None in formats:
         raise ValueError(
-            f"--{argument} {pattern!r} has the extension(s) {sorted({_extension(path) for path in paths})}; it must "
-            f"be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(COMPRESSIONS)}). "
+            f"--{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
+            f"must be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(COMPRESSIONS)}). "
             "A folder is given with --dataset_name."
         )
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
         raise ValueError(f"--{argument}: {pattern!r} is empty; it must hold at least one document.")
-    return load_dataset(
-        formats.pop(), data_files={"train": paths}, split="train", streaming=streaming, cache_dir=cache_dir
+    file_format = formats.pop()
+    load = {"data_files": {"train": paths}, "split": "train", "streaming": args.streaming, "cache_dir": cache_dir}
+    if args.streaming or "://" in pattern:
+        return load_dataset(file_format, **load)
+    try:
+        return load_dataset(file_format, **load)
+    except (DatasetGenerationError, *DAMAGES) as error:
+        logger.warning(
+            f"--{argument} {pattern!r} cannot be read as a whole: {error.__cause__ or error}. "
+            "Reading it document by document, past what is damaged."
+        )
+    states = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+    return Dataset.from_generator(
+        read_damaged_files,
+        gen_kwargs={"paths": paths, "file_format": file_format, "text_column_name": args.text_column_name},
+        features=Features({args.text_column_name: Value("string"), FAULT_COLUMN: Value("int8")}),
+        cache_dir=cache_dir,
+        fingerprint=Hasher.hash([paths, states, args.text_column_name, DROP_REASONS]),
     )
 
 
+def read_damaged_files(paths: list[str], file_format: str, text_column_name: str) -> Iterator[dict]:
+    """Reads the documents of files one by one, past those that are damaged.
+
+    A line that is no JSON is one unreadable document. Where a whole file cannot be read further (a truncated gzip
+    file, a parquet file without its footer), what came before is used and the rest counts as one unreadable document;
+    the log names the file.
+
+    Args:
+        paths (`list[str]`): Local files, as they are or compressed.
+        file_format (`str`): One of the values of `FILE_FORMATS`.
+        text_column_name (`str`): The column that holds the text.
+
+    Yields:
+        `dict`: The text, or `None` where there is none to use; and why, as an index into `DROP_REASONS`, or `KEPT`.
+    """
+    for path in paths:
+        try:
+            for text in _read_texts(path, file_format, text_column_name):
+                fault = find_fault(text)
+                is_usable = fault is None
+                yield {text_column_name: text if is_usable else None, FAULT_COLUMN: KEPT if is_usable else fault}
+        except DAMAGES as error:
+            logger.warning(f"{path} is damaged, and what follows in it is left out: {error or type(error).__name__}")
+            yield {text_column_name: None, FAULT_COLUMN: UNREADABLE}
+
+
+def _read_texts(path: str, file_format: str, text_column_name: str) -> Iterator[Any]:
+    with fsspec.open(path, "rb", compression="infer") as file:
+        if file_format == "parquet":
+            for batch in parquet.ParquetFile(file).iter_batches(columns=[text_column_name]):
+                yield from batch[text_column_name].to_pylist()
+            return
+        # bytes that are no UTF-8 become lone surrogates, which find_fault knows
+        lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="\n")
+        if file_format == "text":
+            yield from (line.rstrip("\r\n") for line in lines)
+        elif file_format == "csv":
+            csv.field_size_limit(2**31 - 1)
+            yield from (row.get(text_column_name) for row in csv.DictReader(lines))
+        else:
+            for line in lines:
+                yield from _parse_json(line, text_column_name)
+
+
+def _parse_json(line: str, text_column_name: str) -> Iterator[Any]:
+    if not line.strip():
+        return
+    try:
+        value = json.loads(line)
+    except ValueError:
+        yield DAMAGED
+        return
+    for row in value if isinstance(value, list) else [value]:  # a .json file may be one long list
+        yield row.get(text_column_name) if isinstance(row, dict) else DAMAGED
+
+
+def without_query(path_or_url: str) -> str:
+    """A path as it is; a URL without what may be secret in it: user, password, query and fragment."""
+    if "://" not in path_or_url:
+        return path_or_url
+    parts = urlsplit(path_or_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def _extension(path: str) -> str:
-    stem, extension = os.path.splitext(path.lower())
+    stem, extension = os.path.splitext(without_query(path).lower())
     return os.path.splitext(stem)[1] if extension in COMPRESSIONS else extension
 
 
@@ -345,6 +446,9 @@ class DocumentCounts:
     num_tokens_cut: int  # tokens of kept documents that are in no row
     length_percentiles: dict[str, int]  # tokens per row; "5%", ..., "95%", "max"
 
+    def to_dict(self) -> dict:
+        return asdict(self)
+
     def __str__(self) -> str:
         lines = [("documents read", self.num_documents), ("kept", self.num_kept)]
         lines += [("dropped", sum(self.dropped.values()))]
@@ -358,6 +462,8 @@ class DocumentCounts:
 
 def find_fault(text: Any) -> int | None:
     """The reason (an index into `DROP_REASONS`) why `text` cannot be tokenized, or `None` if it can."""
+    if text is DAMAGED:
+        return UNREADABLE
     if text is None:
         return NULL
     if not isinstance(text, str):
@@ -372,10 +478,18 @@ def find_fault(text: Any) -> int | None:
 
 
 def encode_batch(
-    texts: list, tokenizer: PreTrainedTokenizerBase, max_length: int, min_tokens: int, long_documents: str
+    texts: list,
+    known_faults: list[int] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    min_tokens: int,
+    long_documents: str,
 ) -> dict[str, list]:
-    """Turns a batch of documents into rows of `ENCODED_FEATURES`."""
+    """Turns a batch of documents into rows of `ENCODED_FEATURES`. `known_faults` are those of `read_damaged_files`."""
     faults = [find_fault(text) for text in texts]
+    if known_faults is not None:
+        faults = [fault if known == KEPT else known for fault, known in zip(faults, known_faults, strict=True)]
     valid_texts = [text for text, fault in zip(texts, faults, strict=True) if fault is None]
     # verbose=False: that a document is longer than the tokenizer's model_max_length is no news here.
     encoding = tokenizer(valid_texts, add_special_tokens=False, verbose=False) if valid_texts else {"input_ids": []}
@@ -417,11 +531,12 @@ def check_columns(dataset: Dataset | IterableDataset, text_column_name: str, des
 
 def _encode(dataset: Dataset | IterableDataset, tokenizer, args: DataArguments, desc: str):
     check_columns(dataset, args.text_column_name, desc)
+    inputs = [args.text_column_name] + ([FAULT_COLUMN] if FAULT_COLUMN in (dataset.column_names or []) else [])
     parameters = {
         "batched": True,
         "batch_size": BATCH_SIZE,
-        "input_columns": [args.text_column_name],
-        "remove_columns": [args.text_column_name],
+        "input_columns": inputs,
+        "remove_columns": inputs,
         "features": ENCODED_FEATURES,
         "fn_kwargs": {
             "tokenizer": tokenizer,
@@ -434,7 +549,7 @@ def _encode(dataset: Dataset | IterableDataset, tokenizer, args: DataArguments, 
         parameters["num_proc"] = args.preprocessing_num_workers
         parameters["load_from_cache_file"] = not args.overwrite_cache
         parameters["desc"] = f"Tokenizing {desc}"
-    return dataset.select_columns(args.text_column_name).map(encode_batch, **parameters)
+    return dataset.select_columns(inputs).map(encode_batch, **parameters)
 
 
 def _keep(encoded: Dataset, desc: str, seen_hashes: set[int] | None = None) -> tuple[Dataset, DocumentCounts]:
@@ -537,7 +652,11 @@ class StreamTokenizer:
 
     def _encode_and_count(self, texts: list) -> dict[str, list]:
         rows = encode_batch(
-            texts, self.tokenizer, self.args.max_length, self.args.min_tokens, self.args.long_documents
+            texts,
+            tokenizer=self.tokenizer,
+            max_length=self.args.max_length,
+            min_tokens=self.args.min_tokens,
+            long_documents=self.args.long_documents,
         )
         drop_reason, num_tokens = np.array(rows["drop_reason"]), np.array(rows["num_tokens"])
         is_first = np.array(rows["piece"]) == 0
@@ -640,7 +759,8 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
                 splits[name], counts[name] = _keep(encoded, name, seen_hashes)
             splits.save_to_disk(folder)
         tokenizer.save_pretrained(folder)
-        record = {"arguments": asdict(args), "counts": {name: asdict(count) for name, count in counts.items()}}
+        arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items()}
+        record = {"arguments": arguments, "counts": {name: count.to_dict() for name, count in counts.items()}}
         (folder / "preparation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return counts
 

@@ -15,8 +15,11 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +28,27 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, upload_folder
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments, set_seed
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    create_branch,
+    create_repo,
+    run_as_future,
+    upload_folder,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import HubStrategy
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.checkpointing_tjepa import (
@@ -55,6 +77,7 @@ from tjepa.prepare_dataset import (
     load_documents,
     parse_arguments,
     tokenize_documents,
+    without_query,
 )
 from tjepa.quickstart import report_what_was_learned
 from tjepa.train_tokenizer import train_tokenizer
@@ -74,7 +97,12 @@ from tjepa.trainer_tjepa import (
 logger = logging.getLogger(__name__)
 
 QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
-MODEL_FOLDER_FILES = ["*.safetensors*", "*.json", "*.py", "*.md", "*.txt", "*.model", "*.jinja"]
+# What --push_to_hub publishes of a folder; the tokenizer's vocabulary files come to it by their own names.
+PUBLISHED_FILES = [
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "README.md"),
+    *("config.json", "configuration_tjepa.py", "modeling_tjepa.py", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+]
 
 
 @dataclass
@@ -158,6 +186,13 @@ class PretrainingArguments(TrainingArguments):
         default=10_000, metadata={"help": "With --streaming: documents that each worker shuffles at a time. 0: none."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
+            "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'."
+        },
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
@@ -191,6 +226,7 @@ def main():
             f"--num_processes {training_args.n_gpu}, or show it only one with CUDA_VISIBLE_DEVICES=0."
         )
     checkpoint = find_checkpoint(training_args)
+    publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
     # Text -> tokens
@@ -228,6 +264,8 @@ def main():
         WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
         HealthCallback(strategy_names, training_args.stop_on_collapse, training_args.collapse_patience),
     )
+    if publisher is not None:
+        trainer.add_callback(publisher)
     metrics = {}
     if training_args.do_train:
         metrics.update(train(trainer, checkpoint))
@@ -242,6 +280,7 @@ def main():
             lambda count: trainer.accelerator.reduce(count.to(training_args.device), "sum")
         )
         logger.info(f"train documents, as far as they were read since this start:\n{counts['train']}")
+    metrics["documents"] = {split: count.to_dict() for split, count in counts.items() if not isinstance(count, str)}
 
     # The model folder
     model = gather_model(trainer)
@@ -251,14 +290,8 @@ def main():
         save_model_folder(model, tokenizer, strategies, metrics, training_args)
         write_model_card(model, model_args, data_args, training_args, strategies, counts, metrics, health.verdict)
         logger.info(f"The model folder is {training_args.output_dir}")
-        if training_args.push_to_hub:
-            upload_folder(
-                repo_id=trainer.hub_model_id,
-                folder_path=training_args.output_dir,
-                allow_patterns=MODEL_FOLDER_FILES,
-                commit_message="End of training",
-                token=training_args.hub_token or model_args.token,
-            )
+        if publisher is not None:
+            publisher.publish_model_folder(training_args.output_dir, tokenizer)
     if health.stopped_run:
         sys.exit(3)
 
@@ -394,6 +427,115 @@ def is_finished(trainer: Trainer, checkpoint: str) -> bool:
     """Whether a checkpoint lies at the last step. (The Trainer would do another step from there.)"""
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
     return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= num_steps
+
+
+# ---- the Hub ----
+
+
+class HubPublisher(TrainerCallback):
+    """
+    `--push_to_hub`: the model folder at the end of training and, by `--hub_strategy`, at every save before it.
+
+    The Trainer's own push is not used: it uploads whatever lies in the run folder, TensorBoard files and pickled
+    arguments among it. Here only `PUBLISHED_FILES` go out, and with the strategies `checkpoint` and `all_checkpoints`,
+    as their names say, the whole checkpoint folder beside them (`last-checkpoint/` or `checkpoint-N/`).
+
+    Args:
+        args (`PretrainingArguments`): the `hub_` arguments and `output_dir`, whose name is the default repository.
+        token (`str`, *optional*): a token with write permission; default: the one that is logged in.
+
+    Raises:
+        PermissionError: if the Hub does not let this token create or use the repository.
+    """
+
+    def __init__(self, args: PretrainingArguments, token: str | None):
+        self.strategy = HubStrategy(args.hub_strategy)
+        self.hub = {"token": token, "revision": args.hub_revision}
+        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            self.repo_id = create_repo(repo_id, token=token, private=args.hub_private_repo, exist_ok=True).repo_id
+            if args.hub_revision is not None:
+                create_branch(self.repo_id, branch=args.hub_revision, token=token, exist_ok=True)
+        except HfHubHTTPError as error:
+            raise PermissionError(
+                f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as "
+                "--hub_token, or log in with `hf auth login`. Nothing was trained yet."
+            ) from error
+        self.jobs = []
+
+    def upload(self, folder: str, message: str, allow_patterns: list[str] | None, path_in_repo: str | None = None):
+        upload_folder(
+            repo_id=self.repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=message,
+            allow_patterns=allow_patterns,
+            **self.hub,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        disable_progress_bars()  # tqdm breaks when bars come and go in the background while the Trainer's is written
+
+    def on_save(self, args, state, control, processing_class: PreTrainedTokenizerBase = None, **kwargs):
+        """Uploads in the background; while one upload runs the next is left out, unless `hub_always_push`."""
+        if self.strategy == HubStrategy.END or not state.is_world_process_zero:
+            return
+        if self.jobs and not self.jobs[-1].done() and not args.hub_always_push:
+            logger.info(f"Step {state.global_step} is not pushed: the push before it still runs.")
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        copy = tempfile.TemporaryDirectory()  # the Trainer may delete the checkpoint while it is read
+        shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+        message = f"Training in progress, step {state.global_step}"
+        folder_on_hub = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: checkpoint.name,
+        }.get(self.strategy)
+        self.jobs.append(run_as_future(self._upload_checkpoint, copy, message, processing_class, folder_on_hub))
+
+    def _upload_checkpoint(self, copy: tempfile.TemporaryDirectory, message: str, tokenizer, folder_on_hub) -> None:
+        try:
+            with copy as folder:
+                self.upload(folder, message, published_files(tokenizer))
+                if folder_on_hub is not None:
+                    self.upload(folder, f"{message}, checkpoint", allow_patterns=None, path_in_repo=folder_on_hub)
+        except Exception as error:  # training goes on; the push at its end counts
+            logger.warning(f"{message}: the push to {self.repo_id} failed. {error}")
+
+    def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Raises:
+            RuntimeError: if the upload failed; the folder is whole all the same.
+        """
+        for job in self.jobs:
+            job.result()
+        enable_progress_bars()
+        try:
+            self.upload(folder, "End of training", published_files(tokenizer))
+        except Exception as error:
+            raise RuntimeError(
+                f"The push to {self.repo_id} failed, but nothing is lost: {folder} holds the whole model. Push it "
+                f"later with `hf upload {self.repo_id} {folder}` and --include for each of its model files."
+            ) from error
+        logger.info(f"Pushed to {self.repo_id}")
+
+
+def published_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
+
+
+def create_publisher(args: PretrainingArguments, token: str | None) -> HubPublisher | None:
+    """
+    The publisher that `--push_to_hub` asks for, on the main process. Afterwards the arguments hold no token, for they
+    are pickled into every checkpoint, and the Trainer does not push by itself.
+    """
+    token, args.hub_token = args.hub_token or token, None
+    publisher = None
+    if args.push_to_hub and args.process_index == 0:
+        publisher = HubPublisher(args, token)
+        args.hub_model_id = publisher.repo_id  # with the user's name, if it had none
+    args.push_to_hub = False
+    return publisher
 
 
 def load_tokenizer(
@@ -587,17 +729,19 @@ def write_model_card(
     data_args: DataArguments,
     training_args: PretrainingArguments,
     strategies: list[MaskingStrategy],
-    counts: dict[str, DocumentCounts | str | None],
+    counts: dict[str, DocumentCounts | str],
     metrics: dict[str, float],
     verdict: str | None,
 ) -> None:
     """README.md of the model folder: what it was trained on, how, and its final figures."""
     output_dir = Path(training_args.output_dir)
-    name = output_dir.resolve().name
-    on_hub = data_args.dataset_name is not None and "/" in data_args.dataset_name
-    on_hub = on_hub and not Path(data_args.dataset_name).exists()
-    # of a local path only the name: where it lay is nobody's business
-    source = data_args.dataset_name if on_hub else Path(data_args.dataset_name or data_args.train_file).name
+    repo_id = training_args.hub_model_id or "PATH_OR_REPO_ID"
+    name = Path(training_args.hub_model_id or output_dir.resolve()).name
+    on_hub = data_args.dataset_name not in (None, QUICKSTART) and not Path(data_args.dataset_name).exists()
+    # of a path or URL only the file name: where it lay is nobody's business, and a URL may hold a key
+    source = (
+        data_args.dataset_name if on_hub else Path(without_query(data_args.dataset_name or data_args.train_file)).name
+    )
     figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
     card_data = ModelCardData(
         library_name="transformers",
@@ -609,7 +753,7 @@ def write_model_card(
         eval_results=[
             EvalResult(
                 task_type="feature-extraction",
-                dataset_type=source,
+                dataset_type=re.sub(r"[^\w./-]+", "-", source),  # the Hub takes nothing else, "*" in globs included
                 dataset_name=source,
                 metric_type=metric,
                 metric_value=round(value, 5),
@@ -620,7 +764,7 @@ def write_model_card(
         or None,
     )
     health = verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated"
-    trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items() if count is not None)
+    trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items())
     figure_rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in sorted(figures.items()))
     training = {
         "optimizer steps": metrics["train_steps"],
@@ -649,8 +793,8 @@ words. {model.config.num_hidden_layers} layers, {model.config.hidden_size} wide,
 ```python
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO_ID")
-model = AutoModel.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)  # the target encoder
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)  # the target encoder
 ```
 
 ## Trained on
@@ -664,6 +808,12 @@ model = AutoModel.from_pretrained("PATH_OR_REPO_ID", trust_remote_code=True)  # 
 | | |
 | --- | --- |
 {training_rows}
+
+The masking strategies, as `--masking_strategies` takes them:
+
+```yaml
+{yaml.safe_dump(strategies_to_dicts(strategies), sort_keys=False).strip()}
+```
 
 ## Final figures
 

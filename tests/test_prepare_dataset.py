@@ -198,7 +198,7 @@ def test_counts_every_reason_and_never_crashes(tmp_path, tokenizer):
     for words in ("documents read", "not a string", "tokens per row", "10"):
         assert words in str(counts)
 
-    encoded = script.encode_batch(texts, tokenizer, max_length=8, min_tokens=2, long_documents="truncate")
+    encoded = script.encode_batch(texts, tokenizer=tokenizer, max_length=8, min_tokens=2, long_documents="truncate")
     reasons = [script.DROP_REASONS[index] for index in encoded["drop_reason"] if index != script.KEPT]
     assert reasons.count("invalid unicode") == 1 and reasons.count("not a string") == 4
 

@@ -403,7 +403,8 @@ def test_resizing_the_vocabulary_reaches_both_encoders_and_the_token_head(make_m
     with torch.no_grad():
         model.token_head.bias.normal_()
     batch = DataCollatorForTJEPA()(make_examples([40, 23, 7], vocab_size=50))
-    before, bias = model(**batch), model.token_head.bias.detach().clone()
+    with torch.no_grad():
+        before, bias = model(**batch), model.token_head.bias.clone()
     assert model.resize_token_embeddings(num_tokens) is model.context_encoder.token_embedding
     context, target = (e.token_embedding.weight for e in (model.context_encoder, model.target_encoder))
     assert len(context) == len(target) == len(model.token_head.bias) == model.config.vocab_size == num_tokens

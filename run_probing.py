@@ -16,6 +16,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -86,6 +87,7 @@ class ProbingArguments:
 
 def main():
     (args,) = parse_arguments(ProbingArguments)
+    require_packages(["scikit-learn"] + ["matplotlib"] * bool(args.plot))
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     transformers.utils.logging.set_verbosity_error()  # a head that is left out is no news here
@@ -106,6 +108,12 @@ def main():
         Path(args.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot(results, args.plot)
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """Before the work that would be lost without them."""
+    if missing := [name for name in names if find_spec({"scikit-learn": "sklearn"}.get(name, name)) is None]:
+        raise ImportError(f"This needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 # --- Data sets -------------------------------------------------------------------------------------------------------

@@ -25,9 +25,7 @@ from transformers import (
 from tjepa import (
     TJEPAForMaskedLM,
     TJEPAForPreTraining,
-    TJEPAForQuestionAnswering,
     TJEPAForSequenceClassification,
-    TJEPAForTokenClassification,
     TJEPAModel,
 )
 from tjepa.export_sentence_transformer import export_sentence_transformer
@@ -190,8 +188,8 @@ def test_export_refuses_what_it_can_not_do(folder, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("task_type", "auto_class", "target_modules"),
     [
-        ("SEQ_CLS", AutoModelForSequenceClassification, ["qkv_proj", "out_proj"]),
-        ("TOKEN_CLS", AutoModelForTokenClassification, "all-linear"),
+        ("SEQ_CLS", AutoModelForSequenceClassification, "all-linear"),
+        ("TOKEN_CLS", AutoModelForTokenClassification, ["qkv_proj", "out_proj"]),
     ],
 )
 def test_lora_trains_saves_and_loads(folder, tmp_path, task_type, auto_class, target_modules):
@@ -282,23 +280,14 @@ def test_onnx_export_with_dynamic_batch_and_length(encoder, tmp_path):
         close(torch.from_numpy(actual)[is_token], expected[is_token])
 
 
-@pytest.mark.parametrize(
-    "model_class",
-    [
-        TJEPAModel,
-        TJEPAForSequenceClassification,
-        TJEPAForTokenClassification,
-        TJEPAForQuestionAnswering,
-        TJEPAForMaskedLM,
-    ],
-)
+@pytest.mark.parametrize("model_class", [TJEPAModel, TJEPAForSequenceClassification, TJEPAForMaskedLM])
 def test_compiled_as_one_graph_and_once_for_all_lengths(folder, model_class):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = model_class.from_pretrained(folder)
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for batch_size, length in [(2, 7), (3, 8), (4, 19), (2, 12), (5, 30)]:
+    for batch_size, length in [(2, 7), (3, 8), (4, 19), (5, 12)]:
         inputs = make_inputs(batch_size, length)
         gradients = []
         for run in (compiled, model):

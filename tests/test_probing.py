@@ -223,12 +223,12 @@ def test_similarity_raw_and_whitened():
     noise = torch.rand(400, 1, generator=generator)
     scores = 1 - noise[:, 0]
     first, second = meaning, (1 - noise) * meaning + noise * torch.randn(400, 4, generator=generator)
-    shift = torch.tensor([[100.0, 0.0, 0.0, 0.0]])  # what all share hides the rest from the raw cosine
     figures = sts_spearman(first, second, scores)
-    hidden = sts_spearman(first + shift, second + shift, scores)
     assert figures["spearman"] > 0.6 and figures["spearman_whitened"] > 0.6
-    assert hidden["spearman"] < figures["spearman"] - 0.2
-    assert hidden["spearman_whitened"] == pytest.approx(figures["spearman_whitened"], abs=0.01)
+    # one feature of large variance that means nothing: most of the raw cosine, a fifth of the whitened one
+    nuisance = 30 * torch.randn(2, 400, 1, generator=generator)
+    figures = sts_spearman(torch.cat([first, nuisance[0]], 1), torch.cat([second, nuisance[1]], 1), scores)
+    assert abs(figures["spearman"]) < 0.2 and figures["spearman_whitened"] > 0.5
 
 
 def test_held_out_tenth():

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from tjepa import TJEPAForPreTraining, TJEPAModel, run_probing
 from tjepa.probing_tjepa import probe_tasks, probe_tasks_with_tfidf
-from tjepa.run_probing import choose_max_length, find_files, load_tasks, short_names
+from tjepa.run_probing import choose_max_length, find_files, load_tasks, require_packages, short_names
 from tjepa.train_tokenizer import train_tokenizer
 
 from .conftest import make_tiny_config
@@ -224,6 +224,12 @@ def test_lengths_and_names(models):
     assert choose_max_length("ours", ours, tokenizer, 17) == 17  # rotary positions do not end
     assert short_names(["runs/a", "runs/b"]) == ["a", "b"]
     assert short_names(["runs/a", "other/a"]) == ["runs/a", "other/a"]
+
+
+def test_missing_packages_are_named():
+    require_packages(["torch"])
+    with pytest.raises(ImportError, match="pip install a-plotting-library"):
+        require_packages(["torch", "a-plotting-library"])
 
 
 def test_tfidf_uses_the_same_held_out_tenths(data):

@@ -326,6 +326,10 @@ def probe_encoder(
         results.update(figures)
         if task.kind != "tagging":
             features_of_texts.append(embedded["test"].features)
+            continue
+        num_words = sum(len(words) for columns in task.splits.values() for words in columns["tokens"])
+        if num_left_out := num_words - sum(len(part.labels) for part in embedded.values()):
+            logger.info(f"    without {num_left_out:,} of {num_words:,} words, which have no token before the cut")
     if features_of_texts:
         features = torch.cat(features_of_texts)
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_QUALITY_TEXTS]

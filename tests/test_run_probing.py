@@ -84,7 +84,7 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     pytest.importorskip("sklearn", reason="the TF-IDF baseline needs scikit-learn")
     arguments = ["--model_name_or_path", models / "ours", models / "bert", "--data_dir", data, "--num_seeds", 2]
-    arguments += ["--output", tmp_path / "out.json", "--plot", tmp_path / "out.png"]
+    arguments += ["--output", tmp_path / "out.json", "--plot", tmp_path / "out.png", "--max_length", 10]
     monkeypatch.setattr(sys, "argv", ["run_probing.py", *map(str, arguments)])
     caplog.set_level(logging.INFO)
     run_probing.main()
@@ -103,13 +103,13 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
     # what the script reports is what the functions give
     tasks = load_tasks(None, str(data))
     encoder, tokenizer = AutoModel.from_pretrained(models / "ours"), AutoTokenizer.from_pretrained(models / "ours")
-    for name, figure in probe_tasks(encoder, tokenizer, tasks, max_length=16, seeds=(0, 1)).items():
+    for name, figure in probe_tasks(encoder, tokenizer, tasks, max_length=10, seeds=(0, 1)).items():
         assert results["ours"][name] == pytest.approx(figure, abs=1e-6), name
     torch.manual_seed(1)
     untrained = TJEPAModel(encoder.config)
-    one = probe_tasks(untrained, tokenizer, tasks, max_length=16, seeds=(1,))
+    one = probe_tasks(untrained, tokenizer, tasks, max_length=10, seeds=(1,))
     torch.manual_seed(0)
-    other = probe_tasks(TJEPAModel(encoder.config), tokenizer, tasks, max_length=16, seeds=(0,))
+    other = probe_tasks(TJEPAModel(encoder.config), tokenizer, tasks, max_length=10, seeds=(0,))
     for name, figure in one.items():
         assert results["ours untrained"][name] == pytest.approx((figure + other[name]) / 2, abs=1e-6), name
 
@@ -118,8 +118,12 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
     assert "kinds: classification (text -> label, 2 classes), test 40, train 80" in said
     assert "words: tagging (tokens -> some_tags, 3 classes)" in said
     assert "pairs: similarity (sentence1 + sentence2 -> score), test 40" in said
-    assert "ours: the first 16 tokens of a text, without special tokens" in said
-    assert "bert: the first 16 tokens of a text, with special tokens" in said
+    assert "ours: the first 10 tokens of a text, without special tokens" in said
+    assert "bert: the first 10 tokens of a text, with special tokens" in said
+    lengths = [len(tokenizer(text)["input_ids"]) for split in tasks[0].splits.values() for text in split["text"]]
+    num_cut = sum(length > 10 for length in lengths)
+    assert 0 < num_cut < 120 and f"kinds: {num_cut} of 120 texts are longer and cut" in said
+    assert "words, which have no token before the cut" in said
 
 
 def test_context_encoder_is_probed_when_asked(models, data, monkeypatch, tmp_path):

@@ -127,18 +127,20 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
 
 
 def test_context_encoder_is_probed_when_asked(models, data, monkeypatch, tmp_path):
-    def run(encoder):
-        arguments = ["--model_name_or_path", models / "ours", "--data_dir", data, "--dataset", "pairs"]
-        arguments += ["--encoder", encoder, "--output", tmp_path / f"{encoder}.json", "--num_seeds", 1]
+    model = TJEPAForPreTraining.from_pretrained(models / "ours")
+    with torch.no_grad():
+        model.context_encoder.token_embedding.weight.neg_()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(models / "ours").save_pretrained(tmp_path / "model")
+
+    figures = {}
+    for encoder in ("target", "context"):
+        arguments = ["--model_name_or_path", tmp_path / "model", "--data_dir", data, "--dataset", "pairs"]
+        arguments += ["--encoder", encoder, "--output", tmp_path / "out.json", "--num_seeds", 1]
         monkeypatch.setattr(sys, "argv", ["run_probing.py", *map(str, arguments)])
         run_probing.main()
-        return json.loads((tmp_path / f"{encoder}.json").read_text())["results"]["ours"]["pairs/spearman"]
-
-    with torch.no_grad():
-        model = TJEPAForPreTraining.from_pretrained(models / "ours")
-        model.context_encoder.token_embedding.weight.neg_()
-    model.save_pretrained(models / "ours")
-    assert run("target") != run("context")
+        figures[encoder] = json.loads((tmp_path / "out.json").read_text())["results"]["model"]["pairs/spearman"]
+    assert figures["target"] != figures["context"]
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -415,10 +416,10 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     for group, key in enumerate(shown):
         label = {"label": TFIDF} if group == 0 else {}
         axis.hlines(100 * results[TFIDF].get(key, math.nan), group - 0.45, group + 0.45, colors="black", lw=1, **label)
-    axis.set_xticks(range(len(shown)), [key.replace("/", "\n").replace("_", " ") for key in shown])
+    axis.set_xticks(range(len(shown)), [re.sub("[./]", "\n", key).replace("_", " ") for key in shown], fontsize=8)
     axis.set_ylabel("accuracy or Spearman, %")
-    axis.legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(loc="upper center", ncol=min(4, len(results)), fontsize="small")  # above the bars, hiding none
+    figure.tight_layout(rect=(0, 0, 1, 0.92 - 0.06 * ((len(results) - 1) // 4)))
     figure.savefig(path, dpi=150)
 
 

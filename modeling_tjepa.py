@@ -32,7 +32,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import (
     can_return_tuple,
     is_flash_attention_requested,
@@ -41,6 +41,9 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tjepa import TJEPAConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 # --- Attention over packed rows --------------------------------------------------------------------------------------
@@ -635,6 +638,11 @@ class TJEPATokenHead(nn.Module):
         """hidden_states [..., hidden_size], embedding_weight [vocab_size, hidden_size] -> logits [..., vocab_size]."""
         return F.linear(self.norm(F.gelu(self.dense(hidden_states))), embedding_weight, self.bias)
 
+    def resize(self, num_tokens: int) -> None:
+        """Cuts the bias to a new vocabulary, or extends it by zeros."""
+        bias = F.pad(self.bias.data, (0, num_tokens - len(self.bias)))  # a negative number cuts
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
 
 def mean_over_strategies(
     loss_per_slot: torch.Tensor, slot_strategy_ids: torch.Tensor, slots_per_strategy: torch.Tensor
@@ -735,11 +743,40 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         self.target_encoder.eval().requires_grad_(False)
         return self
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """As in transformers. From the folder of an encoder both encoders start equal to it, as untrained ones do."""
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing, context_keys = (
+            set(info["missing_keys"]),
+            {f"context_encoder.{k}" for k in model.context_encoder.state_dict()},
+        )
+        if context_keys <= missing and not any(key.startswith("target_encoder.") for key in missing):
+            model.context_encoder.load_state_dict(model.target_encoder.state_dict())
+            info["missing_keys"] = type(info["missing_keys"])(missing - context_keys)
+            logger.warning(
+                f"{pretrained_model_name_or_path} holds one encoder: the context encoder starts equal to it."
+            )
+        return (model, info) if output_loading_info else model
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.context_encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.context_encoder.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers, for both encoders, which get the same new rows, and for the token head's bias."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        num_kept = min(len(embeddings.weight), len(self.target_encoder.token_embedding.weight))
+        self.target_encoder.resize_token_embeddings(*args, **kwargs)
+        with torch.no_grad():
+            self.target_encoder.token_embedding.weight[num_kept:] = embeddings.weight[num_kept:]
+        if self.token_head is not None:
+            self.token_head.resize(len(embeddings.weight))
+        return embeddings
 
     def _encoder_parameter_pairs(self):
         return zip(self.target_encoder.parameters(), self.context_encoder.parameters(), strict=True)
@@ -1071,13 +1108,10 @@ class TJEPAForMaskedLM(TJEPAHeadModel):
         return self.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
-        """Also cuts the bias to the new vocabulary, or extends it by zeros."""
+        """Also resizes the bias."""
         self.decoder = new_embeddings
-        bias = self.token_head.bias
-        num_new_tokens = len(new_embeddings.weight) - len(bias)
-        if num_new_tokens != 0:
-            resized = F.pad(bias.data, (0, num_new_tokens))  # a negative number cuts
-            self.token_head.bias = nn.Parameter(resized, requires_grad=bias.requires_grad)
+        if len(new_embeddings.weight) != len(self.token_head.bias):
+            self.token_head.resize(len(new_embeddings.weight))
 
     @can_return_tuple
     def forward(

@@ -398,3 +398,52 @@ def test_predictor_sizes_follow_the_encoder():
     )
     assert (config.predictor_num_hidden_layers, config.predictor_num_attention_heads) == (4, 4)
     assert TJEPAConfig().rotary_dim == TJEPAConfig().predictor_rotary_dim == 32
+
+
+# --- Loading and resizing the whole ----------------------------------------------------------------------------------
+
+
+def test_pretraining_from_an_encoder_folder_fills_both_encoders(make_model, tmp_path, batch):
+    TJEPAModel.from_pretrained(save(make_model(), tmp_path / "pretraining")).save_pretrained(tmp_path / "encoder")
+    model, info = TJEPAForPreTraining.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert info["missing_keys"] and all(key.startswith("predictor.") for key in info["missing_keys"])
+    encoder = TJEPAModel.from_pretrained(tmp_path / "encoder").state_dict()
+    for part in (model.context_encoder, model.target_encoder):
+        assert all(part.state_dict()[name].equal(tensor) for name, tensor in encoder.items())
+    assert gradients(model, batch)["context_encoder.final_norm.weight"].any()
+    assert not any(parameter.requires_grad for parameter in model.target_encoder.parameters())
+
+
+def test_pretraining_from_its_own_folder_keeps_both_encoders(make_model, tmp_path):
+    model = make_model(token_prediction_weight=1.0)
+    again, info = TJEPAForPreTraining.from_pretrained(save(model, tmp_path), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(again.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("num_tokens", [70, 60, 59])
+def test_resizing_the_vocabulary_reaches_both_encoders_and_the_token_head(make_model, tmp_path, num_tokens):
+    model = make_model(token_prediction_weight=1.0)
+    with torch.no_grad():
+        model.token_head.bias.normal_()
+    batch = DataCollatorForTJEPA()(make_examples([40, 23, 7], vocab_size=50))
+    with torch.no_grad():
+        before, bias = model(**batch), model.token_head.bias.clone()
+    assert model.resize_token_embeddings(num_tokens) is model.context_encoder.token_embedding
+    context, target = (e.token_embedding.weight for e in (model.context_encoder, model.target_encoder))
+    assert len(context) == len(target) == len(model.token_head.bias) == model.config.vocab_size == num_tokens
+    assert target[60:].equal(context[60:]) and not target[:59].equal(context[:59])  # new rows equal, old ones kept
+    assert model.token_head.bias[:59].equal(bias[:59]) and not model.token_head.bias[60:].any()
+    assert context.requires_grad and model.token_head.bias.requires_grad and not target.requires_grad
+    close(model(**batch).jepa_loss, before.jepa_loss)
+
+    grown = DataCollatorForTJEPA()(make_examples([40, 23, 7], vocab_size=num_tokens))
+    again = TJEPAForPreTraining.from_pretrained(save(model, tmp_path))
+    close(again(**grown).loss, model(**grown).loss)
+    assert gradients(model, grown)["token_head.bias"].shape == (num_tokens,)
+    model.update_target_encoder(0.5)
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    return folder

@@ -7,11 +7,20 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tjepa.probing_tjepa import (
     STRENGTHS,
+    ProbeTask,
+    embed_task,
     embed_texts,
+    embed_words,
     fit_logistic_regression,
     fit_whitening,
+    hold_out,
+    knn_accuracy,
     linear_probe,
+    mean_and_std,
     nearest_neighbours,
+    probe_tasks,
+    spearman,
+    sts_spearman,
     whiten,
 )
 
@@ -156,3 +165,111 @@ def test_nearest_neighbours_ignore_the_common_mean():
     torch.testing.assert_close(cosines[0, 0].item(), 3 / (9.25**0.5))
     with pytest.raises(ValueError, match="k is 5, but the corpus has 4"):
         nearest_neighbours(corpus, corpus, k=5)
+
+
+# --- Words, neighbours, similarity, tasks ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer with a token per character, so that a word has several, and a word beside a space."""
+    characters = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(" abcdefgh?")}, unk_token="?"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="?")
+
+
+def test_a_word_is_its_first_token(model, letters):
+    sentences = [["abc", "d", "ef"], ["h"], ["", "ga", "bcdefgh", "a"], ["abcdefghabc", "b"]]
+    features, places = embed_words(model, letters, sentences, max_length=11, batch_size=2)
+    # beyond 11 characters: the last word of the third sentence and of the fourth; the empty word has no token
+    assert places.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 1], [2, 2], [3, 0]]
+    first_characters = [0, 4, 6, 0, 1, 4, 0]
+    model.eval()
+    for feature, (sentence, _), character in zip(features, places.tolist(), first_characters, strict=True):
+        ids = torch.tensor([letters(" ".join(sentences[sentence]))["input_ids"][:11]])
+        with torch.no_grad():
+            expected = model(input_ids=ids).last_hidden_state[0, character]
+        torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="None of the words of 1 sentences has a token"):
+        embed_words(model, letters, [[""]], max_length=8)
+
+
+def test_neighbours_vote_weighed_by_cosine():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    train = torch.randn(60, 4, generator=generator) + 4.0 * labels[:, None]
+    assert knn_accuracy(train, labels, train + 0.01, labels, k=1) == 1.0
+    assert knn_accuracy(train, labels, train, 1 - labels, k=5) < 0.1
+    assert knn_accuracy(train, labels, train, labels, k=1000) > 0.9  # all vote: the far ones against
+    # two neighbours at an angle beat none: the vote of the nearest alone is 0, that of three is 1
+    axes = torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, -0.5], [-1.4, 0.5], [-1.4, -0.5]])
+    assert knn_accuracy(axes, torch.tensor([0, 1, 1, 0, 0]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]), k=1) == 1.0
+    assert knn_accuracy(axes, torch.tensor([0, 1, 1, 0, 0]), torch.tensor([[1.0, 0.0]]), torch.tensor([1]), k=3) == 1.0
+
+
+def test_spearman_by_hand_and_against_scipy():
+    assert spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 1000.0, 100.0])) == pytest.approx(0.5)
+    assert spearman(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0])) == 0.0
+    stats = pytest.importorskip("scipy.stats", reason="scipy, the yardstick, is not installed")
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(6, (200,), generator=generator).double()  # many ties
+    second = first + 3 * torch.randn(200, generator=generator)
+    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+
+
+def test_similarity_raw_and_whitened():
+    generator = torch.Generator().manual_seed(0)
+    meaning = torch.randn(400, 4, generator=generator)
+    noise = torch.rand(400, 1, generator=generator)
+    scores = 1 - noise[:, 0]
+    first, second = meaning, (1 - noise) * meaning + noise * torch.randn(400, 4, generator=generator)
+    figures = sts_spearman(first, second, scores)
+    assert figures["spearman"] > 0.6 and figures["spearman_whitened"] > 0.6
+    # one feature of large variance that means nothing: most of the raw cosine, a fifth of the whitened one
+    nuisance = 30 * torch.randn(2, 400, 1, generator=generator)
+    figures = sts_spearman(torch.cat([first, nuisance[0]], 1), torch.cat([second, nuisance[1]], 1), scores)
+    assert abs(figures["spearman"]) < 0.2 and figures["spearman_whitened"] > 0.5
+
+
+def test_held_out_tenth():
+    groups = torch.arange(50).repeat_interleave(3)
+    held_out = hold_out(groups, seed=0)
+    assert held_out.sum() == 15 and held_out.view(50, 3).all(1).sum() == 5  # whole groups
+    assert held_out.equal(hold_out(groups, seed=0)) and not held_out.equal(hold_out(groups, seed=1))
+    assert hold_out(torch.tensor([4, 4, 7]), seed=0).sum() in (1, 2)  # at least one group
+
+
+def test_mean_and_std():
+    assert mean_and_std([{"a": 1.0}]) == {"a": 1.0}
+    assert mean_and_std([{"a": 1.0}, {"a": 3.0}]) == pytest.approx({"a": 2.0, "a_std": 2**0.5})
+
+
+def test_tasks(model, tokenizer):
+    texts = [" ".join(WORDS[(7 * i) % 15 + 15 * (i % 2) :][:3]) for i in range(60)]
+    labels = [i % 2 for i in range(60)]
+    columns = {"text": texts, "label": labels}
+    tags = {"tokens": [text.split() for text in texts], "tags": [[label] * 3 for label in labels]}
+    pairs = {"sentence1": texts[:30], "sentence2": texts[30:], "score": [float(i % 5) for i in range(30)]}
+    tasks = [
+        ProbeTask("texts", "classification", {"train": columns, "test": columns}),
+        ProbeTask("given", "classification", {"train": columns, "validation": columns, "test": columns}),
+        ProbeTask("words", "tagging", {"train": tags, "test": tags}),
+        ProbeTask("pairs", "similarity", {"test": pairs}),
+    ]
+    options = {"max_length": 8}
+    results = probe_tasks(model, tokenizer, tasks, **options, seeds=(0, 1))
+    assert list(results) == [
+        *("texts/linear_probe", "texts/linear_probe_std", "texts/knn", "texts/knn_std"),
+        *("given/linear_probe", "given/linear_probe_std", "given/knn", "given/knn_std"),
+        *("words/linear_probe", "words/linear_probe_std", "pairs/spearman", "pairs/spearman_whitened"),
+    ]
+    assert results["texts/linear_probe"] > 0.9 and results["words/linear_probe"] > 0.9
+    features = embed_texts(model, tokenizer, texts, **options)
+    sentences = embed_task(model, tokenizer, tasks[3], **options)["test"].features
+    torch.testing.assert_close(torch.cat([sentences[0::2], sentences[1::2]]), features, atol=1e-5, rtol=1e-4)
+    held_out, labels = hold_out(torch.arange(60), 1), torch.tensor(labels)
+    expected = linear_probe(
+        features[~held_out], labels[~held_out], features[held_out], labels[held_out], features, labels
+    )
+    alone = probe_tasks(model, tokenizer, tasks[:1], **options, seeds=(1,))
+    assert alone["texts/linear_probe"] == expected.accuracy

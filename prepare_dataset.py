@@ -241,7 +241,7 @@ def load_documents(
     if args.train_file is not None:
         files = {"train": args.train_file, "validation": args.validation_file}
         splits = {
-            name: _load_files(f"{name}_file", pattern, args.streaming, cache_dir)
+            name: load_files(f"{name}_file", pattern, args.streaming, cache_dir)
             for name, pattern in files.items()
             if pattern is not None
         }
@@ -258,10 +258,11 @@ def load_documents(
 
     if isinstance(splits["train"], IterableDataset):
         return _limit_streams(splits, args)
-    return _limit_datasets(splits, args)
+    return limit_datasets(splits, args)
 
 
-def _load_files(argument: str, pattern: str, streaming: bool, cache_dir: str | None) -> Dataset | IterableDataset:
+def load_files(argument: str, pattern: str, streaming: bool, cache_dir: str | None) -> Dataset | IterableDataset:
+    """The rows of the files that match `pattern`; `argument` is what errors call the flag it came from."""
     paths = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise FileNotFoundError(f"--{argument}: no file {pattern!r} (seen from {os.getcwd()}).")
@@ -284,7 +285,8 @@ def _extension(path: str) -> str:
     return os.path.splitext(stem)[1] if extension in COMPRESSIONS else extension
 
 
-def _limit_datasets(splits: dict[str, Dataset], args: SourceArguments) -> DatasetDict:
+def limit_datasets(splits: dict[str, Dataset], args: SourceArguments) -> DatasetDict:
+    """`train` and `validation`, drawn from `train` where there is none, both cut to their maximum."""
     train, validation = splits["train"], splits.get("validation")
     if validation is None and args.validation_split_percentage > 0 and len(train) > 1:
         num_validation = min(len(train) - 1, max(1, round(len(train) * args.validation_split_percentage / 100)))

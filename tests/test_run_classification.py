@@ -308,6 +308,24 @@ def test_test_split_without_labels_is_not_evaluated(folder, tmp_path, monkeypatc
     assert "test_loss" not in results and "eval_loss" in results
 
 
+def test_dataset_in_a_folder(folder, tmp_path, monkeypatch, caplog):
+    """As on the Hub: classes with names and an order of their own, more splits than are used, a hidden test."""
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=COLOURS)})
+    rows = [{"sentence": row["text"], "label": COLOURS.index(row["label"])} for row in make_rows(40)]
+    hidden = [{**row, "label": -1} for row in rows[:5]]
+    splits = {"train": rows[10:], "validation": rows[:10], "test": hidden, "unsupervised": hidden}
+    splits = {name: datasets.Dataset.from_list(split, features=features) for name, split in splits.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dataset")
+    options = {"train_file": None, "dataset_name": tmp_path / "dataset", "max_steps": 1}
+    with caplog.at_level(logging.INFO, logger="tjepa"):
+        results = run(monkeypatch, arguments(folder, tmp_path / "out", **options))
+    assert results["train_samples"] == 30 and "eval_accuracy" in results and "test_accuracy" not in results
+    assert "texts in sentence" in caplog.text and "Not used: the splits ['unsupervised']" in caplog.text
+    assert (
+        list(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label.values()) == COLOURS
+    )
+
+
 def test_limits(folder, tmp_path, monkeypatch):
     limits = {"max_train_samples": 30, "max_eval_samples": 10, "max_predict_samples": 20, "max_length": 8}
     results = run(

@@ -229,7 +229,6 @@ def find_class_names(dataset: Dataset, column: str, labels: list, config: PreTra
     """
     The classes of `labels` (or lists of labels) in the order of their ids: that of a `ClassLabel`, else sorted. Where
     `config`, that of a model fine-tuned before, has the same classes, its order wins, because its head has it.
-    `find_class_names(train, "label", ["b", "a", "b"], config)` is `["a", "b"]`.
     """
     feature = inner_feature(dataset, column)
     if isinstance(feature, ClassLabel):

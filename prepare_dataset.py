@@ -262,7 +262,7 @@ def load_documents(
     if args.train_file is not None:
         files = {"train": args.train_file, "validation": args.validation_file}
         splits = {
-            name: _load_files(f"{name}_file", pattern, args, cache_dir)
+            name: load_files(f"{name}_file", pattern, args.streaming, cache_dir, args.text_column_name)
             for name, pattern in files.items()
             if pattern is not None
         }
@@ -279,12 +279,16 @@ def load_documents(
 
     if isinstance(splits["train"], IterableDataset):
         return _limit_streams(splits, args)
-    return _limit_datasets(splits, args)
+    return limit_datasets(splits, args)
 
 
-def _load_files(
-    argument: str, pattern: str, args: SourceArguments, cache_dir: str | None
+def load_files(
+    argument: str, pattern: str, streaming: bool, cache_dir: str | None, text_column_name: str | None = None
 ) -> Dataset | IterableDataset:
+    """
+    The rows of the files that match `pattern`; `argument` is what errors call the flag it came from. Damaged files are
+    read past the damage where `text_column_name` is the only column that is needed, and are an error elsewhere.
+    """
     paths = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise FileNotFoundError(f"--{argument}: no file {pattern!r} (seen from {os.getcwd()}).")
@@ -298,12 +302,14 @@ def _load_files(
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
         raise ValueError(f"--{argument}: {pattern!r} is empty; it must hold at least one document.")
     file_format = formats.pop()
-    load = {"data_files": {"train": paths}, "split": "train", "streaming": args.streaming, "cache_dir": cache_dir}
-    if args.streaming or "://" in pattern:
+    load = {"data_files": {"train": paths}, "split": "train", "streaming": streaming, "cache_dir": cache_dir}
+    if streaming or "://" in pattern:
         return load_dataset(file_format, **load)
     try:
         return load_dataset(file_format, **load)
     except (DatasetGenerationError, *DAMAGES) as error:
+        if text_column_name is None:
+            raise ValueError(f"--{argument}: {pattern!r} cannot be read. {error.__cause__ or error}") from error
         logger.warning(
             f"--{argument} {pattern!r} cannot be read as a whole: {error.__cause__ or error}. "
             "Reading it document by document, past what is damaged."
@@ -311,8 +317,8 @@ def _load_files(
     states = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     return Dataset.from_generator(
         read_damaged_files,
-        gen_kwargs={"paths": paths, "file_format": file_format, "text_column_name": args.text_column_name},
-        features=Features({args.text_column_name: Value("string"), FAULT_COLUMN: Value("int8")}),
+        gen_kwargs={"paths": paths, "file_format": file_format, "text_column_name": text_column_name},
+        features=Features({text_column_name: Value("string"), FAULT_COLUMN: Value("int8")}),
         cache_dir=cache_dir,
         fingerprint=Hasher.hash([paths, states, args.text_column_name, DROP_REASONS]),
     )
@@ -387,7 +393,8 @@ def _extension(path: str) -> str:
     return os.path.splitext(stem)[1] if extension in COMPRESSIONS else extension
 
 
-def _limit_datasets(splits: dict[str, Dataset], args: SourceArguments) -> DatasetDict:
+def limit_datasets(splits: dict[str, Dataset], args: SourceArguments) -> DatasetDict:
+    """`train` and `validation`, drawn from `train` where there is none, both cut to their maximum."""
     train, validation = splits["train"], splits.get("validation")
     if validation is None and args.validation_split_percentage > 0 and len(train) > 1:
         num_validation = min(len(train) - 1, max(1, round(len(train) * args.validation_split_percentage / 100)))

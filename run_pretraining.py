@@ -308,6 +308,7 @@ def set_up_logging(args: TrainingArguments) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logger.setLevel(level)
+    logging.getLogger("tjepa").setLevel(level)  # the modules; `logger` may be `__main__`
     transformers.utils.logging.set_verbosity(logging.WARNING)
     if args.process_index != 0:
         datasets.disable_progress_bars()

@@ -90,3 +90,36 @@ def test_regression_by_hand(load):
     assert results["spearman"] == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     assert results["mse"] == pytest.approx((0 + 0 + 1 + 36) / 4)
     assert load("classification", "regression").compute(predictions=[1, 1], references=[1, 2])["pearson"] is None
+
+
+def test_chunks_by_hand(load):
+    references = [["B-NP", "I-NP", "O", "B-VP", "B-NP"], ["O", "B-PP"]]
+    predictions = [["B-NP", "I-NP", "O", "I-VP", "I-NP"], ["B-PP", "I-PP"]]
+    # true: NP 0-2, VP 3, NP 4, PP 1; predicted: NP 0-2, VP 3 (I-VP after O begins), NP 4 (another type), PP 0-2
+    results = load("tagging").compute(predictions=predictions, references=references)
+    assert results == pytest.approx({"accuracy": 3 / 7, "precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4})
+
+
+@pytest.mark.parametrize(
+    ("tags", "same_chunks", "other_chunks"),
+    [
+        (["B-X", "I-X"], ["I-X", "I-X"], ["B-X", "B-X"]),
+        (["B-X", "E-X", "S-X"], ["B-X", "I-X", "B-X"], ["B-X", "I-X", "I-X"]),
+        (["B-X", "B-Y", "I-Y"], ["I-X", "I-Y", "I-Y"], ["B-X", "I-Y", "B-Y"]),
+        (["E-X", "I-X"], ["S-X", "S-X"], ["B-X", "I-X"]),
+    ],
+)
+def test_what_a_chunk_is(load, tags, same_chunks, other_chunks):
+    metric = load("tagging")
+    assert metric.compute(predictions=[same_chunks], references=[tags])["f1"] == 1.0
+    assert metric.compute(predictions=[other_chunks], references=[tags])["f1"] < 1.0
+
+
+def test_tags_without_chunks(load):
+    metric = load("tagging")
+    assert metric.compute(predictions=[["NN", "VB"]], references=[["NN", "NN"]]) == {"accuracy": 0.5}
+    assert metric.compute(predictions=[["O", "O"]], references=[["O", "B-X"]])["f1"] == 0.0
+    with pytest.raises(ValueError, match="2 predicted tags and 1 true"):
+        metric.compute(predictions=[["O", "O"]], references=[["O"]])
+    with pytest.raises(ValueError, match="no words"):
+        metric.compute(predictions=[[]], references=[[]])

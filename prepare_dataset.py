@@ -320,7 +320,7 @@ def load_files(
         gen_kwargs={"paths": paths, "file_format": file_format, "text_column_name": text_column_name},
         features=Features({text_column_name: Value("string"), FAULT_COLUMN: Value("int8")}),
         cache_dir=cache_dir,
-        fingerprint=Hasher.hash([paths, states, args.text_column_name, DROP_REASONS]),
+        fingerprint=Hasher.hash([paths, states, text_column_name, DROP_REASONS]),
     )
 
 

@@ -373,6 +373,9 @@ def main():
     budget.add_argument("--tokens", type=float, help="document tokens of training per run")
     parser.add_argument("--num_checkpoints", type=int, default=4, help="how often a run is judged, evenly spread")
     parser.add_argument("--judge_on", choices=("validation", "test"), default="validation")
+    parser.add_argument(
+        "--tasks", nargs="+", help="which of them; default: all. Tagging: NAME.COLUMN where it has several"
+    )
     parser.add_argument("--max_samples", type=int, default=10_000, help="texts of a split that are used")
     parser.add_argument("--max_words", type=int, default=10_000, help="the same for tagging, in words")
     args = parser.parse_args()
@@ -387,13 +390,18 @@ def main():
     documents = list(documents[:])
     tokenizer = AutoTokenizer.from_pretrained(args.dataset_name)
     tasks = load_tasks(None, args.data_dir, args.max_samples, args.max_words)
+    if unknown := sorted(set(args.tasks or []) - {task.name for task in tasks}):
+        parser.error(f"--tasks: {args.data_dir} has no {unknown}, only {[task.name for task in tasks]}")
+    tasks = [task for task in tasks if args.tasks is None or task.name in args.tasks]
     if args.judge_on == "validation":
         tasks = [for_validation(task) for task in tasks]
     else:
         tasks = [part_of_pairs(t, for_validation=False) if t.kind == "similarity" else t for t in tasks]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    judging = {name: str(getattr(args, name)) for name in ("data_dir", "judge_on", "max_samples", "max_words")}
+    judging = {
+        name: str(getattr(args, name)) for name in ("data_dir", "tasks", "judge_on", "max_samples", "max_words")
+    }
     spent = {name: getattr(args, name) for name in ("dataset_name", "seconds", "tokens", "num_checkpoints")}
     nothing = {"step": 0, "seconds": 0.0, "tokens": 0}
 

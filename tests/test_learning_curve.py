@@ -99,6 +99,9 @@ def test_runs_finish_restart_and_are_drawn(learning_curve, arguments, tmp_path, 
     both_seeds = run(*variant, "--seeds", "0", "1")["runs"]
     assert trained == [1, 1] and both_seeds["mlm"] == [first_mlm, first_mlm]
     assert "±" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--tasks", "colour", "colours")
+    assert "has no ['colours'], only ['colour', 'pairs', 'tags']" in capsys.readouterr().err
     with pytest.raises(ValueError, match="l1-seed0.json was made with other settings"):
         run("--only", "mlm", "--variant", "l1=hybrid,loss_type=l2")
 

@@ -77,6 +77,20 @@ class TJEPAConfig(PreTrainedConfig):
             Weight of the variance/covariance term (VICReg, arXiv 2105.04906) on the context encoder's output.
         token_prediction_weight (`float`, defaults to 0.0):
             Weight of predicting the hidden token itself at every target slot.
+        sigreg_weight (`float`, defaults to 0.0):
+            Weight of SIGReg (LeJEPA, arXiv 2511.08544) on the context encoder's output: how far its tokens are from
+            an isotropic Gaussian.
+        target_layers (`int`, defaults to 1):
+            The labels are the mean of the outputs of so many of the target encoder's last blocks, each normalised
+            before (data2vec, arXiv 2202.03555). The output of the last block is taken after the final LayerNorm.
+        target_normalization (`str`, defaults to `"layer"`):
+            How they are normalised: `"layer"`, each token over its features, or `"instance"` (data2vec 2.0, arXiv
+            2212.07525), each feature over the tokens of its document, which takes the document's mean out.
+        loss_type (`str`, defaults to `"smooth_l1"`):
+            Distance of a prediction x and its label y, over features j: `"smooth_l1"`, `"l1"` mean |x_j - y_j|,
+            `"l2"` mean (x_j - y_j)^2, or `"cosine"` 1 - cos(x, y).
+        smooth_l1_beta (`float`, defaults to 1.0):
+            Where `"smooth_l1"` turns from (x_j - y_j)^2 / (2 beta) into |x_j - y_j| - beta / 2.
         classifier_pooling (`str`, defaults to `"mean"`):
             How [`TJEPAForSequenceClassification`] makes one vector of a text: `"mean"` over its real tokens, `"first"`
             real token, or `"attention"`, a mean with learned weights.
@@ -84,8 +98,8 @@ class TJEPAConfig(PreTrainedConfig):
             Dropout before the linear layer of the classification and question answering heads.
 
     Raises:
-        ValueError: for sizes that do not fit each other, weights below zero, probabilities outside [0, 1) and an
-            unknown pooling.
+        ValueError: for sizes that do not fit each other, weights below zero, probabilities outside [0, 1), more
+            target layers than there are, a beta that is not positive, and an unknown pooling, loss or normalisation.
     """
 
     model_type = "tjepa"
@@ -117,6 +131,11 @@ class TJEPAConfig(PreTrainedConfig):
     learned_mask_token: bool = True
     variance_covariance_weight: float | int = 0.0
     token_prediction_weight: float | int = 0.0
+    sigreg_weight: float | int = 0.0
+    target_layers: int = 1
+    target_normalization: str = "layer"
+    loss_type: str = "smooth_l1"
+    smooth_l1_beta: float | int = 1.0
     classifier_pooling: str = "mean"
     classifier_dropout: float | int | None = None
 
@@ -168,19 +187,30 @@ class TJEPAConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("variance_covariance_weight", "token_prediction_weight"):
+        for name in ("variance_covariance_weight", "token_prediction_weight", "sigreg_weight"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
-        if self.classifier_pooling not in ("mean", "first", "attention"):
+        if not 1 <= self.target_layers <= self.num_hidden_layers:
             raise ValueError(
-                f"classifier_pooling must be 'mean', 'first' or 'attention', got {self.classifier_pooling!r}."
+                f"target_layers must be between 1 and num_hidden_layers ({self.num_hidden_layers}), got "
+                f"{self.target_layers}."
             )
+        if not self.smooth_l1_beta > 0.0:
+            raise ValueError(f"smooth_l1_beta must be positive, got {self.smooth_l1_beta}; for 0 set loss_type='l1'.")
+        for name, allowed in (
+            ("target_normalization", ("layer", "instance")),
+            ("loss_type", ("smooth_l1", "l1", "l2", "cosine")),
+            ("classifier_pooling", ("mean", "first", "attention")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
     def predictor_config(self) -> "TJEPAConfig":
         """The configuration of the predictor's blocks: this one, with the predictor's sizes for the encoder's."""
         config = self.to_dict()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_dim"):
             config[name] = config[f"predictor_{name}"]
+        config["target_layers"] = 1  # the predictor may have fewer layers than the encoder's labels are made of
         return TJEPAConfig.from_dict(config, attn_implementation=self._attn_implementation)
 
 

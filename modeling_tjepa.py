@@ -666,6 +666,10 @@ def mean_over_strategies(
     return loss_per_strategy.sum() / is_there.sum().clamp(min=1), loss_per_strategy
 
 
+# LeJEPA's knots; fewer directions than there, because tokens are many and every call draws new ones
+SIGREG_DIRECTIONS, SIGREG_KNOTS = 64, 17
+
+
 def variance_covariance_loss(
     states: torch.Tensor,
     is_token: torch.Tensor,
@@ -693,14 +697,78 @@ def variance_covariance_loss(
     return variance_loss + 0.04 * covariance_loss
 
 
+def sigreg_loss(
+    states: torch.Tensor,
+    is_token: torch.Tensor,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    SIGReg of LeJEPA (arXiv 2511.08544): the test statistic of Epps and Pulley for N(0, 1), averaged over random
+    directions a of unit length. With the empirical characteristic function phi_a(t) = 1/N sum_n exp(i t a'z_n):
+
+        mean_a integral_{-3}^{3} |phi_a(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt      by the trapezoidal rule on 17 knots
+
+    The paper's statistic is N times this; without it the weight means the same for every batch size.
+
+    The directions come anew from torch's generator in every call. On several processes the sum of their draws is
+    used, so that all have the same, and N and phi_a are those of the batch of all processes.
+
+    Args:
+        states, is_token, sum_over_processes: as in [`variance_covariance_loss`].
+    """
+    total = sum_over_processes or (lambda tensor: tensor)
+    with torch.autocast(device_type=states.device.type, enabled=False):
+        directions = torch.randn(states.shape[-1], SIGREG_DIRECTIONS, device=states.device)
+        projections = states.float() @ F.normalize(total(directions), dim=0)  # [num_entries, directions]
+        knots = torch.linspace(0.0, 3.0, SIGREG_KNOTS, device=states.device)
+        gaussian = torch.exp(-knots.square() / 2)  # the characteristic function of N(0, 1), and the window
+        angles = projections.unsqueeze(-1) * knots  # [num_entries, directions, knots]
+        waves = torch.stack([angles.cos(), angles.sin()])  # the real and the imaginary part of exp(i t a'z)
+        waves = torch.einsum("wndk,n->wdk", waves, is_token.to(waves.dtype))
+        cosines, sines = total(waves) / total(is_token.sum()).clamp(min=1)
+        errors = (cosines - gaussian).square() + sines.square()
+        return 2.0 * torch.trapezoid(errors * gaussian, knots).mean()  # the integrand is even
+
+
+def normalise_per_document(states: torch.Tensor, document_ids: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    Instance normalisation without parameters: every feature gets mean 0 and variance 1 over the tokens of a document.
+
+    Args:
+        states (`torch.FloatTensor` of shape `[num_tokens, hidden_size]`): rows flattened.
+        document_ids (`torch.LongTensor` of shape `[num_tokens]`): neighbours of the same id are a document.
+        eps (`float`): added to the variance.
+    """
+    is_new = document_ids.diff(prepend=document_ids[:1]) != 0
+    segments = is_new.cumsum(dim=0)  # 0, 0, 0, 1, 1, 2, ...
+    counts = torch.zeros_like(states[:, :1]).index_add(0, segments, torch.ones_like(states[:, :1])).clamp(min=1)
+
+    def document_mean(values: torch.Tensor) -> torch.Tensor:
+        # room for as many documents as tokens: their number would have to be fetched from the device
+        return (torch.zeros_like(values).index_add(0, segments, values) / counts)[segments]
+
+    centred = states - document_mean(states)
+    return centred * torch.rsqrt(document_mean(centred.square()) + eps)
+
+
+def distance_to_labels(config: TJEPAConfig, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`config.loss_type` of each slot: two float [num_slots, hidden_size] -> [num_slots]."""
+    if config.loss_type == "cosine":
+        return 1.0 - F.cosine_similarity(predictions, labels, dim=-1)
+    if config.loss_type == "l2":
+        return F.mse_loss(predictions, labels, reduction="none").mean(dim=-1)
+    beta = 0.0 if config.loss_type == "l1" else config.smooth_l1_beta
+    return F.smooth_l1_loss(predictions, labels, beta=beta, reduction="none").mean(dim=-1)
+
+
 @dataclass
 class TJEPAForPreTrainingOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor` of shape `[]`): the weighted sum of the terms below.
-        jepa_loss (`torch.FloatTensor` of shape `[]`): smooth L1 between prediction and label, strategies equal.
+        jepa_loss (`torch.FloatTensor` of shape `[]`): distance between prediction and label, strategies equal.
         loss_per_strategy (`torch.FloatTensor` of shape `[num_strategies]`): the same for each strategy.
-        variance_covariance_loss, token_prediction_loss (`torch.FloatTensor` of shape `[]`, *optional*):
+        variance_covariance_loss, sigreg_loss, token_prediction_loss (`torch.FloatTensor` of shape `[]`, *optional*):
             The optional terms before their weights; `None` where the weight is 0.
         predictions (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the predictor's output.
         labels (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): what they should be.
@@ -711,6 +779,7 @@ class TJEPAForPreTrainingOutput(ModelOutput):
     jepa_loss: torch.FloatTensor | None = None
     loss_per_strategy: torch.FloatTensor | None = None
     variance_covariance_loss: torch.FloatTensor | None = None
+    sigreg_loss: torch.FloatTensor | None = None
     token_prediction_loss: torch.FloatTensor | None = None
     predictions: torch.FloatTensor | None = None
     labels: torch.FloatTensor | None = None
@@ -799,6 +868,30 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         torch._foreach_mul_(targets, momentum)
         torch._foreach_add_(targets, contexts, alpha=1.0 - momentum)
 
+    def _labels(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        document_ids: torch.LongTensor,
+        label_indices: torch.LongTensor,
+    ) -> torch.Tensor:
+        """What the predictions should be, float32 [num_slots, hidden_size]; arguments as in `forward`."""
+        num_layers, eps = self.config.target_layers, self.config.layer_norm_eps
+        outputs = self.target_encoder(
+            input_ids, position_ids=position_ids, view_ids=document_ids, output_hidden_states=num_layers > 1
+        )
+        layers = [outputs.last_hidden_state] if num_layers == 1 else outputs.hidden_states[-num_layers:]
+        labels = []
+        for states in layers:
+            states = states.flatten(0, 1)
+            if self.config.target_normalization == "instance":
+                states = normalise_per_document(states.float(), document_ids.flatten(), eps)
+                labels.append(states.index_select(0, label_indices))
+            else:
+                states = states.index_select(0, label_indices).float()
+                labels.append(F.layer_norm(states, states.shape[-1:], eps=eps))
+        return torch.stack(labels).mean(dim=0)
+
     @can_return_tuple
     def forward(
         self,
@@ -839,14 +932,12 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 loss of all their documents together, however unevenly these are divided.
             sum_over_processes (`Callable`, *optional*):
                 Where the batch is spread over processes, what sums a tensor over them, differentiably: the
-                variance/covariance term takes its moments over the whole batch.
+                variance/covariance term and SIGReg take their moments over the whole batch.
         """
         flat_input_ids, flat_position_ids = input_ids.flatten(), position_ids.flatten()
 
         with torch.no_grad():
-            target_states = self.target_encoder(input_ids, position_ids=position_ids, view_ids=document_ids)[0]
-            labels = target_states.flatten(0, 1).index_select(0, label_indices).float()
-            labels = F.layer_norm(labels, labels.shape[-1:], eps=self.config.layer_norm_eps)
+            labels = self._labels(input_ids, position_ids, document_ids, label_indices)
 
         context_states = self.context_encoder(
             flat_input_ids[context_indices],
@@ -863,7 +954,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             slot_indices,
         )
 
-        loss_per_slot = F.smooth_l1_loss(predictions.float(), labels, reduction="none").mean(dim=-1)
+        loss_per_slot = distance_to_labels(self.config, predictions.float(), labels)
         jepa_loss, loss_per_strategy = mean_over_strategies(loss_per_slot, slot_strategy_ids, slots_per_strategy)
         output = TJEPAForPreTrainingOutput(
             loss=jepa_loss,
@@ -873,11 +964,13 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             labels=labels,
             context_states=context_states,
         )
+        is_token = context_view_ids.flatten() >= 0
         if self.config.variance_covariance_weight > 0:
-            output.variance_covariance_loss = variance_covariance_loss(
-                context_states, context_view_ids.flatten() >= 0, sum_over_processes
-            )
+            output.variance_covariance_loss = variance_covariance_loss(context_states, is_token, sum_over_processes)
             output.loss = output.loss + self.config.variance_covariance_weight * output.variance_covariance_loss
+        if self.config.sigreg_weight > 0:
+            output.sigreg_loss = sigreg_loss(context_states, is_token, sum_over_processes)
+            output.loss = output.loss + self.config.sigreg_weight * output.sigreg_loss
         if self.token_head is not None:
             logits = self.token_head(predictions, self.get_input_embeddings().weight)
             token_losses = F.cross_entropy(logits.float(), flat_input_ids[label_indices].long(), reduction="none")

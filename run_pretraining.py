@@ -162,6 +162,10 @@ class PretrainingArguments(TrainingArguments):
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     ema_momentum: float = field(default=0.996, metadata={"help": "Momentum of the target encoder at the start."})
     final_ema_momentum: float = field(default=1.0, metadata={"help": "Momentum of the target encoder at the end."})
+    ema_schedule: str = field(default="linear", metadata={"help": "How the momentum gets there: linear or cosine."})
+    ema_anneal_ratio: float = field(
+        default=1.0, metadata={"help": "The momentum is at its end after this share of the steps, and stays there."}
+    )
     ipe_scale: float = field(
         default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
     )
@@ -260,7 +264,13 @@ def main():
     health = add_tjepa_callbacks(
         trainer,
         strategy_names,
-        EMACallback(training_args.ema_momentum, training_args.final_ema_momentum, training_args.ipe_scale),
+        EMACallback(
+            training_args.ema_momentum,
+            training_args.final_ema_momentum,
+            training_args.ipe_scale,
+            training_args.ema_schedule,
+            training_args.ema_anneal_ratio,
+        ),
         WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
         HealthCallback(strategy_names, training_args.stop_on_collapse, training_args.collapse_patience),
     )
@@ -773,8 +783,12 @@ def write_model_card(
         "processes": training_args.world_size,
         "learning rate": f"{training_args.start_lr} -> {training_args.learning_rate} -> {training_args.final_lr}",
         "weight decay": f"{training_args.weight_decay} -> {training_args.final_weight_decay}",
-        "target encoder momentum": f"{training_args.ema_momentum} -> {training_args.final_ema_momentum}",
+        "target encoder momentum": f"{training_args.ema_momentum} -> {training_args.final_ema_momentum} "
+        f"({training_args.ema_schedule}, over {training_args.ema_anneal_ratio:.0%} of the steps)",
+        "loss": model.config.loss_type,
+        "target layers": f"{model.config.target_layers} ({model.config.target_normalization} normalisation)",
         "variance/covariance weight": model.config.variance_covariance_weight,
+        "SIGReg weight": model.config.sigreg_weight,
         "token prediction weight": model.config.token_prediction_weight,
         "masking strategies": ", ".join(strategy.name for strategy in strategies),
         "maximum length (tokens)": data_args.max_length,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice, repeat
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -45,6 +46,9 @@ def linear_schedule(start: float, end: float, progress: float) -> float:
 
 def cosine_schedule(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+EMA_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
 def learning_rate_factor(
@@ -128,24 +132,47 @@ class EMACallback(TrainerCallback):
         m_t = m_0 + t/T * (m_1 - m_0),   T = ipe_scale * max_steps
         target <- m_t * target + (1 - m_t) * context
 
+    With the schedule `"cosine"` (BYOL, arXiv 2006.07733) m_t = m_1 - (m_1 - m_0) * (1 + cos(pi t/T)) / 2 instead. Of
+    either the momentum stays at m_1 after `anneal_ratio * T` steps, which then stand for T above (data2vec, arXiv
+    2202.03555, is linear up to a third of the steps or less).
+
     The momentum depends on the step only, so it is right after a resume and the same on every process.
 
     Args:
         momentum (`float`, defaults to 0.996): m_0.
         final_momentum (`float`, defaults to 1.0): m_1.
         ipe_scale (`float`, defaults to 1.0): stretches the schedule beyond the end of training.
+        schedule (`str`, defaults to `"linear"`): `"linear"` or `"cosine"`.
+        anneal_ratio (`float`, defaults to 1.0): share of T after which the momentum is m_1, in (0, 1].
+
+    Raises:
+        ValueError: for a momentum outside [0, 1], a ratio outside (0, 1] and an unknown schedule.
     """
 
-    def __init__(self, momentum: float = 0.996, final_momentum: float = 1.0, ipe_scale: float = 1.0):
+    def __init__(
+        self,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        ipe_scale: float = 1.0,
+        schedule: Literal["linear", "cosine"] = "linear",
+        anneal_ratio: float = 1.0,
+    ):
         for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"EMACallback: {name} must be in [0, 1], got {value}.")
+        if schedule not in EMA_SCHEDULES:
+            raise ValueError(f"EMACallback: schedule must be one of {', '.join(EMA_SCHEDULES)}, got {schedule!r}.")
+        if not 0.0 < anneal_ratio <= 1.0:
+            raise ValueError(f"EMACallback: anneal_ratio must be in (0, 1], got {anneal_ratio}.")
         self.momentum = momentum
         self.final_momentum = final_momentum
         self.ipe_scale = ipe_scale
+        self.schedule = EMA_SCHEDULES[schedule]
+        self.anneal_ratio = anneal_ratio
 
     def at(self, step: int, max_steps: int) -> float:
-        return linear_schedule(self.momentum, self.final_momentum, step / (self.ipe_scale * max_steps))
+        progress = step / (self.ipe_scale * self.anneal_ratio * max_steps)
+        return self.schedule(self.momentum, self.final_momentum, progress)
 
     def on_optimizer_step(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         # Fires once per optimizer step, before global_step counts up: global_step is t.
@@ -253,8 +280,8 @@ class TJEPATrainer(Trainer):
     """
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
-    of the step; an evaluation's loss that over all slots of a round of batches. Only the variance/covariance term,
-    which is no sum over tokens, is computed for each micro-batch (of all processes) and averaged over these.
+    of the step; an evaluation's loss that over all slots of a round of batches. Only the variance/covariance term
+    and SIGReg, which are no sums over tokens, are computed for each micro-batch (of all processes) and averaged.
 
     On one process without gradient accumulation an unmodified Trainer does the same.
     """
@@ -526,7 +553,7 @@ class PretrainingStatistics:
         self.contexts.update(output.context_states[is_token])
         self.target_directions.update(torch.nn.functional.normalize(output.labels.float(), dim=-1))
         self.cosines.update(torch.cosine_similarity(output.predictions.float(), output.labels.float())[:, None])
-        for name in ("jepa_loss", "variance_covariance_loss", "token_prediction_loss"):
+        for name in ("jepa_loss", "variance_covariance_loss", "sigreg_loss", "token_prediction_loss"):
             if getattr(output, name) is not None:
                 self.losses.setdefault(name, []).append(getattr(output, name).detach())
         if len(self.strategy_names) > 1:

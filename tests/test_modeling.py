@@ -382,6 +382,11 @@ def test_inputs_embeds_and_position_ids():
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be in \[0, 1\)"),
         ({"token_prediction_weight": -1.0}, "token_prediction_weight must be 0"),
+        ({"sigreg_weight": -1.0}, "sigreg_weight must be 0"),
+        ({"target_layers": 9}, r"target_layers must be between 1 and num_hidden_layers \(8\), got 9"),
+        ({"target_normalization": "batch"}, "target_normalization must be one of layer, instance, got 'batch'"),
+        ({"loss_type": "huber"}, "loss_type must be one of smooth_l1, l1, l2, cosine, got 'huber'"),
+        ({"smooth_l1_beta": 0.0}, "smooth_l1_beta must be positive, got 0.0; for 0 set loss_type='l1'"),
     ],
 )
 def test_impossible_configurations_are_refused(values, message):

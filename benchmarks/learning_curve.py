@@ -1,0 +1,437 @@
+"""What recipes learn for the same compute: T-JEPA in variants beside masked language modelling, by frozen probes.
+
+python benchmarks/learning_curve.py --dataset_name data/books --data_dir eval --seconds 240 --output_dir out
+python benchmarks/learning_curve.py ... --only hybrid mlm --variant "hybrid_top3=hybrid,target_layers=3" --seeds 0
+
+All recipes train the same encoder on the same documents in the same order, packed without padding; MLM computes its
+logits at the masked tokens only, as T-JEPA does at its slots. The clock is the CPU time of one thread that training
+steps take (judging is not in it): on shared machines it is what the wall-clock of a core would be on a quiet one.
+Steps are timed first, and the schedules made for as many as fit. With --tokens, runs are of equal tokens instead.
+
+Each finished run is a JSON in --output_dir and is not run again, so the same command goes on where it was stopped;
+several processes may share the folder when each is given recipes or seeds of its own. Recipes are chosen with
+--judge_on validation, which never looks at a test part, and reported with --judge_on test.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import yaml
+from torch.nn import functional as F
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, set_seed
+
+from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, load_masking_strategies, ragged_arange
+from tjepa.prepare_dataset import DataArguments, load_documents
+from tjepa.probing_tjepa import ProbeTask, embed_task, probe_embedded_task, probe_tasks_with_tfidf
+from tjepa.run_pretraining import PretrainingArguments
+from tjepa.run_probing import load_tasks
+from tjepa.trainer_tjepa import EMACallback, FeatureMoments, WeightDecayCallback, create_optimizer, get_lr_scheduler
+
+
+NUM_TIMED_STEPS, NUM_WARMUP_STEPS = 20, 4
+UNTRAINED, TFIDF = "untrained", "TF-IDF"
+SCORED_MEASURES = {  # of each kind of task the one that counts for the score, the next where a baseline has not got it
+    "classification": ("linear_probe",),
+    "similarity": ("spearman_whitened", "spearman"),
+    "tagging": ("linear_probe",),
+}
+
+
+# --- Recipes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recipe:
+    """
+    Args:
+        objective: `"tjepa"` or `"mlm"`.
+        masking: of T-JEPA, a preset, a file, or a list of masking strategies as mappings.
+        views_per_document: of T-JEPA, how many of the strategies each document gets; `None`: all.
+        mask_ratio: of MLM, the share of tokens that is predicted (80% masked, 10% random, 10% kept, as in BERT).
+        jepa_weight: weight of the T-JEPA loss beside the optional terms; 0 for the control.
+        encoder: which of T-JEPA's encoders is judged, `"target"` or `"context"`.
+        config: the rest that `TJEPAConfig` takes.
+        training: the rest that `PretrainingArguments` takes.
+    """
+
+    objective: Literal["tjepa", "mlm"] = "tjepa"
+    masking: str | list[dict] = "short_blocks"
+    views_per_document: int | None = None
+    mask_ratio: float = 0.15
+    jepa_weight: float = 1.0
+    encoder: Literal["target", "context"] = "target"
+    config: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, name: str, values: dict) -> "Recipe":
+        """From a flat mapping, whose keys say by their names where they belong."""
+        own = {f.name for f in fields(cls)} - {"config", "training"}
+        config = set(TJEPAConfig().to_dict())
+        training = {f.name for f in fields(PretrainingArguments)} - {"output_dir", "use_cpu", "seed"}
+        if unknown := sorted(set(values) - own - config - training):
+            raise ValueError(
+                f"Recipe {name} has the unknown keys {unknown}: a key is one of {sorted(own)}, of TJEPAConfig or of "
+                "PretrainingArguments."
+            )
+        recipe = cls(
+            **{key: value for key, value in values.items() if key in own},
+            config={key: value for key, value in values.items() if key in config - own},
+            training={key: value for key, value in values.items() if key in training - own - config},
+        )
+        if recipe.objective not in ("tjepa", "mlm") or recipe.encoder not in ("target", "context"):
+            raise ValueError(
+                f"Recipe {name}: objective must be tjepa or mlm, and encoder target or context, got "
+                f"{recipe.objective!r} and {recipe.encoder!r}."
+            )
+        return recipe
+
+
+def load_recipes(path: Path, variants: list[str], only: list[str] | None) -> dict[str, dict]:
+    """
+    Flat mappings by name, the file's defaults filled in, variants such as `name=base,key=value` added. The first is
+    the untrained encoder: the defaults alone.
+    """
+    recipes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    defaults = recipes.pop("defaults", {})
+    recipes = {UNTRAINED: defaults, **{name: {**defaults, **values} for name, values in recipes.items()}}
+    for variant in variants:
+        pairs = [pair.partition("=") for pair in variant.split(",")]
+        name, _, base = pairs[0]
+        if base not in recipes or not all(separator for _, separator, _ in pairs):
+            raise ValueError(f"--variant is NAME=BASE,key=value with a BASE of {sorted(recipes)}, got {variant!r}.")
+        recipes[name] = {**recipes[base], **{key: yaml.safe_load(value) for key, _, value in pairs[1:]}}
+    if unknown := sorted(set(only or []) - set(recipes)):
+        raise ValueError(f"--only: there is no recipe {unknown}, only {sorted(recipes)}.")
+    return {name: recipes[name] for name in (recipes if only is None else [UNTRAINED, *only])}
+
+
+# --- Objectives: a model, the loss of a batch, what follows a step, and the encoder to judge -------------------------
+
+
+class TJEPA:
+    def __init__(self, recipe: Recipe, config: TJEPAConfig, args: PretrainingArguments, tokenizer):
+        if isinstance(recipe.masking, list):
+            strategies = [MaskingStrategy.from_dict(strategy) for strategy in recipe.masking]
+        else:
+            strategies = load_masking_strategies(recipe.masking)
+        self.collator = DataCollatorForTJEPA(strategies, args.seed, views_per_document=recipe.views_per_document)
+        self.model = TJEPAForPreTraining(config).train()
+        self.ema = EMACallback(
+            args.ema_momentum, args.final_ema_momentum, args.ipe_scale, args.ema_schedule, args.ema_anneal_ratio
+        )
+        self.jepa_weight = recipe.jepa_weight
+        self.encoder = getattr(self.model, f"{recipe.encoder}_encoder")
+
+    def loss(self, examples: list[dict]) -> torch.Tensor:
+        output = self.model(**self.collator(examples))
+        return output.loss + (self.jepa_weight - 1.0) * output.jepa_loss
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        self.model.update_target_encoder(self.ema.at(step, num_steps))
+
+
+class MLM:
+    def __init__(self, recipe: Recipe, config: TJEPAConfig, args: PretrainingArguments, tokenizer):
+        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mask_ratio)
+        self.model = TJEPAForMaskedLM(config).train()
+        self.encoder = self.model.encoder
+
+    def loss(self, examples: list[dict]) -> torch.Tensor:
+        documents = sorted((example["input_ids"] for example in examples), key=len)  # equal shapes side by side
+        lengths = np.array([len(document) for document in documents])
+        input_ids = torch.from_numpy(np.concatenate(documents)).long()
+        input_ids, labels = self.collator.torch_mask_tokens(input_ids, torch.zeros_like(input_ids))
+        states = self.model.encoder(
+            input_ids[None],
+            position_ids=torch.from_numpy(ragged_arange(lengths))[None],
+            view_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))[None],
+        ).last_hidden_state[0]
+        is_masked = labels >= 0
+        logits = self.model.token_head(states[is_masked], self.model.decoder.weight)
+        return F.cross_entropy(logits.float(), labels[is_masked])
+
+    def after_step(self, step: int, num_steps: int) -> None:
+        pass
+
+
+OBJECTIVES = {"tjepa": TJEPA, "mlm": MLM}
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def draw_batches(documents: list[np.ndarray], batch_size: int, seed: int) -> Iterator[list[dict]]:
+    """Endless; the same for all recipes of a seed. A rest that makes no full batch waits for the next shuffle."""
+    if len(documents) < batch_size:
+        raise ValueError(f"A batch has {batch_size} documents, but there are only {len(documents)}.")
+    for epoch in itertools.count():
+        order = np.random.default_rng([seed, epoch]).permutation(len(documents))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            indices = order[start : start + batch_size]
+            yield [{"input_ids": documents[i], "document_index": int(i), "epoch": epoch} for i in indices]
+
+
+@dataclass
+class Training:
+    """A run from its first step; iterating makes one step after the other and yields what it took."""
+
+    recipe: Recipe
+    documents: list[np.ndarray]
+    tokenizer: object
+    seed: int
+    num_steps: int
+
+    def __post_init__(self):
+        self.args = PretrainingArguments(output_dir="unused", use_cpu=True, seed=self.seed, **self.recipe.training)
+        set_seed(self.seed)
+        config = TJEPAConfig(
+            vocab_size=len(self.tokenizer), max_position_embeddings=max(map(len, self.documents)), **self.recipe.config
+        )
+        self.objective = OBJECTIVES[self.recipe.objective](self.recipe, config, self.args, self.tokenizer)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        """CPU seconds, document tokens and loss of each step."""
+        args, model = self.args, self.objective.model
+        optimizer = create_optimizer(model, args)
+        warmup_steps = args.get_warmup_steps(self.num_steps)
+        scheduler = get_lr_scheduler(
+            optimizer, self.num_steps, warmup_steps, args.start_lr, args.final_lr, args.ipe_scale
+        )
+        weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.ipe_scale)
+        batches = draw_batches(self.documents, args.per_device_train_batch_size, self.seed)
+        for step, examples in zip(range(self.num_steps), batches, strict=False):
+            start = time.process_time()
+            optimizer.param_groups[0]["weight_decay"] = weight_decay.at(step, self.num_steps)
+            loss = self.objective.loss(examples)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            self.objective.after_step(step, self.num_steps)
+            optimizer.zero_grad()
+            seconds = time.process_time() - start
+            yield {"seconds": seconds, "tokens": sum(len(e["input_ids"]) for e in examples), "loss": loss.item()}
+
+
+def train_and_judge(recipe: Recipe, seed: int, documents, tokenizer, tasks, args) -> list[dict[str, float]]:
+    """The checkpoints: step, CPU seconds and document tokens so far, the mean loss since the last, and the figures."""
+    timed = list(Training(recipe, documents, tokenizer, seed, NUM_TIMED_STEPS))[NUM_WARMUP_STEPS:]
+    budget, unit = (args.seconds, "seconds") if args.seconds else (args.tokens, "tokens")
+    num_steps = max(1, round(budget / statistics.mean(step[unit] for step in timed)))
+    training = Training(recipe, documents, tokenizer, seed, num_steps)
+    marks = {round(num_steps * (part + 1) / args.num_checkpoints) for part in range(args.num_checkpoints)}
+    checkpoints, seconds, tokens, losses = [], 0.0, 0, []
+    for step, taken in enumerate(training, start=1):
+        seconds, tokens = seconds + taken["seconds"], tokens + taken["tokens"]
+        losses.append(taken["loss"])
+        if step in marks:
+            figures = judge(training.objective.encoder, tokenizer, tasks, max(map(len, documents)))
+            mean_loss = statistics.mean(losses)
+            checkpoints.append({"step": step, "seconds": seconds, "tokens": tokens, "loss": mean_loss, **figures})
+            losses = []
+    return checkpoints
+
+
+# --- Judging ---------------------------------------------------------------------------------------------------------
+
+
+def judge(encoder: PreTrainedModel, tokenizer, tasks: list[ProbeTask], max_length: int) -> dict[str, float]:
+    """The figures of `probing_tjepa`, the centred RankMe of the texts' vectors over their width, and the score."""
+    figures, moments = {}, FeatureMoments()
+    for task in tasks:
+        embedded = embed_task(encoder, tokenizer, task, max_length)
+        figures.update(probe_embedded_task(task, embedded, seeds=[0]))
+        if task.kind != "tagging":
+            moments.update(embedded["test"].features)
+    return {**figures, "rank": moments.rank(), "score": score(figures, tasks)}
+
+
+def score(figures: dict[str, float], tasks: list[ProbeTask]) -> float:
+    """The mean over tasks of accuracy, or of Spearman's correlation of whitened vectors."""
+    return statistics.mean(figures[scored_measure(figures, task)] for task in tasks)
+
+
+def scored_measure(figures: dict[str, float], task: ProbeTask) -> str:
+    names = [f"{task.name}/{measure}" for measure in SCORED_MEASURES[task.kind]]
+    return next(name for name in names if name in figures)
+
+
+def for_validation(task: ProbeTask) -> ProbeTask:
+    """A task whose test part is a fifth of the training part; of similarity, a third of the pairs."""
+    if task.kind == "similarity":
+        return part_of_pairs(task, for_validation=True)
+    columns = task.splits["train"]
+    num_rows = len(next(iter(columns.values())))
+    order = np.random.default_rng(0).permutation(num_rows)
+    parts = {"test": order[: num_rows // 5], "train": order[num_rows // 5 :]}
+    splits = {name: take_rows(columns, rows) for name, rows in parts.items()}
+    return ProbeTask(task.name, task.kind, {**task.splits, **splits})
+
+
+def part_of_pairs(task: ProbeTask, for_validation: bool) -> ProbeTask:
+    """A random third of the pairs for validation, the others for the test."""
+    columns = task.splits["test"]
+    order = np.random.default_rng(0).permutation(len(columns["score"]))
+    rows = order[: len(order) // 3] if for_validation else order[len(order) // 3 :]
+    return ProbeTask(task.name, task.kind, {"test": take_rows(columns, rows)})
+
+
+def take_rows(columns: dict[str, list], rows: np.ndarray) -> dict[str, list]:
+    return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+
+# --- The folder of results -------------------------------------------------------------------------------------------
+
+
+def finished_or_run(path: Path, settings: dict, run) -> list[dict]:
+    """The checkpoints that `path` holds, or those that `run()` gives, which are then written there."""
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise ValueError(f"{path} was made with other settings; choose another --output_dir, or remove the file.")
+        return found["checkpoints"]
+    checkpoints = run()
+    unfinished = path.with_suffix(f".{os.getpid()}")  # whoever is killed while writing leaves no torn file
+    unfinished.write_text(json.dumps({"settings": settings, "checkpoints": checkpoints}, indent=2) + "\n")
+    os.replace(unfinished, path)
+    print(f"{path.stem:<40} {format_checkpoint(checkpoints[-1])}", flush=True)
+    return checkpoints
+
+
+def format_checkpoint(checkpoint: dict[str, float]) -> str:
+    accuracies = [f"{name} {100 * value:.1f}" for name, value in checkpoint.items() if name.endswith("linear_probe")]
+    spearmans = [f"{name} {100 * value:.1f}" for name, value in checkpoint.items() if "spearman" in name]
+    spent = f"{checkpoint['seconds']:.0f} s, {checkpoint['tokens'] / 1e6:.2f} M tokens, " if checkpoint["step"] else ""
+    rank = f", rank {checkpoint['rank']:.2f}" if "rank" in checkpoint else ""
+    return f"score {100 * checkpoint['score']:.1f} ({spent}{', '.join(accuracies + spearmans)}{rank})"
+
+
+def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) -> None:
+    """Mean over seeds and the range of seeds, against CPU time above and document tokens below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def kind_mean(kind: str):
+        of_kind = [task for task in tasks if task.kind == kind]
+        return lambda checkpoint: score(checkpoint, of_kind) if of_kind else None
+
+    panels = {
+        "score (mean of the tasks)": lambda checkpoint: checkpoint["score"],
+        "classification probes": kind_mean("classification"),
+        "similarity (Spearman)": kind_mean("similarity"),
+        "tagging probe": kind_mean("tagging"),
+        "RankMe / width": lambda checkpoint: checkpoint.get("rank"),
+        "loss (own objective)": lambda checkpoint: checkpoint.get("loss"),
+    }
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.2 * len(panels), 6), squeeze=False)
+    baselines = {UNTRAINED: ":", TFIDF: "--"}
+    for row, (unit, scale, label) in enumerate((("seconds", 1, "CPU seconds"), ("tokens", 1e6, "million tokens"))):
+        for axis, (title, value_of) in zip(axes[row], panels.items(), strict=True):
+            for name, of_seeds in runs.items():
+                values = np.array([[value_of(c) for c in checkpoints] for checkpoints in of_seeds], dtype=float)
+                if np.isnan(values).all():
+                    continue
+                if name in baselines:
+                    axis.axhline(values.mean(), color="black", linestyle=baselines[name], linewidth=1, label=name)
+                    continue
+                x = np.mean([[c[unit] / scale for c in checkpoints] for checkpoints in of_seeds], axis=0)
+                (line,) = axis.plot(x, values.mean(axis=0), "o-", markersize=3, label=name)
+                axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15)
+            axis.set_title(title, fontsize="medium")
+            axis.set_xlabel(label)
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset_name", required=True, help="folder written by prepare_dataset.py")
+    parser.add_argument("--data_dir", required=True, help="data sets to judge with, as for run_probing.py")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--recipes", type=Path, default=Path(__file__).with_name("learning_recipes.yaml"))
+    parser.add_argument("--only", nargs="+", help="names of recipes; default: all of the file")
+    parser.add_argument("--variant", action="append", default=[], help='one more recipe: "NAME=BASE,key=value,..."')
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--seconds", type=float, help="CPU seconds of training per run")
+    budget.add_argument("--tokens", type=float, help="document tokens of training per run")
+    parser.add_argument("--num_checkpoints", type=int, default=4, help="how often a run is judged, evenly spread")
+    parser.add_argument("--judge_on", choices=("validation", "test"), default="validation")
+    parser.add_argument(
+        "--tasks", nargs="+", help="which of them; default: all. Tagging: NAME.COLUMN where it has several"
+    )
+    parser.add_argument("--max_samples", type=int, default=10_000, help="texts of a split that are used")
+    parser.add_argument("--max_words", type=int, default=10_000, help="the same for tagging, in words")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    only = None if args.only is None else [*args.only, *(variant.split("=")[0] for variant in args.variant)]
+    recipes = load_recipes(args.recipes, args.variant, only)
+
+    dataset = load_documents(DataArguments(dataset_name=args.dataset_name))["train"]
+    if "input_ids" not in dataset.column_names:
+        parser.error(f"{args.dataset_name} is not tokenized: make it with prepare_dataset.py")
+    documents = dataset.with_format("numpy")["input_ids"]
+    documents = list(documents[:])
+    tokenizer = AutoTokenizer.from_pretrained(args.dataset_name)
+    tasks = load_tasks(None, args.data_dir, args.max_samples, args.max_words)
+    if unknown := sorted(set(args.tasks or []) - {task.name for task in tasks}):
+        parser.error(f"--tasks: {args.data_dir} has no {unknown}, only {[task.name for task in tasks]}")
+    tasks = [task for task in tasks if args.tasks is None or task.name in args.tasks]
+    if args.judge_on == "validation":
+        tasks = [for_validation(task) for task in tasks]
+    else:
+        tasks = [part_of_pairs(t, for_validation=False) if t.kind == "similarity" else t for t in tasks]
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    judging = {
+        name: str(getattr(args, name)) for name in ("data_dir", "tasks", "judge_on", "max_samples", "max_words")
+    }
+    spent = {name: getattr(args, name) for name in ("dataset_name", "seconds", "tokens", "num_checkpoints")}
+    nothing = {"step": 0, "seconds": 0.0, "tokens": 0}
+
+    def tfidf() -> list[dict]:
+        figures = probe_tasks_with_tfidf(tasks, seeds=[0])
+        return [{**nothing, **figures, "score": score(figures, tasks)}]
+
+    runs = {TFIDF: [finished_or_run(args.output_dir / "tf-idf.json", judging, tfidf)]}
+    for seed in args.seeds:
+        for name, values in recipes.items():
+            recipe = Recipe.from_dict(name, values)
+            settings = {**judging, "recipe": values, "seed": seed, **({} if name == UNTRAINED else spent)}
+
+            def run(name=name, recipe=recipe, seed=seed) -> list[dict]:
+                if name == UNTRAINED:
+                    encoder = Training(recipe, documents, tokenizer, seed, num_steps=1).objective.encoder
+                    return [{**nothing, **judge(encoder, tokenizer, tasks, max(map(len, documents)))}]
+                return train_and_judge(recipe, seed, documents, tokenizer, tasks, args)
+
+            checkpoints = finished_or_run(args.output_dir / f"{name}-seed{seed}.json", settings, run)
+            runs.setdefault(name, []).append(checkpoints)
+
+    (args.output_dir / "result.json").write_text(json.dumps({"recipes": recipes, "runs": runs}, indent=2) + "\n")
+    plot(runs, tasks, args.output_dir / "learning_curve.png")
+    print("\nLast checkpoints, mean over seeds ± their standard deviation")
+    for name, of_seeds in runs.items():
+        scores = [100 * checkpoints[-1]["score"] for checkpoints in of_seeds]
+        spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+        print(f"  {name:<30} score {statistics.mean(scores):.1f}{spread}")
+
+
+if __name__ == "__main__":
+    main()

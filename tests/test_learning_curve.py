@@ -1,0 +1,171 @@
+"""benchmarks/learning_curve.py on generated words: it trains, judges, restarts and draws. No figure is judged."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tjepa import TJEPAConfig
+from tjepa.probing_tjepa import ProbeTask
+from tjepa.run_pretraining import PretrainingArguments
+from tjepa.train_tokenizer import train_tokenizer
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "learning_curve.py"
+RECIPES = """
+defaults: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, per_device_train_batch_size: 4}
+hybrid: {variance_covariance_weight: 1.0, token_prediction_weight: 1.0}
+control: {variance_covariance_weight: 1.0, token_prediction_weight: 1.0, jepa_weight: 0.0}
+mlm: {objective: mlm, mask_ratio: 0.3, learning_rate: 2.0e-3}
+"""
+
+
+@pytest.fixture(scope="module")
+def learning_curve():
+    spec = importlib.util.spec_from_file_location("learning_curve", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def sentence(index: int) -> str:
+    kind = ("red green blue", "seven eight nine")[index % 2]
+    return f"{kind} number {index * 37 % 101} and {index * 53 % 89} of many {kind}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([sentence(index) for index in range(60)], vocab_size=320, model_max_length=64)
+
+
+@pytest.fixture(scope="module")
+def arguments(tokenizer, tmp_path_factory) -> list[str]:
+    """A prepared dataset, data sets of every kind, and recipes."""
+    folder = tmp_path_factory.mktemp("learning_curve")
+    documents = tokenizer([sentence(index) for index in range(12)])["input_ids"]
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"input_ids": documents})}).save_to_disk(folder / "data")
+    tokenizer.save_pretrained(folder / "data")
+    rows = {
+        "colour-train": [{"text": sentence(i), "label": i % 2} for i in range(40)],
+        "colour-test": [{"text": sentence(i), "label": i % 2} for i in range(40, 60)],
+        "pairs-test": [{"sentence1": sentence(i), "sentence2": sentence(2 * i), "score": i % 5} for i in range(12)],
+        "tags-train": [{"tokens": sentence(i).split(), "word_tags": [*"ABABABABABABA"]} for i in range(20)],
+        "tags-test": [{"tokens": sentence(i).split(), "word_tags": [*"ABABABABABABA"]} for i in range(20, 25)],
+    }
+    (folder / "eval").mkdir()
+    for name, lines in rows.items():
+        for line in lines:
+            if "word_tags" in line:
+                line["word_tags"] = line["word_tags"][: len(line["tokens"])]
+        (folder / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "recipes.yaml").write_text(RECIPES)
+    options = {"dataset_name": "data", "data_dir": "eval", "recipes": "recipes.yaml"}
+    return [part for name, path in options.items() for part in (f"--{name}", str(folder / path))]
+
+
+def test_runs_finish_restart_and_are_drawn(learning_curve, arguments, tmp_path, monkeypatch, capsys):
+    def run(*options: str) -> dict:
+        given = [*arguments, "--output_dir", str(tmp_path), "--tokens", "700", "--num_checkpoints", "2", *options]
+        monkeypatch.setattr(sys, "argv", ["learning_curve.py", *given])
+        learning_curve.main()
+        return json.loads((tmp_path / "result.json").read_text())
+
+    first = run("--only", "mlm", "--variant", "l1=hybrid,loss_type=l1,final_ema_momentum=0.9")
+    assert set(first["runs"]) == {"TF-IDF", "untrained", "l1", "mlm"}
+    for name in ("l1", "mlm"):
+        ((halfway, end),) = first["runs"][name]
+        assert end["step"] == pytest.approx(2 * halfway["step"], abs=1)
+        assert end["tokens"] == pytest.approx(700, rel=0.35) and end["seconds"] > halfway["seconds"] > 0
+        assert np.isfinite(end["loss"]) and 0 < end["rank"] <= 1
+        measures = ("colour/linear_probe", "pairs/spearman_whitened", "tags/linear_probe")
+        assert end["score"] == pytest.approx(np.mean([end[measure] for measure in measures]))
+    assert first["runs"]["l1"][0][-1]["tokens"] == first["runs"]["mlm"][0][-1]["tokens"]  # the same documents
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+
+    # the same again trains nothing; another seed is added, the finished one kept
+    trained = []
+    monkeypatch.setattr(learning_curve, "train_and_judge", lambda recipe, seed, *_: trained.append(seed) or first_mlm)
+    first_mlm = first["runs"]["mlm"][0]
+    variant = ["--only", "mlm", "--variant", "l1=hybrid,loss_type=l1,final_ema_momentum=0.9"]
+    assert run(*variant)["runs"] == first["runs"] and not trained
+    both_seeds = run(*variant, "--seeds", "0", "1")["runs"]
+    assert trained == [1, 1] and both_seeds["mlm"] == [first_mlm, first_mlm]
+    assert "±" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--tasks", "colour", "colours")
+    assert "has no ['colours'], only ['colour', 'pairs', 'tags']" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="l1-seed0.json was made with other settings"):
+        run("--only", "mlm", "--variant", "l1=hybrid,loss_type=l2")
+
+
+def objective(learning_curve, tokenizer, **values):
+    recipe = learning_curve.Recipe.from_dict("test", values)
+    torch.manual_seed(0)
+    config = TJEPAConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    for name, value in recipe.config.items():
+        setattr(config, name, value)
+    args = PretrainingArguments(output_dir="unused", use_cpu=True)
+    return learning_curve.OBJECTIVES[recipe.objective](recipe, config, args, tokenizer)
+
+
+def examples(tokenizer) -> list[dict]:
+    texts = [sentence(index) for index in range(6)]
+    ids = tokenizer(texts)["input_ids"]
+    return [{"input_ids": np.array(row), "document_index": i, "epoch": 0} for i, row in enumerate(ids)]
+
+
+def test_packed_mlm_equals_the_models_own_loss(learning_curve, tokenizer):
+    mlm = objective(learning_curve, tokenizer, objective="mlm", mask_ratio=0.3)
+    seen = []
+    mask_tokens = mlm.collator.torch_mask_tokens
+    mlm.collator.torch_mask_tokens = lambda *given: seen.append(mask_tokens(*given)) or seen[-1]
+    loss = mlm.loss(examples(tokenizer))
+    ((input_ids, labels),) = seen
+    assert 0.1 < (labels >= 0).float().mean() < 0.5 and tokenizer.mask_token_id in input_ids
+
+    lengths = sorted(len(example["input_ids"]) for example in examples(tokenizer))
+    logits = [mlm.model(row[None]).logits[0] for row in input_ids.split(lengths)]  # document by document
+    torch.testing.assert_close(loss, F.cross_entropy(torch.cat(logits), labels), rtol=1e-5, atol=1e-5)
+
+
+def test_the_control_is_the_recipe_without_its_tjepa_loss(learning_curve, tokenizer):
+    weights = {"variance_covariance_weight": 1.0, "token_prediction_weight": 0.5}
+    control = objective(learning_curve, tokenizer, **weights, jepa_weight=0.0)
+    output = control.model(**control.collator(examples(tokenizer)))
+    expected = output.variance_covariance_loss + 0.5 * output.token_prediction_loss
+    torch.testing.assert_close(control.loss(examples(tokenizer)), expected)
+
+
+def test_validation_takes_nothing_from_the_test_part(learning_curve):
+    texts = [str(index) for index in range(50)]
+    task = ProbeTask("t", "classification", {s: {"text": [f"{s} {t}" for t in texts]} for s in ("train", "test")})
+    task.splits["train"]["label"] = task.splits["test"]["label"] = list(range(50))
+    splits = learning_curve.for_validation(task).splits
+    assert len(splits["test"]["text"]) == 10 and len(splits["train"]["text"]) == 40
+    assert sorted(splits["test"]["text"] + splits["train"]["text"]) == sorted(task.splits["train"]["text"])
+
+    pairs = ProbeTask("p", "similarity", {"test": {"sentence1": texts, "sentence2": texts, "score": list(range(50))}})
+    chosen, reported = (learning_curve.part_of_pairs(pairs, part).splits["test"]["score"] for part in (True, False))
+    assert len(chosen) == 16 and sorted(chosen + reported) == list(range(50))
+
+
+def test_recipes_with_errors_are_refused(learning_curve):
+    with pytest.raises(ValueError, match=r"Recipe x has the unknown keys \['mask_rate'\]"):
+        learning_curve.Recipe.from_dict("x", {"mask_rate": 0.3})
+    with pytest.raises(ValueError, match="objective must be tjepa or mlm"):
+        learning_curve.Recipe.from_dict("x", {"objective": "gpt"})
+    path = SCRIPT.with_name("learning_recipes.yaml")
+    with pytest.raises(ValueError, match="--variant is NAME=BASE"):
+        learning_curve.load_recipes(path, ["new=nowhere,learning_rate=1"], None)
+    with pytest.raises(ValueError, match=r"there is no recipe \['nothing'\]"):
+        learning_curve.load_recipes(path, [], ["nothing"])
+    for name, values in learning_curve.load_recipes(path, [], None).items():
+        learning_curve.Recipe.from_dict(name, values)  # what is in the file is right

@@ -1,0 +1,246 @@
+"""Labels from several layers, SIGReg, other losses and momentum schedules: each against its formula."""
+
+import math
+from threading import Barrier, Thread
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tjepa import TJEPAForPreTraining
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
+from tjepa.modeling_tjepa import distance_to_labels, normalise_per_document, sigreg_loss
+from tjepa.run_pretraining import PretrainingArguments
+from tjepa.trainer_tjepa import EMACallback
+
+from .conftest import make_examples, make_tiny_config
+
+
+def close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
+def block_outputs(encoder, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """One document, block by block, without any recording: [length, hidden_size] each, the last after the norm."""
+    hidden_states = encoder.token_embedding(tokens)[None]
+    angles = encoder.rotary_embedding(torch.arange(len(tokens))[None])
+    outputs = []
+    for layer in encoder.layers:
+        hidden_states = layer(hidden_states, angles)
+        outputs.append(hidden_states[0])
+    return [*outputs[:-1], encoder.final_norm(outputs[-1])]
+
+
+@pytest.mark.parametrize("row_length", [None, 96])
+@pytest.mark.parametrize("normalization", ["layer", "instance"])
+@pytest.mark.parametrize("target_layers", [1, 2, 3])
+@torch.no_grad()
+def test_labels_are_the_mean_of_normalised_layers(make_model, target_layers, normalization, row_length):
+    options = {"num_hidden_layers": 3, "target_layers": target_layers, "target_normalization": normalization}
+    model = make_model(**options)
+    examples = make_examples([40, 23, 7, 64, 2])
+    batch = DataCollatorForTJEPA(row_length=row_length)(examples)
+    labels = model(**batch).labels
+
+    dim = {"layer": 1, "instance": 0}[normalization]  # over a token's features, or over a document's tokens
+    expected = {}
+    for document, example in enumerate(examples):
+        layers = block_outputs(model.target_encoder, torch.from_numpy(example["input_ids"]))[-target_layers:]
+        normalised = [
+            (states - states.mean(dim, keepdim=True)) / (states.var(dim, keepdim=True, correction=0) + 1e-5).sqrt()
+            for states in layers
+        ]
+        expected[document] = sum(normalised) / target_layers
+    documents = batch["document_ids"].flatten()[batch["label_indices"]].tolist()
+    positions = batch["position_ids"].flatten()[batch["label_indices"]].tolist()
+    close(labels, torch.stack([expected[d][p] for d, p in zip(documents, positions, strict=True)]), 1e-4)
+
+
+def test_the_defaults_are_the_references_labels_and_loss(make_model, batch):
+    model = make_model()
+    output = model(**batch)
+    states = model.target_encoder(
+        batch["input_ids"], position_ids=batch["position_ids"], view_ids=batch["document_ids"]
+    ).last_hidden_state.flatten(0, 1)[batch["label_indices"]]
+    assert torch.equal(output.labels, F.layer_norm(states, states.shape[-1:]))
+    per_slot = F.smooth_l1_loss(output.predictions, output.labels, reduction="none").mean(dim=-1)
+    assert torch.equal(distance_to_labels(model.config, output.predictions, output.labels), per_slot)
+    assert torch.equal(output.loss, output.jepa_loss) and output.sigreg_loss is None
+
+
+def test_instance_normalisation_by_hand():
+    states = torch.tensor([[1.0, 5.0], [3.0, 5.0], [10.0, 2.0], [10.0, 4.0], [10.0, 6.0], [7.0, 7.0]])
+    document_ids = torch.tensor([4, 4, 0, 0, 0, -1])  # ids need no order; negative is padding
+    root = math.sqrt(1.5)
+    expected = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -root], [0.0, 0.0], [0.0, root], [0.0, 0.0]])
+    close(normalise_per_document(states, document_ids, 1e-12), expected)
+    assert normalise_per_document(states[:0], document_ids[:0], 1e-5).shape == (0, 2)
+
+
+def test_instance_normalisation_keeps_no_mean_of_a_document(make_model):
+    batch = DataCollatorForTJEPA()(make_examples([30, 30, 30]))
+    # every token of the batch once
+    every_token = torch.arange(90, dtype=torch.int32)
+    model = make_model(target_normalization="instance")
+    ids = [batch[name] for name in ("input_ids", "position_ids", "document_ids")]
+    means = model._labels(*ids, every_token).unflatten(0, (3, 30)).mean(dim=1)
+    close(means, torch.zeros(3, 32))
+    assert make_model()._labels(*ids, every_token).unflatten(0, (3, 30)).mean(dim=1).abs().max() > 0.1
+
+
+# --- SIGReg ----------------------------------------------------------------------------------------------------------
+
+
+def integral(values) -> float:
+    """2 * integral_0^3 values(t) exp(-t^2/2) dt, on a fine grid."""
+    t = torch.linspace(0, 3, 3001, dtype=torch.float64)
+    return 2 * torch.trapezoid(values(t) * torch.exp(-t.square() / 2), t).item()
+
+
+def test_sigreg_of_known_distributions():
+    """One feature leaves only the directions 1 and -1: the characteristic functions are known."""
+    everything = torch.ones(2, dtype=torch.bool)
+    at_zero = integral(lambda t: (1 - torch.exp(-t.square() / 2)).square())  # phi = 1
+    assert sigreg_loss(torch.zeros(2, 1), everything).item() == pytest.approx(at_zero, abs=1e-3)
+    two_points = integral(lambda t: (t.cos() - torch.exp(-t.square() / 2)).square())  # phi = cos t
+    assert sigreg_loss(torch.tensor([[-1.0], [1.0]]), everything).item() == pytest.approx(two_points, abs=1e-3)
+    one_point = integral(lambda t: (t.cos() - torch.exp(-t.square() / 2)).square() + t.sin().square())
+    assert sigreg_loss(torch.ones(2, 1), everything).item() == pytest.approx(one_point, abs=1e-3)
+
+
+def test_sigreg_likes_an_isotropic_gaussian_best():
+    torch.manual_seed(0)
+    states, everything = torch.randn(4000, 8), torch.ones(4000, dtype=torch.bool)
+    gaussian = sigreg_loss(states, everything)
+    assert gaussian < 1e-3
+    for worse in (2 * states, 0.3 * states, states + 1, states @ torch.ones(8, 8) / 8**0.5, states.sign()):
+        assert sigreg_loss(worse, everything) > 3 * gaussian
+
+
+def test_sigreg_ignores_padding_and_repeats_with_the_generator():
+    states = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([states, 100 * torch.ones(7, 8)])
+
+    def from_seed(seed: int, states: torch.Tensor, num_tokens: int = 50) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return sigreg_loss(states, torch.arange(len(states)) < num_tokens)
+
+    close(from_seed(0, padded), from_seed(0, states), 1e-6)
+    assert torch.equal(from_seed(0, states), from_seed(0, states))
+    assert not torch.equal(from_seed(0, states), from_seed(1, states))  # new directions
+
+
+def test_sigreg_of_uneven_shares():
+    """Three threads for three processes. Whatever each draws, all see the same directions and the whole batch."""
+    states = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    shares, barrier, parts, sums, losses = states.split([30, 19, 1]), Barrier(3), {}, {}, {}
+
+    def train(rank: int) -> None:
+        def total(tensor):
+            parts[rank] = tensor
+            barrier.wait()
+            result = sum(parts[other] for other in range(3))  # the same order, so the same rounding
+            barrier.wait()
+            sums.setdefault(rank, []).append(result)
+            return result
+
+        losses[rank] = sigreg_loss(shares[rank], torch.ones(len(shares[rank]), dtype=torch.bool), total)
+
+    threads = [Thread(target=train, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    directions = sums[0][0]
+    whole = iter([directions, None, None])  # the sums that a single process with those directions would see
+    expected = sigreg_loss(
+        states, torch.ones(50, dtype=torch.bool), lambda tensor: tensor if (given := next(whole)) is None else given
+    )
+    torch.testing.assert_close(torch.stack([losses[rank] for rank in range(3)]), expected.expand(3))
+
+
+def test_sigreg_enters_the_loss_and_trains_the_context_encoder(make_model, batch):
+    model = make_model(sigreg_weight=0.5)
+    output = model(**batch)
+    close(output.loss, output.jepa_loss + 0.5 * output.sigreg_loss)
+    output.sigreg_loss.backward()
+    assert all(parameter.grad.any() for parameter in model.context_encoder.layers.parameters() if parameter.ndim > 1)
+    assert not any(parameter.grad is not None for parameter in model.predictor.parameters())
+
+
+# --- The loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0.125 + 1.5) / 2),
+        ({"smooth_l1_beta": 4.0}, (0.25 / 8 + 4 / 8) / 2),
+        ({"loss_type": "l1"}, (0.5 + 2) / 2),
+        ({"loss_type": "l2"}, (0.25 + 4) / 2),
+        ({"loss_type": "cosine"}, 1 - (1.5 * 1 + 0 * 2) / (1.5 * math.sqrt(5))),
+    ],
+)
+def test_losses_by_hand(make_model, batch, options, expected):
+    """Differences 0.5 and -2 between the prediction (1.5, 0) and the label (1, 2)."""
+    config = make_tiny_config(**options)
+    per_slot = distance_to_labels(config, torch.tensor([[1.5, 0.0]]), torch.tensor([[1.0, 2.0]]))
+    assert per_slot.tolist() == pytest.approx([expected])
+    output = make_model(**options)(**batch)
+    output.loss.backward()
+    assert output.loss_per_strategy.mean().item() == pytest.approx(output.loss.item())
+
+
+# --- The momentum ----------------------------------------------------------------------------------------------------
+
+
+def test_momentum_schedules_by_hand():
+    linear = EMACallback(0.9, 1.0, anneal_ratio=0.5)
+    assert [linear.at(step, 8) for step in range(8)] == pytest.approx([0.9, 0.925, 0.95, 0.975, 1.0, 1.0, 1.0, 1.0])
+    cosine = EMACallback(0.9, 1.0, schedule="cosine")
+    expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
+    assert [cosine.at(step, 4) for step in range(5)] == pytest.approx(expected)
+    stretched = EMACallback(0.9, 1.0, ipe_scale=2.0, anneal_ratio=0.5)  # half of twice the steps
+    assert stretched.at(4, 8) == pytest.approx(0.95)
+
+
+def test_impossible_momentum_schedules_are_refused():
+    with pytest.raises(ValueError, match="schedule must be one of linear, cosine, got 'sudden'"):
+        EMACallback(schedule="sudden")
+    with pytest.raises(ValueError, match=r"anneal_ratio must be in \(0, 1\], got 0"):
+        EMACallback(anneal_ratio=0)
+    args = PretrainingArguments(output_dir="unused")
+    assert (args.ema_schedule, args.ema_anneal_ratio) == ("linear", 1.0)
+
+
+# --- All of them together --------------------------------------------------------------------------------------------
+
+
+def test_options_survive_saving(make_model, batch, tmp_path):
+    options = {
+        "target_layers": 2,
+        "target_normalization": "instance",
+        "loss_type": "cosine",
+        "smooth_l1_beta": 0.5,
+        "sigreg_weight": 0.1,
+        "predictor_num_hidden_layers": 1,
+    }
+    model = make_model(**options)
+    model.save_pretrained(tmp_path)
+    loaded = TJEPAForPreTraining.from_pretrained(tmp_path)
+    for name, value in options.items():
+        assert getattr(loaded.config, name) == value
+    for candidate in (model, loaded):
+        candidate.eval()
+    assert torch.equal(model(**batch).jepa_loss, loaded(**batch).jepa_loss)
+
+
+def test_an_empty_batch_trains_nothing(make_model):
+    model = make_model(sigreg_weight=1.0, target_layers=2, target_normalization="instance", loss_type="cosine")
+    output = model(**DataCollatorForTJEPA()([]))
+    output.loss.backward()
+    assert output.jepa_loss == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)

@@ -274,11 +274,9 @@ def main():
         WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
         HealthCallback(strategy_names, training_args.stop_on_collapse, training_args.collapse_patience),
     )
-    if publisher is not None:
-        trainer.add_callback(publisher)
     metrics = {}
     if training_args.do_train:
-        metrics.update(train(trainer, checkpoint))
+        metrics.update(train(trainer, checkpoint, publisher))
     if training_args.do_eval and trainer.eval_dataset is not None:
         metrics.update(trainer.evaluate())
         metrics.update({k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_")})
@@ -406,7 +404,7 @@ def find_checkpoint(args: PretrainingArguments) -> str | None:
     return None
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+def train(trainer: Trainer, checkpoint: str | None, publisher: "HubPublisher | None") -> dict[str, float]:
     """
     Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics.
 
@@ -422,6 +420,8 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     stop_on_signal = StopOnSignalCallback()
     trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save
     trainer.add_callback(CheckpointCallback())
+    if publisher is not None:  # what it uploads must be complete by then
+        trainer.add_callback(publisher)
     with explain_failed_save(trainer):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if stop_on_signal.signal_number is not None:

@@ -124,8 +124,9 @@ def test_a_stream_of_bad_documents(tokenizer_folder, tmp_path, monkeypatch):
     run(monkeypatch, arguments(tmp_path, tmp_path / "out", **files, **names, **overrides, **sizes))
     train = json.loads((tmp_path / "out" / "all_results.json").read_text())["documents"]["train"]
     # counted in the worker, which is ahead: it has begun to read the documents again
-    assert num_kept <= train["num_kept"] < 2 * num_kept and set(train["dropped"]) == set(dropped)
-    assert all(count <= train["dropped"][reason] < 2 * count for reason, count in dropped.items())
+    num_readings = train["num_kept"] / num_kept
+    assert 1 <= num_readings < 10 and set(train["dropped"]) == set(dropped)
+    assert all(0.8 < train["dropped"][reason] / (num_readings * count) < 1.2 for reason, count in dropped.items())
     assert dropped_in_card((tmp_path / "out" / "README.md").read_text()) == train["dropped"]
 
 

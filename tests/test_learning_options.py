@@ -1,10 +1,12 @@
 """Labels from several layers, SIGReg, other losses and momentum schedules: each against its formula."""
 
 import math
+import shutil
 from threading import Barrier, Thread
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tjepa import TJEPAForPreTraining
@@ -14,6 +16,7 @@ from tjepa.run_pretraining import PretrainingArguments
 from tjepa.trainer_tjepa import EMACallback
 
 from .conftest import make_examples, make_tiny_config
+from .test_run_pretraining import TINY, arguments, inputs, run  # noqa: F401
 
 
 def close(actual, expected, atol=1e-5):
@@ -169,6 +172,15 @@ def test_sigreg_enters_the_loss_and_trains_the_context_encoder(make_model, batch
     output.sigreg_loss.backward()
     assert all(parameter.grad.any() for parameter in model.context_encoder.layers.parameters() if parameter.ndim > 1)
     assert not any(parameter.grad is not None for parameter in model.predictor.parameters())
+
+
+def test_sigreg_draws_the_same_directions_after_a_resume(inputs, tmp_path, monkeypatch):  # noqa: F811
+    options = {"config_overrides": f"{TINY},sigreg_weight=1.0", "save_steps": 2, "max_steps": 4}
+    run(monkeypatch, arguments(inputs, tmp_path / "whole", **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last", **options))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 # --- The loss --------------------------------------------------------------------------------------------------------

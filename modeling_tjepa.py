@@ -61,17 +61,13 @@ class PackedViews:
     Args:
         groups: for each group the number of views, of context tokens per view and of target slots per view.
         slot_masks: for each group a bool tensor [views, 1, slots, context + slots], or `None` where it has no slots.
-        slots_only: the queries are those of the target slots alone, in the order of the stream.
     """
 
     groups: list[tuple[int, int, int]]
     slot_masks: list[torch.Tensor | None]
-    slots_only: bool = False
 
     @classmethod
-    def from_ids(
-        cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None, slots_only: bool = False
-    ) -> "PackedViews":
+    def from_ids(cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None) -> "PackedViews":
         """
         Args:
             view_ids (`torch.LongTensor` of shape [rows, row_length]): the view of each entry; negative is padding.
@@ -97,7 +93,7 @@ class PackedViews:
                 blocks = block_ids[start:stop].view(num_views, 1, 1, -1)
                 slot_masks.append((blocks == 0) | (blocks == blocks[..., num_context:].transpose(2, 3)))
             start = stop
-        return cls(groups, slot_masks, slots_only)
+        return cls(groups, slot_masks)
 
 
 def packed_sdpa_attention(
@@ -108,7 +104,7 @@ def packed_sdpa_attention(
 
     Args:
         query (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`):
-            One for every entry; with `packed_views.slots_only` `[1, heads, num_slots, head_dim]`.
+            One for every entry, or one for every target slot alone, in their order: `[1, heads, num_slots, head_dim]`.
         key, value (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`): one for every entry.
 
     Returns:
@@ -122,19 +118,18 @@ def packed_sdpa_attention(
     num_rows, num_heads, num_queries, head_dim = query.shape
     num_keys = [views * (context + slots) for views, context, slots in packed_views.groups]
     num_slots = [views * slots for views, _, slots in packed_views.groups]
+    slots_only = num_rows * num_queries < sum(num_keys)  # no view is without context
     outputs = []
     for (num_views, num_context, _), slot_mask, q, k, v in zip(
         packed_views.groups,
         packed_views.slot_masks,
-        split_into_groups(query, num_slots if packed_views.slots_only else num_keys),
+        split_into_groups(query, num_slots if slots_only else num_keys),
         split_into_groups(key, num_keys),
         split_into_groups(value, num_keys),
         strict=True,
     ):
-        if len(q) == 0:
-            continue
         q, k, v = (states.unflatten(0, (num_views, -1)).transpose(1, 2) for states in (q, k, v))
-        if slot_mask is None or packed_views.slots_only:
+        if slot_mask is None or slots_only:
             output = F.scaled_dot_product_attention(q, k, v, attn_mask=slot_mask, dropout_p=dropout)
         else:
             q_context, q_slots = q.tensor_split([num_context], dim=2)
@@ -170,7 +165,7 @@ def packed_attention_mask(
             "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
         )
     if config._attn_implementation == "sdpa":
-        return PackedViews.from_ids(view_ids, block_ids, slots_only=query_indices is not None)
+        return PackedViews.from_ids(view_ids, block_ids)
 
     query_states, query_view_ids, query_block_ids = hidden_states, view_ids, block_ids
     if query_indices is not None:
@@ -291,7 +286,6 @@ class TJEPAAttention(nn.Module):
         attention_mask: "torch.Tensor | PackedViews | None",
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = query.shape[:-2]
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         if isinstance(attention_mask, PackedViews):
@@ -303,8 +297,7 @@ class TJEPAAttention(nn.Module):
             attn_output, attn_weights = attention_interface(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
             )
-        attn_output = attn_output.reshape(*input_shape, -1)
-        return self.out_proj(attn_output), attn_weights
+        return self.out_proj(attn_output.flatten(-2)), attn_weights
 
 
 class TJEPAMLP(nn.Module):
@@ -504,16 +497,18 @@ class TJEPAModel(TJEPAPreTrainedModel):
 # --- The predictor ---------------------------------------------------------------------------------------------------
 
 
-class TJEPASlotAttention(TJEPAAttention):
-    """Attention whose queries are the target slots alone; keys and values are all entries, as ever."""
+class TJEPAPredictorAttention(TJEPAAttention):
+    """With `slot_indices` the queries are those of the target slots alone; keys and values are all entries."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         rotary_angles: torch.Tensor,
         attention_mask: "torch.Tensor | PackedViews | None",
-        slot_indices: torch.Tensor,
+        slot_indices: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if slot_indices is None:
+            return super().forward(hidden_states, rotary_angles, attention_mask)
         sizes = [hidden_states.shape[-1], 2 * hidden_states.shape[-1]]
         q_weight, kv_weight = self.qkv_proj.weight.split(sizes)
         q_bias, kv_bias = (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
@@ -524,19 +519,21 @@ class TJEPASlotAttention(TJEPAAttention):
         return self.attend(query, key, value, attention_mask)
 
 
-class TJEPASlotLayer(TJEPALayer):
-    """A layer that moves the target slots only: the context keeps its states, and costs keys and values."""
+class TJEPAPredictorLayer(TJEPALayer):
+    """With `slot_indices` only the target slots move: the context keeps its states, and costs keys and values."""
 
-    attention_class = TJEPASlotAttention
+    attention_class = TJEPAPredictorAttention
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         rotary_angles: torch.Tensor,
         attention_mask: "torch.Tensor | PackedViews | None",
-        slot_indices: torch.Tensor,
+        slot_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states [1, num_entries, hidden_size], slot_indices int [num_slots], ascending."""
+        """hidden_states [rows, row_length, hidden_size]; slot_indices int [num_slots], ascending, for a single row."""
+        if slot_indices is None:
+            return super().forward(hidden_states, rotary_angles, attention_mask)
         normed = self.attention_norm(hidden_states)
         attn_output, _ = self.attention(normed, rotary_angles, attention_mask, slot_indices)
         slots = hidden_states[:, slot_indices] + self.dropout(attn_output)
@@ -568,8 +565,7 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
             self.in_proj = nn.Linear(encoder_width, width, bias=config.use_bias)
             self.out_proj = nn.Linear(width, encoder_width, bias=config.use_bias)
         self.rotary_embedding = TJEPARotaryEmbedding(self.config)
-        layer_class = TJEPASlotLayer if config.predictor_cross_attention else TJEPALayer
-        self.layers = nn.ModuleList([layer_class(self.config) for _ in range(self.config.num_hidden_layers)])
+        self.layers = nn.ModuleList([TJEPAPredictorLayer(self.config) for _ in range(self.config.num_hidden_layers)])
         self.final_norm = layer_norm(self.config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -608,17 +604,24 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
         hidden_states = F.embedding(entries, table)  # [rows, row_length, predictor_hidden_size]
 
         rotary_angles = self.rotary_embedding(prediction_position_ids)
-        view_ids, block_ids, of_slots = prediction_view_ids, prediction_block_ids, {}
-        if self.config.predictor_cross_attention:  # the slots of all rows are one row of queries
-            hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
+        view_ids, block_ids = prediction_view_ids, prediction_block_ids
+        sorted_slots, queries = slot_indices.long().sort().values, None
+        # Layers behind these move the target slots alone. With SDPA that is the last one, whose context states nobody
+        # reads; with flex_attention it is like the others, because its rows keep their length.
+        num_full_layers = len(self.layers) - (self.config._attn_implementation == "sdpa")
+        if self.config.predictor_cross_attention:
+            num_full_layers, queries = 0, sorted_slots
+            hidden_states = hidden_states.flatten(0, 1)[None]  # the slots of all rows are one row of queries
             view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
-            of_slots = {"slot_indices": slot_indices.long().sort().values}
-        attention_mask = packed_attention_mask(
-            self.config, hidden_states, view_ids, block_ids, of_slots.get("slot_indices")
-        )
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, **of_slots)
-        slot_states = hidden_states.flatten(0, 1).index_select(0, slot_indices)
+        attention_mask = packed_attention_mask(self.config, hidden_states, view_ids, block_ids, queries)
+        for layer in self.layers[:num_full_layers]:
+            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
+        hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
+        for layer in self.layers[num_full_layers:]:
+            hidden_states = layer(
+                hidden_states, rotary_angles, attention_mask=attention_mask, slot_indices=sorted_slots
+            )
+        slot_states = hidden_states[0].index_select(0, slot_indices)
         return self.out_proj(self.final_norm(slot_states))
 
 

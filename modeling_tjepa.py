@@ -19,6 +19,7 @@ import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -181,12 +182,17 @@ def packed_attention_mask(
             (key_block == 0) | (key_block == query_block_ids[batch_idx, q_idx])
         )
 
+    mask_function = same_view if block_ids is None else same_view_and_block
+    if config._attn_implementation == "flex_attention" and torch.compiler.is_compiling():
+        # what transformers calls too, but with a warning, and a warning breaks the graph
+        sizes = {"B": len(view_ids), "H": None, "Q_LEN": query_states.shape[1], "KV_LEN": view_ids.shape[1]}
+        return create_block_mask(mask_function, **sizes, device=view_ids.device)
     return create_bidirectional_mask(
         config=config,
         inputs_embeds=query_states,
         encoder_hidden_states=hidden_states,
         attention_mask=None,
-        and_mask_function=same_view if block_ids is None else same_view_and_block,
+        and_mask_function=mask_function,
     )
 
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -145,6 +146,23 @@ def test_attention_backends_agree(make_model, attn_implementation, row_length, c
             gradients(model, batch).values(), gradients(reference, batch).values(), strict=True
         ):
             close(actual, expected)
+
+
+def test_compiled_as_one_graph_and_not_for_every_batch(make_model):
+    """Rows of a fixed length: after another number of documents, then of rows, no batch compiles again."""
+    options = {"num_attention_heads": 2, "predictor_num_attention_heads": 1}
+    options |= {"variance_covariance_weight": 1.0, "token_prediction_weight": 1.0}
+    expected, model = make_model(**options), make_model(attn_implementation="flex_attention", **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    collator, num_rows = DataCollatorForTJEPA(row_length=96), set()
+    for step, num_more in enumerate([0, 1, 2, 4, 6, 9]):
+        batch = collator(make_examples([40, 23, 7, 64] + [30] * num_more, seed=step))
+        num_rows.add(len(batch["input_ids"]))
+        with torch.no_grad():  # torch has no backward of flex_attention on the CPU
+            close(compiled(**batch).loss, expected(**batch).loss)
+    assert len(num_rows) > 2
+    assert counter.frame_count <= 3
 
 
 def test_flash_attention_gets_the_views_lengths(monkeypatch):

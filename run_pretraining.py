@@ -211,6 +211,7 @@ class PretrainingArguments(TrainingArguments):
         }
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.ipe_scale < 1.0:
             raise ValueError(f"ipe_scale must be at least 1, got {self.ipe_scale}: schedules can not end early.")
 

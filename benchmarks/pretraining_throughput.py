@@ -70,11 +70,11 @@ def read_documents(args) -> list[np.ndarray]:
     return [documents[index] for index in order[: args.num_documents]]
 
 
-def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views) -> float:
-    """Of one training step (module docstring)."""
+def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views, with_attention: bool = True) -> float:
+    """Of one training step (module docstring); without attention only those of the linear layers."""
 
     def stack_flops(tokens: int, pairs: int, width: int, mlp_width: int, layers: int) -> float:
-        return layers * (tokens * (8 * width**2 + 4 * width * mlp_width) + 4 * width * pairs)
+        return layers * (tokens * (8 * width**2 + 4 * width * mlp_width) + with_attention * 4 * width * pairs)
 
     lengths = np.array([len(document) for document in documents])
     contexts = np.bincount(views.context_view, minlength=len(views.document))
@@ -82,22 +82,17 @@ def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views)
     new_block, new_view = np.diff(views.slot_block, prepend=-1) != 0, np.diff(views.slot_view, prepend=-1) != 0
     block_starts = np.flatnonzero(new_block | new_view)
     block_lengths = np.diff(np.append(block_starts, len(views.slot_block)))
+    context_pairs = (contexts**2).sum()
     slot_pairs = (contexts * slots).sum() + (block_lengths**2).sum()
     encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-    width, mlp_width = config.predictor_hidden_size, config.predictor_intermediate_size
-    return (
-        stack_flops(lengths.sum(), (lengths**2).sum(), *encoder)
-        + 3 * stack_flops(contexts.sum(), (contexts**2).sum(), *encoder)
-        + 3
-        * stack_flops(
-            (contexts + slots).sum(),
-            (contexts**2).sum() + slot_pairs,
-            width,
-            mlp_width,
-            config.predictor_num_hidden_layers - 1,
-        )
-        + 3 * (stack_flops(slots.sum(), slot_pairs, width, mlp_width, 1) + 4 * width**2 * contexts.sum())
-    )
+    predictor = (config.predictor_hidden_size, config.predictor_intermediate_size)
+    num_layers = config.predictor_num_hidden_layers
+    target = stack_flops(lengths.sum(), (lengths**2).sum(), *encoder)
+    context = stack_flops(contexts.sum(), context_pairs, *encoder)
+    context_in_predictor = stack_flops(contexts.sum(), context_pairs, *predictor, num_layers - 1)
+    last_keys_and_values = 4 * config.predictor_hidden_size**2 * contexts.sum()
+    slots_in_predictor = stack_flops(slots.sum(), slot_pairs, *predictor, num_layers)
+    return target + 3 * (context + context_in_predictor + last_keys_and_values + slots_in_predictor)
 
 
 def matmul_rate() -> float:

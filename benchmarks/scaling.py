@@ -45,7 +45,7 @@ def measure_one(length: int, num_strategies: int, args) -> dict:
         seconds.append(time.perf_counter() - start)
     tokens = batch["prediction_indices"].numel()
     flops = useful_flops(config, documents, views)
-    linear_flops = tokens_flops_without_attention(config, documents, views)
+    linear_flops = useful_flops(config, documents, views, with_attention=False)
     return {
         "length": length,
         "num_strategies": num_strategies,
@@ -54,16 +54,6 @@ def measure_one(length: int, num_strategies: int, args) -> dict:
         "peak_kilobytes_per_token": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / tokens,
         "attention_share": 1 - linear_flops / flops,
     }
-
-
-def tokens_flops_without_attention(config: TJEPAConfig, documents: list[np.ndarray], views) -> float:
-    tokens = sum(len(document) for document in documents)
-    per_token_and_layer = 8 * config.hidden_size**2 + 4 * config.hidden_size * config.intermediate_size
-    predictor_tokens = len(views.context_token) + len(views.slot_token)
-    trained = (
-        config.num_hidden_layers * len(views.context_token) + config.predictor_num_hidden_layers * predictor_tokens
-    )
-    return per_token_and_layer * (config.num_hidden_layers * tokens + 3 * trained)
 
 
 def in_own_process(length: int, num_strategies: int, argv: list[str]) -> dict:

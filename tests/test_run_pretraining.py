@@ -269,3 +269,17 @@ def test_shipped_configs_parse(path):
         types += (run_pretraining.MaskingArguments, run_pretraining.PretrainingArguments)
         model_args, *_ = parse_arguments(types, [str(path)])
         run_pretraining.parse_config_overrides(model_args.config_overrides)
+
+
+def test_a_compiled_run_is_the_same_run(inputs, tmp_path):
+    """`--torch_compile` on fixed rows; in processes of their own, because transformers sets the environment for it."""
+    losses = []
+    for name, flags in (("eager", []), ("compiled", ["--torch_compile", "--torch_compile_backend=aot_eager"])):
+        output_dir = tmp_path / name
+        rows = {"attn_implementation": "eager", "row_length": 96}
+        command = [sys.executable, str(REPOSITORY / "run_pretraining.py"), *arguments(inputs, output_dir, **rows)]
+        subprocess.run([*command, *flags], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+        losses.append([line["loss"] for line in log if "loss" in line])
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

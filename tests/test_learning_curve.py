@@ -167,5 +167,6 @@ def test_recipes_with_errors_are_refused(learning_curve):
         learning_curve.load_recipes(path, ["new=nowhere,learning_rate=1"], None)
     with pytest.raises(ValueError, match=r"there is no recipe \['nothing'\]"):
         learning_curve.load_recipes(path, [], ["nothing"])
-    for name, values in learning_curve.load_recipes(path, [], None).items():
-        learning_curve.Recipe.from_dict(name, values)  # what is in the file is right
+    for file in (path, SCRIPT.with_name("learning_screen.yaml")):
+        for name, values in learning_curve.load_recipes(file, [], None).items():
+            learning_curve.Recipe.from_dict(name, values)  # what is in the file is right

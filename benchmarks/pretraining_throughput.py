@@ -15,7 +15,8 @@ fourth of these documents by length, the longest among them: the same share of p
 Useful FLOPs are what real tokens need: per token and layer 8 d^2 (projections) + 4 d i (MLP), 4 d for every pair of
 query and key that the attention rule allows, the target encoder once, the trained parts three times; of the context in
 the predictor's last layer only keys and values. Utilisation is these over the step's time and over the highest rate of
-float32 matmuls, measured before and after every step in the same run.
+float32 matmuls, measured before and after every step in the same run. `flop_ratio` is what the plain side computes,
+padding and masked pairs included, over the useful FLOPs: what the tokens/s ratio would be at equal speed per FLOP.
 """
 
 import argparse
@@ -70,29 +71,47 @@ def read_documents(args) -> list[np.ndarray]:
     return [documents[index] for index in order[: args.num_documents]]
 
 
+def stack_flops(tokens: int, pairs: int, width: int, mlp_width: int, layers: int) -> float:
+    return layers * (tokens * (8 * width**2 + 4 * width * mlp_width) + 4 * width * pairs)
+
+
 def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views, with_attention: bool = True) -> float:
     """Of one training step (module docstring); without attention only those of the linear layers."""
-
-    def stack_flops(tokens: int, pairs: int, width: int, mlp_width: int, layers: int) -> float:
-        return layers * (tokens * (8 * width**2 + 4 * width * mlp_width) + with_attention * 4 * width * pairs)
-
     lengths = np.array([len(document) for document in documents])
     contexts = np.bincount(views.context_view, minlength=len(views.document))
     slots = np.bincount(views.slot_view, minlength=len(views.document))
     new_block, new_view = np.diff(views.slot_block, prepend=-1) != 0, np.diff(views.slot_view, prepend=-1) != 0
     block_starts = np.flatnonzero(new_block | new_view)
     block_lengths = np.diff(np.append(block_starts, len(views.slot_block)))
-    context_pairs = (contexts**2).sum()
-    slot_pairs = (contexts * slots).sum() + (block_lengths**2).sum()
+    document_pairs, context_pairs = with_attention * (lengths**2).sum(), with_attention * (contexts**2).sum()
+    slot_pairs = with_attention * ((contexts * slots).sum() + (block_lengths**2).sum())
     encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     predictor = (config.predictor_hidden_size, config.predictor_intermediate_size)
     num_layers = config.predictor_num_hidden_layers
-    target = stack_flops(lengths.sum(), (lengths**2).sum(), *encoder)
+    target = stack_flops(lengths.sum(), document_pairs, *encoder)
     context = stack_flops(contexts.sum(), context_pairs, *encoder)
     context_in_predictor = stack_flops(contexts.sum(), context_pairs, *predictor, num_layers - 1)
     last_keys_and_values = 4 * config.predictor_hidden_size**2 * contexts.sum()
     slots_in_predictor = stack_flops(slots.sum(), slot_pairs, *predictor, num_layers)
     return target + 3 * (context + context_in_predictor + last_keys_and_values + slots_in_predictor)
+
+
+def plain_flops(config: TJEPAConfig, batch: dict) -> float:
+    """What the plain side computes in one training step, padding and masked pairs included."""
+    encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    predictor = (
+        config.predictor_hidden_size,
+        config.predictor_intermediate_size,
+        config.predictor_num_hidden_layers,
+    )
+    num_documents, length = batch["input_ids"].shape
+    total = stack_flops(num_documents * length, num_documents * length**2, *encoder)
+    for strategy in batch["strategies"]:
+        num_contexts = strategy["context_positions"].shape[1]
+        entries = num_contexts + strategy["slot_positions"].shape[1]
+        total += 3 * stack_flops(num_documents * num_contexts, num_documents * num_contexts**2, *encoder)
+        total += 3 * stack_flops(num_documents * entries, num_documents * entries**2, *predictor)
+    return total
 
 
 def matmul_rate() -> float:
@@ -220,6 +239,7 @@ def measure(args) -> dict:
         "batch_bytes_ratio": batch_bytes(batches["ours"]) / batch_bytes(batches["plain"]),
         "padding_share": max(padding_share(batch) for batch in batches["ours"]),
         "useful_flop_utilisation": flops / median["ours"] / peak,
+        "flop_ratio": plain_flops(steps["plain"].model.config, steps["plain"].batches()[0]) / flops,
         "max_length": args.max_length,
         "model": args.model,
         "gradient_checkpointing": args.gradient_checkpointing,
@@ -256,6 +276,7 @@ def report(result: dict) -> None:
         print(f"{name.replace('_', ' '):24}{result[name]:>14.3f}")
     low, high = result["tokens_per_second_ratio_spread"]
     print(f"\ntokens/s ratio {result['tokens_per_second_ratio']:.2f} ({low:.2f} to {high:.2f})")
+    print(f"FLOPs of the plain side over the useful ones: {result['flop_ratio']:.2f}")
     peak = result["matmul_flops_per_second"] / 1e9
     print(f"useful-FLOP utilisation {result['useful_flop_utilisation']:.1%} of {peak:.0f} GFLOP/s")
 

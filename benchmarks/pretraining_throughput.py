@@ -240,6 +240,7 @@ def measure(args) -> dict:
         "padding_share": max(padding_share(batch) for batch in batches["ours"]),
         "useful_flop_utilisation": flops / median["ours"] / peak,
         "flop_ratio": plain_flops(steps["plain"].model.config, steps["plain"].batches()[0]) / flops,
+        "profile": profile_by_operator(steps["ours"]),
         "max_length": args.max_length,
         "model": args.model,
         "gradient_checkpointing": args.gradient_checkpointing,
@@ -261,6 +262,15 @@ def measure(args) -> dict:
     }
 
 
+def profile_by_operator(step: Step, num_operators: int = 12) -> dict[str, float]:
+    """The share of one step's CPU time that each of torch's operators takes by itself."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    total = sum(times.values())
+    return {name: time / total for name, time in sorted(times.items(), key=lambda kv: -kv[1])[:num_operators]}
+
+
 def report(result: dict) -> None:
     print(f"{'':24}{'ours':>14}{'plain':>14}")
     for name, scale in (
@@ -279,6 +289,9 @@ def report(result: dict) -> None:
     print(f"FLOPs of the plain side over the useful ones: {result['flop_ratio']:.2f}")
     peak = result["matmul_flops_per_second"] / 1e9
     print(f"useful-FLOP utilisation {result['useful_flop_utilisation']:.1%} of {peak:.0f} GFLOP/s")
+    print("\nour step's CPU time by operator:")
+    for name, share in result["profile"].items():
+        print(f"{share:>8.1%}  {name}")
 
 
 def plot(result: dict, path: str) -> None:

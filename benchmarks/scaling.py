@@ -72,16 +72,23 @@ def plot(result: dict, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
     for axis, rows, x in zip(axes, result.values(), ("length", "num_strategies"), strict=True):
-        axis.plot([row[x] for row in rows], [row["microseconds_per_token"] for row in rows], "o-", color="#2a6f97")
+        counts = [row[x] for row in rows]
+        times = np.array([row["microseconds_per_token"] for row in rows])
+        attention = np.array([row["attention_share"] for row in rows])
+        memory = [row["peak_kilobytes_per_token"] for row in rows]
+        axis.plot(counts, times, "o-", color="#2a6f97", label="time")
+        axis.plot(counts, times * (1 - attention), "o:", color="#2a6f97", label="time less attention's share of FLOPs")
+        axis.plot([], [], "s--", color="#bb7733", label="peak memory (right axis)")
         axis.set_ylabel("microseconds per predictor token")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(times))
         twin = axis.twinx()
-        twin.plot([row[x] for row in rows], [row["peak_kilobytes_per_token"] for row in rows], "s--", color="#bb7733")
+        twin.plot(counts, memory, "s--", color="#bb7733")
         twin.set_ylabel("peak kB per predictor token")
-        twin.set_ylim(bottom=0)
+        twin.set_ylim(0, 1.1 * max(memory))
         axis.set_xlabel(x.replace("_", " "))
+    axes[1].legend(fontsize="small", loc="lower left")
     axes[0].set_xscale("log", base=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -67,16 +67,23 @@ class TJEPAConfig(PreTrainedConfig):
             Width of the MLP inside a predictor block.
         predictor_rotary_dim (`int`, *optional*, defaults to `min(rotary_dim, predictor head width)`):
             `rotary_dim` of the predictor.
-        predictor_cross_attention (`bool`, defaults to `False`):
-            Whether the predictor carries only the target slots through its layers, where they attend to each other and
-            to the context encoder's output as it is. Less than half the arithmetic; the reference's predictor encodes
-            the context again.
+        predictor_type (`str`, defaults to `"self_attention"`):
+            `"self_attention"`, the reference's, which encodes the context again; `"cross_attention"`, which carries
+            only the target slots through its layers, where they attend to each other and to the context encoder's
+            output as it is, with less than half the arithmetic; or `"boundary"` (SpanBERT, arXiv 1907.10529), an MLP
+            on the states of the nearest visible tokens to a slot's left and right, which has neither layers nor
+            heads: of the predictor's sizes only `predictor_intermediate_size` counts.
         learned_mask_token (`bool`, defaults to `True`):
             Whether the mask token is learned (initialised to ones) or fixed (ones scaled to unit norm).
         variance_covariance_weight (`float`, defaults to 0.0):
             Weight of the variance/covariance term (VICReg, arXiv 2105.04906) on the context encoder's output.
         token_prediction_weight (`float`, defaults to 0.0):
             Weight of predicting the hidden token itself at every target slot.
+        denoising_weight (`float`, defaults to 0.0):
+            Weight of predicting tokens from the context encoder's own output, in training: `denoising_ratio` of its
+            input is picked, half of that is replaced by random tokens, and the original is predicted at all of it.
+        denoising_ratio (`float`, defaults to 0.1):
+            See `denoising_weight`.
         sigreg_weight (`float`, defaults to 0.0):
             Weight of SIGReg (LeJEPA, arXiv 2511.08544) on the context encoder's output: how far its tokens are from
             an isotropic Gaussian.
@@ -99,7 +106,8 @@ class TJEPAConfig(PreTrainedConfig):
 
     Raises:
         ValueError: for sizes that do not fit each other, weights below zero, probabilities outside [0, 1), more
-            target layers than there are, a beta that is not positive, and an unknown pooling, loss or normalisation.
+            target layers than there are, a beta that is not positive, and an unknown predictor, pooling, loss or
+            normalisation.
     """
 
     model_type = "tjepa"
@@ -127,10 +135,12 @@ class TJEPAConfig(PreTrainedConfig):
     predictor_num_attention_heads: int | None = None
     predictor_intermediate_size: int | None = None
     predictor_rotary_dim: int | None = None
-    predictor_cross_attention: bool = False
+    predictor_type: str = "self_attention"
     learned_mask_token: bool = True
     variance_covariance_weight: float | int = 0.0
     token_prediction_weight: float | int = 0.0
+    denoising_weight: float | int = 0.0
+    denoising_ratio: float | int = 0.1
     sigreg_weight: float | int = 0.0
     target_layers: int = 1
     target_normalization: str = "layer"
@@ -187,9 +197,11 @@ class TJEPAConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("variance_covariance_weight", "token_prediction_weight", "sigreg_weight"):
+        for name in ("variance_covariance_weight", "token_prediction_weight", "denoising_weight", "sigreg_weight"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
+        if not 0.0 < self.denoising_ratio <= 1.0:
+            raise ValueError(f"denoising_ratio must be in (0, 1], got {self.denoising_ratio}; set denoising_weight=0.")
         if not 1 <= self.target_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"target_layers must be between 1 and num_hidden_layers ({self.num_hidden_layers}), got "
@@ -198,6 +210,7 @@ class TJEPAConfig(PreTrainedConfig):
         if not self.smooth_l1_beta > 0.0:
             raise ValueError(f"smooth_l1_beta must be positive, got {self.smooth_l1_beta}; for 0 set loss_type='l1'.")
         for name, allowed in (
+            ("predictor_type", ("self_attention", "cross_attention", "boundary")),
             ("target_normalization", ("layer", "instance")),
             ("loss_type", ("smooth_l1", "l1", "l2", "cosine")),
             ("classifier_pooling", ("mean", "first", "attention")),

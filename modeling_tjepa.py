@@ -551,7 +551,7 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
     """
     Predicts the target encoder's output at the target slots from the context encoder's output. All target blocks of a
     view share one sequence (target packing): blocks see the context and themselves, not each other. With
-    `config.predictor_cross_attention` only the slots are carried through the layers, and attend to the context
+    `config.predictor_type="cross_attention"` only the slots are carried through the layers, and attend to the context
     encoder's output as it is.
     """
 
@@ -615,7 +615,7 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
         # Layers behind these move the target slots alone. With SDPA that is the last one, whose context states nobody
         # reads; with flex_attention it is like the others, because its rows keep their length.
         num_full_layers = len(self.layers) - (self.config._attn_implementation == "sdpa")
-        if self.config.predictor_cross_attention:
+        if self.config.predictor_type == "cross_attention":
             num_full_layers, queries = 0, sorted_slots
             hidden_states = hidden_states.flatten(0, 1)[None]  # the slots of all rows are one row of queries
             view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
@@ -629,6 +629,60 @@ class TJEPAPredictor(TJEPAPreTrainedModel):
             )
         slot_states = hidden_states[0].index_select(0, slot_indices)
         return self.out_proj(self.final_norm(slot_states))
+
+
+class TJEPABoundaryPredictor(TJEPAPreTrainedModel):
+    """
+    Predicts at a target slot from two states, those of the nearest visible tokens to its left and right, and the
+    distances to them: the span boundary objective of SpanBERT (arXiv 1907.10529) for representations. With l and r the
+    two states, each plus the embedding of its distance (where there is no such token, that embedding alone):
+
+        LayerNorm(W_2 LayerNorm(GELU(W_1 [l; r])))
+
+    It can not look further: what it needs from there, the encoder has to gather in the visible tokens' states.
+    """
+
+    MAX_DISTANCE = 31  # in tokens; those further away share an embedding
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        width = config.predictor_intermediate_size
+        self.distance_embedding = nn.Embedding(2 * self.MAX_DISTANCE + 1, config.hidden_size)  # 0: there is no token
+        self.up_proj = nn.Linear(2 * config.hidden_size, width, bias=config.use_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        self.final_norm = layer_norm(config)
+        self.post_init()
+
+    def forward(
+        self,
+        context_states: torch.Tensor,
+        prediction_indices: torch.LongTensor,
+        prediction_position_ids: torch.LongTensor,
+        prediction_view_ids: torch.LongTensor,
+        prediction_block_ids: torch.LongTensor,
+        slot_indices: torch.LongTensor,
+    ) -> torch.Tensor:
+        """As [`TJEPAPredictor.forward`]."""
+        view_ids, position_ids = prediction_view_ids.flatten().long(), prediction_position_ids.flatten().long()
+        num_positions = position_ids.max() + 1
+        places = view_ids * num_positions + position_ids  # ascending by view, in it by position
+        nowhere = torch.iinfo(places.dtype).max
+        is_context = (prediction_block_ids.flatten() == 0) & (view_ids >= 0)
+        context_places, order = places.masked_fill(~is_context, nowhere).sort()
+        slot_places = places[slot_indices].unsqueeze(-1)
+        behind = torch.searchsorted(context_places, slot_places)
+        neighbours = torch.cat([behind - 1, behind], dim=-1)  # [num_slots, 2]
+        found_places = context_places[neighbours.clamp(min=0)]  # behind the last is a slot, which counts as nowhere
+        is_there = (neighbours >= 0) & (found_places // num_positions == slot_places // num_positions)
+
+        distances = (found_places - slot_places).clamp(-self.MAX_DISTANCE, self.MAX_DISTANCE).masked_fill(~is_there, 0)
+        entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]]
+        states = F.embedding(entries, context_states) * is_there.unsqueeze(-1)  # [num_slots, 2, hidden_size]
+        states = states + self.distance_embedding(distances % (2 * self.MAX_DISTANCE + 1))
+        hidden_states = self.norm(self.activation(self.up_proj(states.flatten(-2))))
+        return self.final_norm(self.down_proj(hidden_states))
 
 
 # --- Pretraining -----------------------------------------------------------------------------------------------------
@@ -760,6 +814,25 @@ def normalise_per_document(states: torch.Tensor, document_ids: torch.Tensor, eps
     return centred * torch.rsqrt(document_mean(centred.square()) + eps)
 
 
+def replace_tokens(input_ids: torch.Tensor, config: TJEPAConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Picks `config.denoising_ratio` of the entries, and replaces every second of these by a token drawn uniformly from
+    the vocabulary: what BERT (arXiv 1810.04805) does to the tokens that it predicts and does not mask. Drawn from
+    torch's generator, as dropout is.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[rows, row_length]`): token ids.
+
+    Returns:
+        The token ids with some replaced, and the picked entries' indices in the flattened rows, int64 [num_picked].
+    """
+    num_picked = max(1, round(config.denoising_ratio * input_ids.numel()))
+    picked = torch.randperm(input_ids.numel(), device=input_ids.device)[:num_picked]
+    replaced = picked[::2]
+    tokens = torch.randint(config.vocab_size, replaced.shape, dtype=input_ids.dtype, device=input_ids.device)
+    return input_ids.flatten().index_copy(0, replaced, tokens).view_as(input_ids), picked
+
+
 def distance_to_labels(config: TJEPAConfig, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """`config.loss_type` of each slot: two float [num_slots, hidden_size] -> [num_slots]."""
     if config.loss_type == "cosine":
@@ -777,8 +850,9 @@ class TJEPAForPreTrainingOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `[]`): the weighted sum of the terms below.
         jepa_loss (`torch.FloatTensor` of shape `[]`): distance between prediction and label, strategies equal.
         loss_per_strategy (`torch.FloatTensor` of shape `[num_strategies]`): the same for each strategy.
-        variance_covariance_loss, sigreg_loss, token_prediction_loss (`torch.FloatTensor` of shape `[]`, *optional*):
-            The optional terms before their weights; `None` where the weight is 0.
+        variance_covariance_loss, sigreg_loss, token_prediction_loss, denoising_loss
+            (`torch.FloatTensor` of shape `[]`, *optional*):
+            The optional terms before their weights; `None` where the weight is 0, and the last in evaluation.
         predictions (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the predictor's output.
         labels (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): what they should be.
         context_states (`torch.FloatTensor` of shape `[num_contexts, hidden_size]`): the context encoder's output.
@@ -790,6 +864,7 @@ class TJEPAForPreTrainingOutput(ModelOutput):
     variance_covariance_loss: torch.FloatTensor | None = None
     sigreg_loss: torch.FloatTensor | None = None
     token_prediction_loss: torch.FloatTensor | None = None
+    denoising_loss: torch.FloatTensor | None = None
     predictions: torch.FloatTensor | None = None
     labels: torch.FloatTensor | None = None
     context_states: torch.FloatTensor | None = None
@@ -809,8 +884,10 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         super().__init__(config)
         self.context_encoder = TJEPAModel(config)
         self.target_encoder = TJEPAModel(config)
-        self.predictor = TJEPAPredictor(config)
-        self.token_head = TJEPATokenHead(config) if config.token_prediction_weight > 0 else None
+        boundary = config.predictor_type == "boundary"
+        self.predictor = (TJEPABoundaryPredictor if boundary else TJEPAPredictor)(config)
+        predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
+        self.token_head = TJEPATokenHead(config) if predicts_tokens else None
         self.post_init()
         self.train(self.training)
         self.update_target_encoder(0.0)  # training starts with both encoders equal
@@ -901,6 +978,11 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 labels.append(F.layer_norm(states, states.shape[-1:], eps=eps))
         return torch.stack(labels).mean(dim=0)
 
+    def _token_losses(self, states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
+        """Cross entropy of the token head: states [n, hidden_size], token_ids [n] -> [n]."""
+        logits = self.token_head(states, self.get_input_embeddings().weight)
+        return F.cross_entropy(logits.float(), token_ids.long(), reduction="none")
+
     @can_return_tuple
     def forward(
         self,
@@ -948,8 +1030,12 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         with torch.no_grad():
             labels = self._labels(input_ids, position_ids, document_ids, label_indices)
 
+        context_input_ids = visible_input_ids = flat_input_ids[context_indices]
+        denoises = self.training and self.config.denoising_weight > 0
+        if denoises:
+            visible_input_ids, picked = replace_tokens(context_input_ids, self.config)
         context_states = self.context_encoder(
-            flat_input_ids[context_indices],
+            visible_input_ids,
             position_ids=flat_position_ids[context_indices],
             view_ids=context_view_ids,
         )[0].flatten(0, 1)
@@ -980,11 +1066,15 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         if self.config.sigreg_weight > 0:
             output.sigreg_loss = sigreg_loss(context_states, is_token, sum_over_processes)
             output.loss = output.loss + self.config.sigreg_weight * output.sigreg_loss
-        if self.token_head is not None:
-            logits = self.token_head(predictions, self.get_input_embeddings().weight)
-            token_losses = F.cross_entropy(logits.float(), flat_input_ids[label_indices].long(), reduction="none")
+        if self.config.token_prediction_weight > 0:
+            token_losses = self._token_losses(predictions, flat_input_ids[label_indices])
             output.token_prediction_loss, _ = mean_over_strategies(token_losses, slot_strategy_ids, slots_per_strategy)
             output.loss = output.loss + self.config.token_prediction_weight * output.token_prediction_loss
+        if denoises:
+            token_losses = self._token_losses(context_states[picked], context_input_ids.flatten()[picked])
+            is_counted = is_token[picked]
+            output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
+            output.loss = output.loss + self.config.denoising_weight * output.denoising_loss
         return output
 
 

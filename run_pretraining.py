@@ -791,6 +791,8 @@ def write_model_card(
         "variance/covariance weight": model.config.variance_covariance_weight,
         "SIGReg weight": model.config.sigreg_weight,
         "token prediction weight": model.config.token_prediction_weight,
+        "denoising weight": f"{model.config.denoising_weight} (ratio {model.config.denoising_ratio})",
+        "predictor": model.config.predictor_type,
         "masking strategies": ", ".join(strategy.name for strategy in strategies),
         "maximum length (tokens)": data_args.max_length,
         "seed": training_args.seed,

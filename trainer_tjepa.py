@@ -553,7 +553,8 @@ class PretrainingStatistics:
         self.contexts.update(output.context_states[is_token])
         self.target_directions.update(torch.nn.functional.normalize(output.labels.float(), dim=-1))
         self.cosines.update(torch.cosine_similarity(output.predictions.float(), output.labels.float())[:, None])
-        for name in ("jepa_loss", "variance_covariance_loss", "sigreg_loss", "token_prediction_loss"):
+        terms = ("jepa_loss", "variance_covariance_loss", "sigreg_loss", "token_prediction_loss", "denoising_loss")
+        for name in terms:
             if getattr(output, name) is not None:
                 self.losses.setdefault(name, []).append(getattr(output, name).detach())
         if len(self.strategy_names) > 1:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tjepa import TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-from tjepa.modeling_tjepa import distance_to_labels, normalise_per_document, sigreg_loss
+from tjepa.modeling_tjepa import distance_to_labels, normalise_per_document, replace_tokens, sigreg_loss
 from tjepa.run_pretraining import PretrainingArguments
 from tjepa.trainer_tjepa import EMACallback
 
@@ -174,15 +174,6 @@ def test_sigreg_enters_the_loss_and_trains_the_context_encoder(make_model, batch
     assert not any(parameter.grad is not None for parameter in model.predictor.parameters())
 
 
-def test_sigreg_draws_the_same_directions_after_a_resume(inputs, tmp_path, monkeypatch):  # noqa: F811
-    options = {"config_overrides": f"{TINY},sigreg_weight=1.0", "save_steps": 2, "max_steps": 4}
-    run(monkeypatch, arguments(inputs, tmp_path / "whole", **options))
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last", **options))
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
 # --- The loss --------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +219,49 @@ def test_impossible_momentum_schedules_are_refused():
     assert (args.ema_schedule, args.ema_anneal_ratio) == ("linear", 1.0)
 
 
+# --- Denoising -------------------------------------------------------------------------------------------------------
+
+
+def test_half_of_the_picked_tokens_are_replaced():
+    config = make_tiny_config(denoising_ratio=0.2)
+    input_ids = torch.full((4, 250), -1, dtype=torch.int32)  # no token of the vocabulary
+    noisy, picked = replace_tokens(input_ids, config)
+    assert noisy.dtype == input_ids.dtype and noisy.shape == input_ids.shape and (input_ids == -1).all()
+    assert len(picked) == len(picked.unique()) == 200
+    replaced = noisy.flatten() != -1
+    assert replaced.sum() == replaced[picked].sum() == 100
+    tokens = noisy.flatten()[replaced]
+    assert tokens.min() >= 0 and tokens.max() < config.vocab_size and len(tokens.unique()) > 10
+
+
+@pytest.mark.parametrize("row_length", [None, 96])
+def test_denoising_enters_the_loss_in_training_only(make_model, row_length):
+    batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([40, 23, 7, 64, 2]))
+    model = make_model(denoising_weight=0.5, denoising_ratio=0.5).train()
+    torch.manual_seed(1)
+    output = model(**batch)
+    close(output.loss, output.jepa_loss + 0.5 * output.denoising_loss)
+
+    # by hand: the same draw, and the clean tokens predicted where it fell on tokens
+    torch.manual_seed(1)
+    clean = batch["input_ids"].flatten()[batch["context_indices"]]
+    noisy, picked = replace_tokens(clean, model.config)
+    states = model.context_encoder(
+        noisy,
+        position_ids=batch["position_ids"].flatten()[batch["context_indices"]],
+        view_ids=batch["context_view_ids"],
+    ).last_hidden_state.flatten(0, 1)
+    picked = picked[batch["context_view_ids"].flatten()[picked] >= 0]
+    logits = model.token_head(states[picked], model.get_input_embeddings().weight)
+    close(output.denoising_loss, F.cross_entropy(logits, clean.flatten()[picked].long()))
+    output.denoising_loss.backward()
+    assert model.context_encoder.layers[0].mlp.up_proj.weight.grad.any()
+    assert all(parameter.grad is None for parameter in model.predictor.parameters())
+
+    output = model.eval()(**batch)
+    assert output.denoising_loss is None and torch.equal(output.loss, output.jepa_loss)
+
+
 # --- All of them together --------------------------------------------------------------------------------------------
 
 
@@ -239,6 +273,9 @@ def test_options_survive_saving(make_model, batch, tmp_path):
         "smooth_l1_beta": 0.5,
         "sigreg_weight": 0.1,
         "predictor_num_hidden_layers": 1,
+        "predictor_type": "boundary",
+        "denoising_weight": 0.3,
+        "denoising_ratio": 0.2,
     }
     model = make_model(**options)
     model.save_pretrained(tmp_path)
@@ -250,8 +287,20 @@ def test_options_survive_saving(make_model, batch, tmp_path):
     assert torch.equal(model(**batch).jepa_loss, loaded(**batch).jepa_loss)
 
 
+@pytest.mark.parametrize("overrides", ["sigreg_weight=1.0", "denoising_weight=0.3,predictor_type=boundary"])
+def test_draws_are_the_same_after_a_resume(inputs, tmp_path, monkeypatch, overrides):  # noqa: F811
+    options = {"config_overrides": f"{TINY},{overrides}", "save_steps": 2, "max_steps": 4}
+    run(monkeypatch, arguments(inputs, tmp_path / "whole", **options))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last", **options))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_an_empty_batch_trains_nothing(make_model):
-    model = make_model(sigreg_weight=1.0, target_layers=2, target_normalization="instance", loss_type="cosine")
+    options = {"target_layers": 2, "target_normalization": "instance", "loss_type": "cosine"}
+    options |= {"predictor_type": "boundary", "denoising_weight": 1.0}
+    model = make_model(sigreg_weight=1.0, **options).train()
     output = model(**DataCollatorForTJEPA()([]))
     output.loss.backward()
     assert output.jepa_loss == 0

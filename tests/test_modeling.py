@@ -36,6 +36,37 @@ def gradients(model, batch):
 # --- Packed and unpacked ---------------------------------------------------------------------------------------------
 
 
+def boundary_predictions(predictor, context, context_states, targets):
+    """Target by target: the nearest visible token on either side, plus the embedding of its distance (0: none)."""
+    predictions, nothing = [], torch.zeros_like(context_states[0])
+    for target in targets.tolist():
+        before, after = (context < target).nonzero().flatten(), (context > target).nonzero().flatten()
+        sides = [before[-1:].tolist(), after[:1].tolist()]
+        states = [context_states[side[0]] if side else nothing for side in sides]
+        distances = [max(-31, min(31, int(context[side[0]]) - target)) if side else 0 for side in sides]
+        pair = [s + predictor.distance_embedding.weight[d] for s, d in zip(states, distances, strict=True)]
+        hidden_states = predictor.norm(F.gelu(predictor.up_proj(torch.cat(pair))))
+        predictions.append(predictor.final_norm(predictor.down_proj(hidden_states)))
+    return torch.stack(predictions)
+
+
+def predictor_predictions(predictor, context, context_states, targets, context_stays):
+    """One target block in one sequence, by a dense mask: context tokens must not see the slots."""
+    num_context, num_targets = len(context), len(targets)
+    entries = torch.cat([context_states, predictor.mask_token.expand(num_targets, -1)])
+    hidden_states = predictor.in_proj(entries)[None]
+    angles = predictor.rotary_embedding(torch.cat([context, targets])[None])
+    allowed = torch.ones(num_context + num_targets, num_context + num_targets, dtype=torch.bool)
+    allowed[:num_context, num_context:] = False
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)[None, None]
+    for layer in predictor.layers:
+        output = layer(hidden_states, angles, attention_mask=mask)
+        if context_stays:
+            output = torch.cat([hidden_states[:, :num_context], output[:, num_context:]], dim=1)
+        hidden_states = output
+    return predictor.out_proj(predictor.final_norm(hidden_states))[0, num_context:]
+
+
 def unpacked_loss(model, documents, views, num_strategies, context_stays=False):
     """
     The loss the plain way: document by document, view by view, one target block at a time, dense and unpacked;
@@ -57,21 +88,10 @@ def unpacked_loss(model, documents, views, num_strategies, context_stays=False):
         blocks = torch.from_numpy(views.slot_block[views.slot_view == view])
         for block in blocks.unique():
             targets = slots[blocks == block]
-            num_context, num_targets = len(context), len(targets)
-            # context tokens must not see the slots: a dense mask for the only sequence
-            predictor = model.predictor
-            entries = torch.cat([context_states, predictor.mask_token.expand(num_targets, -1)])
-            hidden_states = predictor.in_proj(entries)[None]
-            angles = predictor.rotary_embedding(torch.cat([context, targets])[None])
-            allowed = torch.ones(num_context + num_targets, num_context + num_targets, dtype=torch.bool)
-            allowed[:num_context, num_context:] = False
-            mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)[None, None]
-            for layer in predictor.layers:
-                output = layer(hidden_states, angles, attention_mask=mask)
-                if context_stays:
-                    output = torch.cat([hidden_states[:, :num_context], output[:, num_context:]], dim=1)
-                hidden_states = output
-            predictions = predictor.out_proj(predictor.final_norm(hidden_states))[0, num_context:]
+            if model.config.predictor_type == "boundary":
+                predictions = boundary_predictions(model.predictor, context, context_states, targets)
+            else:
+                predictions = predictor_predictions(model.predictor, context, context_states, targets, context_stays)
             loss = F.smooth_l1_loss(predictions, labels[targets], reduction="none").mean(dim=-1)
             per_strategy[s].append(loss)
             if model.token_head is not None:
@@ -97,8 +117,10 @@ def unpacked_loss(model, documents, views, num_strategies, context_stays=False):
     [
         {},
         {"variance_covariance_weight": 0.7, "token_prediction_weight": 0.3},
-        {"predictor_cross_attention": True},
-        {"predictor_cross_attention": True, "use_bias": False},
+        {"predictor_type": "cross_attention"},
+        {"predictor_type": "cross_attention", "use_bias": False},
+        {"predictor_type": "boundary", "token_prediction_weight": 0.3},
+        {"predictor_type": "boundary", "use_bias": False},
     ],
 )
 def test_packed_equals_unpacked(make_model, row_length, options):
@@ -107,8 +129,9 @@ def test_packed_equals_unpacked(make_model, row_length, options):
     views = draw_views(documents, hash_keys(0, np.arange(5)), strategies)
     batch = pack_batch(documents, views, len(strategies), row_length)
     model = make_model(**options)
-    context_stays = options.get("predictor_cross_attention", False)
-    expected_model = make_model(attn_implementation="eager", **{**options, "predictor_cross_attention": False})
+    context_stays = options.get("predictor_type") == "cross_attention"
+    plain_type = "self_attention" if context_stays else options.get("predictor_type", "self_attention")
+    expected_model = make_model(attn_implementation="eager", **{**options, "predictor_type": plain_type})
 
     packed_gradients = gradients(model, batch)
     expected = unpacked_loss(expected_model, documents, views, len(strategies), context_stays)
@@ -120,21 +143,21 @@ def test_packed_equals_unpacked(make_model, row_length, options):
 
 
 @pytest.mark.parametrize(
-    ("attn_implementation", "row_length", "cross_attention"),
+    ("attn_implementation", "row_length", "predictor_type"),
     [
-        ("eager", None, False),
-        ("eager", 96, False),
-        ("flex_attention", 96, False),
-        ("eager", None, True),
-        ("eager", 96, True),
+        ("eager", None, "self_attention"),
+        ("eager", 96, "self_attention"),
+        ("flex_attention", 96, "self_attention"),
+        ("eager", None, "cross_attention"),
+        ("eager", 96, "cross_attention"),
         # not flex_attention with slots as queries: the C++ that torch 2.13 makes of it for the CPU does not compile
     ],
 )
-def test_attention_backends_agree(make_model, attn_implementation, row_length, cross_attention):
+def test_attention_backends_agree(make_model, attn_implementation, row_length, predictor_type):
     batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([40, 23, 7, 64, 2]))
     # flex_attention needs heads of at least 16 features
     sizes = {"num_attention_heads": 2, "predictor_num_attention_heads": 1}
-    sizes["predictor_cross_attention"] = cross_attention
+    sizes["predictor_type"] = predictor_type
     reference, model = make_model(**sizes), make_model(attn_implementation=attn_implementation, **sizes)
     with torch.no_grad():
         expected, actual = reference(**batch), model(**batch)
@@ -401,6 +424,12 @@ def test_inputs_embeds_and_position_ids():
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be in \[0, 1\)"),
         ({"token_prediction_weight": -1.0}, "token_prediction_weight must be 0"),
         ({"sigreg_weight": -1.0}, "sigreg_weight must be 0"),
+        ({"denoising_weight": -1.0}, "denoising_weight must be 0"),
+        ({"denoising_ratio": 0.0}, r"denoising_ratio must be in \(0, 1\], got 0.0; set denoising_weight=0"),
+        (
+            {"predictor_type": "mlp"},
+            "predictor_type must be one of self_attention, cross_attention, boundary, got 'mlp'",
+        ),
         ({"target_layers": 9}, r"target_layers must be between 1 and num_hidden_layers \(8\), got 9"),
         ({"target_normalization": "batch"}, "target_normalization must be one of layer, instance, got 'batch'"),
         ({"loss_type": "huber"}, "loss_type must be one of smooth_l1, l1, l2, cosine, got 'huber'"),

@@ -131,7 +131,8 @@ MASKING_PRESETS = {
             target_block_num=1,
         ),
     ],
-    # what learned most per minute on short pieces of text (README, "What was tried")
+    # for small encoders on short pieces of text (docs/learning.md)
+    "single_tokens": [MaskingStrategy(target_block_size_mean=1, max_target_mask_ratio=0.3)],
     "short_blocks": [MaskingStrategy(target_block_size_mean=4, max_target_mask_ratio=0.5)],
 }
 

@@ -66,7 +66,7 @@ class Recipe:
     """
 
     objective: Literal["tjepa", "mlm"] = "tjepa"
-    masking: str | list[dict] = "short_blocks"
+    masking: str | list[dict] = "single_tokens"
     views_per_document: int | None = None
     mask_ratio: float = 0.15
     jepa_weight: float = 1.0

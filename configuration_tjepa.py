@@ -71,8 +71,8 @@ class TJEPAConfig(PreTrainedConfig):
             `"self_attention"`, the reference's, which encodes the context again; `"cross_attention"`, which carries
             only the target slots through its layers, where they attend to each other and to the context encoder's
             output as it is, with less than half the arithmetic; or `"boundary"` (SpanBERT, arXiv 1907.10529), an MLP
-            on the states of the nearest visible tokens to a slot's left and right, which has neither layers nor
-            heads: of the predictor's sizes only `predictor_intermediate_size` counts.
+            on the states of the nearest visible tokens to a slot's left and right, which has no layers, heads, mask
+            token or dropout: of the predictor's sizes only `predictor_intermediate_size` counts.
         learned_mask_token (`bool`, defaults to `True`):
             Whether the mask token is learned (initialised to ones) or fixed (ones scaled to unit norm).
         variance_covariance_weight (`float`, defaults to 0.0):
@@ -82,6 +82,7 @@ class TJEPAConfig(PreTrainedConfig):
         denoising_weight (`float`, defaults to 0.0):
             Weight of predicting tokens from the context encoder's own output, in training: `denoising_ratio` of its
             input is picked, half of that is replaced by random tokens, and the original is predicted at all of it.
+            The loss of an evaluation has no such term.
         denoising_ratio (`float`, defaults to 0.1):
             See `denoising_weight`.
         sigreg_weight (`float`, defaults to 0.0):

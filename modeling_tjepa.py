@@ -678,9 +678,9 @@ class TJEPABoundaryPredictor(TJEPAPreTrainedModel):
         is_there = (neighbours >= 0) & (found_places // num_positions == slot_places // num_positions)
 
         distances = (found_places - slot_places).clamp(-self.MAX_DISTANCE, self.MAX_DISTANCE).masked_fill(~is_there, 0)
-        entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]]
-        states = F.embedding(entries, context_states) * is_there.unsqueeze(-1)  # [num_slots, 2, hidden_size]
-        states = states + self.distance_embedding(distances % (2 * self.MAX_DISTANCE + 1))
+        entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]].masked_fill(~is_there, 0)
+        states = F.embedding(entries, context_states).masked_fill(~is_there.unsqueeze(-1), 0.0)
+        states = states + self.distance_embedding(distances % (2 * self.MAX_DISTANCE + 1))  # [slots, 2, hidden_size]
         hidden_states = self.norm(self.activation(self.up_proj(states.flatten(-2))))
         return self.final_norm(self.down_proj(hidden_states))
 
@@ -818,7 +818,7 @@ def replace_tokens(input_ids: torch.Tensor, config: TJEPAConfig) -> tuple[torch.
     """
     Picks `config.denoising_ratio` of the entries, and replaces every second of these by a token drawn uniformly from
     the vocabulary: what BERT (arXiv 1810.04805) does to the tokens that it predicts and does not mask. Drawn from
-    torch's generator, as dropout is.
+    torch's generator, as dropout is: other than the masks, the draw depends on how a step is divided.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[rows, row_length]`): token ids.

@@ -281,7 +281,8 @@ class TJEPATrainer(Trainer):
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
     of the step; an evaluation's loss that over all slots of a round of batches. Only the variance/covariance term
-    and SIGReg, which are no sums over tokens, are computed for each micro-batch (of all processes) and averaged.
+    and SIGReg, which are no sums over tokens, are computed for each micro-batch (of all processes) and averaged, and
+    denoising draws the tokens it replaces anew in each process and micro-batch.
 
     On one process without gradient accumulation an unmodified Trainer does the same.
     """

@@ -1,7 +1,7 @@
 """What recipes learn for the same compute: T-JEPA in variants beside masked language modelling, by frozen probes.
 
 python benchmarks/learning_curve.py --dataset_name data/books --data_dir eval --seconds 240 --output_dir out
-python benchmarks/learning_curve.py ... --only hybrid mlm --variant "hybrid_top3=hybrid,target_layers=3" --seeds 0
+python benchmarks/learning_curve.py ... --only tjepa mlm --variant "top3=tjepa,target_layers=3" --seeds 0
 
 All recipes train the same encoder on the same documents in the same order, packed without padding; MLM computes its
 logits at the masked tokens only, as T-JEPA does at its slots. The clock is the CPU time of one thread that training

@@ -151,9 +151,8 @@ class TJEPAConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
 
     def __post_init__(self, **kwargs):
-        if kwargs.pop(
-            "predictor_cross_attention", False
-        ):  # its name in folders saved before there was `predictor_type`
+        # its name in folders saved before there was `predictor_type`
+        if kwargs.pop("predictor_cross_attention", False):
             self.predictor_type = "cross_attention"
         # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.
         if self.intermediate_size is None:

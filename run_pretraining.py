@@ -10,99 +10,67 @@ average, schedules and monitoring in trainer_tjepa.py, text to tokens in prepare
 """
 
 import copy
-import ctypes
 import json
 import logging
-import os
-import platform
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import torch
-import transformers
 import yaml
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import (
     EvalResult,
     ModelCard,
     ModelCardData,
-    create_branch,
-    create_repo,
-    run_as_future,
-    upload_folder,
 )
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import HubStrategy
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
-from tjepa.checkpointing_tjepa import (
-    CheckpointCallback,
-    explain_failed_save,
-    find_damage,
-    find_last_checkpoint,
-    is_marked,
-    list_checkpoints,
-    replacing_files,
-)
+from tjepa.corpus.arguments import parse_arguments
+from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
+from tjepa.corpus.files import without_query
+from tjepa.corpus.streams import DocumentDataset, DocumentStream
+from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
+from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import (
     DataCollatorForTJEPA,
-    DocumentDataset,
-    DocumentStream,
     MaskingStrategy,
     load_masking_strategies,
     strategies_to_dicts,
 )
-from tjepa.prepare_dataset import (
-    QUICKSTART,
-    DataArguments,
-    DocumentCounts,
-    StreamTokenizer,
-    check_columns,
-    load_documents,
-    parse_arguments,
-    tokenize_documents,
-    without_query,
+from tjepa.downstream.quickstart_report import report_what_was_learned
+from tjepa.training.arguments import PretrainingArguments
+from tjepa.training.checkpoints import (
+    CheckpointCallback,
+    explain_failed_save,
+    find_checkpoint,
+    is_finished,
+    replacing_files,
 )
-from tjepa.quickstart import report_what_was_learned
-from tjepa.train_tokenizer import train_tokenizer
-from tjepa.trainer_tjepa import (
-    COLLAPSE_PATIENCE,
-    EMACallback,
-    HealthCallback,
-    StopOnSignalCallback,
-    TJEPATrainer,
-    WeightDecayCallback,
-    add_tjepa_callbacks,
-    create_optimizer,
-    get_lr_scheduler,
-)
+from tjepa.training.ema import EMACallback
+from tjepa.training.health import HealthCallback
+from tjepa.training.loading import parse_config_overrides
+from tjepa.training.publishing import HubPublisher, create_publisher
+from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
+from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
+from tjepa.training.signals import StopOnSignalCallback
+from tjepa.training.trainer import TJEPATrainer, add_tjepa_callbacks
 
 
 logger = logging.getLogger(__name__)
 
+
 QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
-# What --push_to_hub publishes of a folder; the tokenizer's vocabulary files come to it by their own names.
-PUBLISHED_FILES = [
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "README.md"),
-    *("config.json", "configuration_tjepa.py", "modeling_tjepa.py", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-]
 
 
 @dataclass
@@ -144,76 +112,6 @@ class MaskingArguments:
         default=None,
         metadata={"help": "Tokens per packed row. Default: one row without padding; with flex_attention 4096."},
     )
-
-
-@dataclass
-class PretrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the reference's optimization as defaults, and what it has beyond them."""
-
-    output_dir: str | None = field(default="runs/tjepa", metadata={"help": "Model, checkpoints and logs go here."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Go on although output_dir holds a run."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate, after the warm-up."})
-    start_lr: float = field(default=2e-4, metadata={"help": "Learning rate at the start of the warm-up."})
-    final_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
-    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay of matrices at the start."})
-    final_weight_decay: float = field(default=0.4, metadata={"help": "Weight decay of matrices at the end."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
-    ema_momentum: float = field(default=0.996, metadata={"help": "Momentum of the target encoder at the start."})
-    final_ema_momentum: float = field(default=1.0, metadata={"help": "Momentum of the target encoder at the end."})
-    ema_schedule: str = field(default="linear", metadata={"help": "How the momentum gets there: linear or cosine."})
-    ema_anneal_ratio: float = field(
-        default=1.0, metadata={"help": "The momentum is at its end after this share of the steps, and stays there."}
-    )
-    ipe_scale: float = field(
-        default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
-            "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130."
-        },
-    )
-    stop_on_collapse: bool = field(
-        default=False,
-        metadata={
-            "help": "End training, with exit code 3, when collapse_patience evaluations in a row find a collapse."
-        },
-    )
-    collapse_patience: int = field(
-        default=COLLAPSE_PATIENCE,
-        metadata={"help": "Collapsed evaluations in a row, after the warm-up."},
-    )
-    shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "With --streaming: documents that each worker shuffles at a time. 0: none."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
-    push_to_hub: bool = field(
-        default=False,
-        metadata={
-            "help": "Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
-            "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'."
-        },
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
-
-    def __post_init__(self):
-        # without it accelerate takes the processes of a machine without GPU for so many lone ones
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        # The tensors of a batch differ in their first dimension: accelerate must neither split nor pad them.
-        self.accelerator_config = {
-            **(self.accelerator_config or {}),
-            "split_batches": False,
-            "dispatch_batches": False,
-        }
-        super().__post_init__()
-        self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
-        self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        if self.ipe_scale < 1.0:
-            raise ValueError(f"ipe_scale must be at least 1, got {self.ipe_scale}: schedules can not end early.")
 
 
 def main():
@@ -313,98 +211,6 @@ def with_quickstart_default(arguments: list[str]) -> list[str]:
     return arguments if has_yaml or names_data or asks_for_help else [str(QUICKSTART_CONFIG), *arguments]
 
 
-def set_up_logging(args: TrainingArguments) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    level = logging.INFO if args.process_index == 0 else logging.WARNING
-    logger.setLevel(level)
-    logging.getLogger("tjepa").setLevel(level)  # the modules; `logger` may be `__main__`
-    transformers.utils.logging.set_verbosity(logging.WARNING)
-    if args.process_index != 0:
-        datasets.disable_progress_bars()
-
-
-def check_number_of_processes(args: TrainingArguments) -> None:
-    """
-    Raises:
-        RuntimeError: if processes that were started together do not train together, or if `accelerate launch` was
-            asked for several processes and started one.
-    """
-    num_started = int(os.environ.get("WORLD_SIZE", 1))
-    if num_started != args.world_size:
-        raise RuntimeError(
-            f"The launcher started {num_started} processes, but this one trains in a group of {args.world_size}. "
-            "Start them with accelerate launch --config_file and a file of configs/accelerate, or with torchrun; on "
-            "the CPUs of a machine with GPUs pass --use_cpu, too."
-        )
-    # accelerate launch sets MASTER_ADDR for several processes only; a launcher that starts them sets WORLD_SIZE, too
-    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched_by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise RuntimeError(
-            "accelerate launch was asked for several processes and started one: with distributed_type MULTI_CPU it "
-            "leaves starting them to mpirun, and --cpu or distributed_type NO never start more than one. Use "
-            "configs/accelerate/cpu.yaml, or torchrun --nproc_per_node. (If one process is meant: --num_processes 1, "
-            "and no MASTER_ADDR in the environment.)"
-        )
-    if args.world_size > 1:
-        logger.info(f"{args.world_size} processes")
-
-
-def use_all_cores(args: TrainingArguments) -> None:
-    """`accelerate launch` gives a CPU process one thread unless told otherwise; a single process may have them all."""
-    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if args.world_size == 1 and launched_by_accelerate:
-        if os.environ.get("OMP_NUM_THREADS") == "1":
-            torch.set_num_threads(os.cpu_count())
-
-
-def keep_freed_memory() -> None:
-    """
-    Lets glibc keep what is freed. It hands large blocks back to the kernel and asks for them again, and a training
-    step on the CPU, which makes and drops gigabytes of activations, spends up to a quarter of its time in page faults.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
-
-
-def find_checkpoint(args: PretrainingArguments) -> str | None:
-    """
-    The checkpoint to resume from: `--resume_from_checkpoint last` takes the newest complete one in `output_dir`, or
-    starts anew where there is none.
-
-    Raises:
-        FileExistsError: if `output_dir` holds a run, and neither resuming nor overwriting was asked for.
-        FileNotFoundError: if the checkpoint asked for is none.
-        ValueError: if it was complete once and is not any more.
-    """
-    output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        if args.resume_from_checkpoint.lower() in ("last", "true"):
-            # one process looks: the others must not find another one
-            found = [find_last_checkpoint(output_dir) if args.process_index == 0 else None]
-            last = broadcast_object_list(found)[0]
-            logger.info(f"Resuming from {last}" if last else f"No complete checkpoint in {output_dir}: starting anew")
-            return last and str(last)
-        if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint (it has no "
-                "trainer_state.json). Name a folder such as runs/mine/checkpoint-1000, or 'last' for the newest "
-                "complete one in --output_dir."
-            )
-        if is_marked(args.resume_from_checkpoint) and (damage := find_damage(args.resume_from_checkpoint)):
-            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is damaged: {damage}.")
-        return args.resume_from_checkpoint
-    holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "config.json").is_file()
-    if args.do_train and holds_run and not args.overwrite_output_dir:
-        raise FileExistsError(
-            f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, replace it with "
-            "--overwrite_output_dir, or choose another --output_dir."
-        )
-    return None
-
-
 def train(trainer: Trainer, checkpoint: str | None, publisher: "HubPublisher | None") -> dict[str, float]:
     """
     Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics.
@@ -433,121 +239,6 @@ def train(trainer: Trainer, checkpoint: str | None, publisher: "HubPublisher | N
         sys.exit(128 + stop_on_signal.signal_number)
     trainer.save_state()
     return metrics
-
-
-def is_finished(trainer: Trainer, checkpoint: str) -> bool:
-    """Whether a checkpoint lies at the last step. (The Trainer would do another step from there.)"""
-    num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= num_steps
-
-
-# ---- the Hub ----
-
-
-class HubPublisher(TrainerCallback):
-    """
-    `--push_to_hub`: the model folder at the end of training and, by `--hub_strategy`, at every save before it.
-
-    The Trainer's own push is not used: it uploads whatever lies in the run folder, TensorBoard files and pickled
-    arguments among it. Here only `PUBLISHED_FILES` go out, and with the strategies `checkpoint` and `all_checkpoints`,
-    as their names say, the whole checkpoint folder beside them (`last-checkpoint/` or `checkpoint-N/`).
-
-    Args:
-        args (`PretrainingArguments`): the `hub_` arguments and `output_dir`, whose name is the default repository.
-        token (`str`, *optional*): a token with write permission; default: the one that is logged in.
-
-    Raises:
-        PermissionError: if the Hub does not let this token create or use the repository.
-    """
-
-    def __init__(self, args: PretrainingArguments, token: str | None):
-        self.strategy = HubStrategy(args.hub_strategy)
-        self.hub = {"token": token, "revision": args.hub_revision}
-        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-        try:
-            self.repo_id = create_repo(repo_id, token=token, private=args.hub_private_repo, exist_ok=True).repo_id
-            if args.hub_revision is not None:
-                create_branch(self.repo_id, branch=args.hub_revision, token=token, exist_ok=True)
-        except HfHubHTTPError as error:
-            raise PermissionError(
-                f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as "
-                "--hub_token, or log in with `hf auth login`. Nothing was trained yet."
-            ) from error
-        self.jobs = []
-
-    def upload(self, folder: str, message: str, allow_patterns: list[str] | None, path_in_repo: str | None = None):
-        upload_folder(
-            repo_id=self.repo_id,
-            folder_path=folder,
-            path_in_repo=path_in_repo,
-            commit_message=message,
-            allow_patterns=allow_patterns,
-            **self.hub,
-        )
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        disable_progress_bars()  # tqdm breaks when bars come and go in the background while the Trainer's is written
-
-    def on_save(self, args, state, control, processing_class: PreTrainedTokenizerBase = None, **kwargs):
-        """Uploads in the background; while one upload runs the next is left out, unless `hub_always_push`."""
-        if self.strategy == HubStrategy.END or not state.is_world_process_zero:
-            return
-        if self.jobs and not self.jobs[-1].done() and not args.hub_always_push:
-            logger.info(f"Step {state.global_step} is not pushed: the push before it still runs.")
-            return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        copy = tempfile.TemporaryDirectory()  # the Trainer may delete the checkpoint while it is read
-        shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
-        message = f"Training in progress, step {state.global_step}"
-        folder_on_hub = {
-            HubStrategy.CHECKPOINT: "last-checkpoint",
-            HubStrategy.ALL_CHECKPOINTS: checkpoint.name,
-        }.get(self.strategy)
-        self.jobs.append(run_as_future(self._upload_checkpoint, copy, message, processing_class, folder_on_hub))
-
-    def _upload_checkpoint(self, copy: tempfile.TemporaryDirectory, message: str, tokenizer, folder_on_hub) -> None:
-        try:
-            with copy as folder:
-                self.upload(folder, message, published_files(tokenizer))
-                if folder_on_hub is not None:
-                    self.upload(folder, f"{message}, checkpoint", allow_patterns=None, path_in_repo=folder_on_hub)
-        except Exception as error:  # training goes on; the push at its end counts
-            logger.warning(f"{message}: the push to {self.repo_id} failed. {error}")
-
-    def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """
-        Raises:
-            RuntimeError: if the upload failed; the folder is whole all the same.
-        """
-        for job in self.jobs:
-            job.result()
-        enable_progress_bars()
-        try:
-            self.upload(folder, "End of training", published_files(tokenizer))
-        except Exception as error:
-            raise RuntimeError(
-                f"The push to {self.repo_id} failed, but nothing is lost: {folder} holds the whole model. Push it "
-                f"later with `hf upload {self.repo_id} {folder}` and --include for each of its model files."
-            ) from error
-        logger.info(f"Pushed to {self.repo_id}")
-
-
-def published_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
-
-
-def create_publisher(args: PretrainingArguments, token: str | None) -> HubPublisher | None:
-    """
-    The publisher that `--push_to_hub` asks for, on the main process. Afterwards the arguments hold no token, for they
-    are pickled into every checkpoint, and the Trainer does not push by itself.
-    """
-    token, args.hub_token = args.hub_token or token, None
-    publisher = None
-    if args.push_to_hub and args.process_index == 0:
-        publisher = HubPublisher(args, token)
-        args.hub_model_id = publisher.repo_id  # with the user's name, if it had none
-    args.push_to_hub = False
-    return publisher
 
 
 def load_tokenizer(
@@ -617,21 +308,6 @@ def make_stream(
             f"reads all of them, and tokenizes one document in {num_shares}. {num_shares} files or more are faster."
         )
     return stream, stream_tokenizer
-
-
-def parse_config_overrides(overrides: str | None) -> dict:
-    """`"hidden_size=128,use_bias=false"` as a mapping with typed values."""
-    if not overrides:
-        return {}
-    pairs = [pair.split("=", 1) for pair in overrides.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"--config_overrides is a list such as hidden_size=128,num_hidden_layers=4, got {overrides!r}."
-        )
-    values = {name.strip(): yaml.safe_load(value) for name, value in pairs}
-    if unknown := sorted(set(values) - set(TJEPAConfig().to_dict())):
-        raise ValueError(f"--config_overrides: TJEPAConfig has no {unknown}; see configuration_tjepa.py.")
-    return values
 
 
 def load_model(

@@ -31,12 +31,14 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, set_seed
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
+from tjepa.corpus.documents import DataArguments, load_documents
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, load_masking_strategies, ragged_arange
-from tjepa.prepare_dataset import DataArguments, load_documents
-from tjepa.probing_tjepa import ProbeTask, embed_task, probe_embedded_task, probe_tasks_with_tfidf
-from tjepa.run_pretraining import PretrainingArguments
-from tjepa.run_probing import load_tasks
-from tjepa.trainer_tjepa import EMACallback, FeatureMoments, WeightDecayCallback, create_optimizer, get_lr_scheduler
+from tjepa.downstream.probe import ProbeTask, embed_task, probe_embedded_task, probe_tasks_with_tfidf
+from tjepa.downstream.run_probing import load_tasks
+from tjepa.training.arguments import PretrainingArguments
+from tjepa.training.ema import EMACallback
+from tjepa.training.health import FeatureMoments
+from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
 
 
 NUM_TIMED_STEPS, NUM_WARMUP_STEPS = 20, 4

@@ -34,9 +34,10 @@ from plain_reference import batch_bytes, plain_batch, plain_forward_backward
 from transformers import AutoTokenizer
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.corpus.documents import DataArguments, load_documents
+from tjepa.corpus.tokenization import tokenize_documents
 from tjepa.data_collator_tjepa import MASKING_PRESETS, Views, draw_views, hash_keys, pack_batch
-from tjepa.prepare_dataset import DataArguments, load_documents, tokenize_documents
-from tjepa.run_pretraining import keep_freed_memory
+from tjepa.training.setup import keep_freed_memory
 
 
 SIDES = ("ours", "plain")

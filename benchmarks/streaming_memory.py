@@ -23,8 +23,10 @@ import torch
 from pretraining_throughput import SHARED
 from transformers import AutoTokenizer
 
-from tjepa.data_collator_tjepa import DataCollatorForTJEPA, DocumentStream
-from tjepa.prepare_dataset import DataArguments, StreamTokenizer, load_documents
+from tjepa.corpus.documents import DataArguments, load_documents
+from tjepa.corpus.streams import DocumentStream
+from tjepa.corpus.tokenization import StreamTokenizer
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
 
 def resident_megabytes() -> float:

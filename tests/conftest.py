@@ -1,18 +1,18 @@
 """What several test files share: where the shared data lies, a tiny model, documents, batches."""
 
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from helpers import SHARED_FOLDER, make_examples, make_texts, make_tiny_config
 from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
-
-SHARED_FOLDER = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -25,22 +25,6 @@ def shared_folder() -> Path:
 @pytest.fixture
 def tiny_config() -> TJEPAConfig:
     return make_tiny_config()
-
-
-def make_tiny_config(**overrides) -> TJEPAConfig:
-    sizes = {
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "rotary_dim": 4,
-        "predictor_hidden_size": 16,
-        "predictor_num_hidden_layers": 2,
-        "predictor_num_attention_heads": 2,
-        "predictor_rotary_dim": 8,
-        "initializer_range": 0.2,  # large, so that attention matters and a leak would show
-    }
-    return TJEPAConfig(**{**sizes, **overrides})
 
 
 @pytest.fixture
@@ -59,14 +43,19 @@ def make_model():
     return make
 
 
-def make_examples(lengths: list[int], vocab_size: int = 60, seed: int = 0, epoch: int = 0) -> list[dict]:
-    rng = np.random.default_rng(seed)
-    return [
-        {"input_ids": rng.integers(0, vocab_size, size=length), "document_index": index, "epoch": epoch}
-        for index, length in enumerate(lengths)
-    ]
-
-
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     return DataCollatorForTJEPA()(make_examples([40, 23, 7, 64, 2]))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with documents, some of them unusable, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"text": text} for text in make_texts(60)] + [{"text": None}, {"text": " "}, {"text": "a"}]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (folder / "validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(8, 1)) + "\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "short.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    train_tokenizer(make_texts(60), vocab_size=300, model_max_length=64).save_pretrained(folder / "tokenizer")
+    return folder

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 
 from tjepa import run_pretraining
-from tjepa.checkpointing_tjepa import find_damage, list_checkpoints
-from tjepa.train_tokenizer import train_tokenizer
+from tjepa.corpus.train_tokenizer import train_tokenizer
+from tjepa.training.checkpoints import find_damage, list_checkpoints
 
 
 WORDS = "the fox sees a red hen and runs home before night falls over hills where no one waits".split()

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from helpers import make_tiny_config
 from tjepa import (
     TJEPAForMaskedLM,
     TJEPAForPreTraining,
@@ -26,8 +27,6 @@ from tjepa import (
     TJEPAModel,
 )
 from tjepa.modeling_tjepa import TJEPAPooling
-
-from .conftest import make_tiny_config
 
 
 HEADS = {

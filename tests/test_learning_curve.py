@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from tjepa import TJEPAConfig
-from tjepa.probing_tjepa import ProbeTask
+from tjepa.corpus.train_tokenizer import train_tokenizer
+from tjepa.downstream.probe import ProbeTask
 from tjepa.run_pretraining import PretrainingArguments
-from tjepa.train_tokenizer import train_tokenizer
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "learning_curve.py"

@@ -9,14 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from helpers import TINY, arguments, make_examples, make_tiny_config, run
 from tjepa import TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.modeling_tjepa import distance_to_labels, normalise_per_document, replace_tokens, sigreg_loss
 from tjepa.run_pretraining import PretrainingArguments
-from tjepa.trainer_tjepa import EMACallback
-
-from .conftest import make_examples, make_tiny_config
-from .test_run_pretraining import TINY, arguments, inputs, run  # noqa: F401
+from tjepa.training.ema import EMACallback
 
 
 def close(actual, expected, atol=1e-5):

@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tjepa.corpus.streams import DocumentDataset
 from tjepa.data_collator_tjepa import (
     MASKING_PRESETS,
     DataCollatorForTJEPA,
-    DocumentDataset,
     MaskingStrategy,
     draw_views,
     hash_keys,

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from helpers import make_examples, make_tiny_config
 from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAModel
 from tjepa.data_collator_tjepa import (
     MASKING_PRESETS,
@@ -19,8 +20,6 @@ from tjepa.data_collator_tjepa import (
     pack_batch,
 )
 from tjepa.modeling_tjepa import packed_attention_mask, variance_covariance_loss
-
-from .conftest import make_examples, make_tiny_config
 
 
 def close(actual, expected, tolerance=1e-5):

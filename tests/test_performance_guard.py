@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import make_examples
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, draw_views, hash_keys, pack_batch
-
-from .conftest import make_examples
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

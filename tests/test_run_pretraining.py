@@ -12,68 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from helpers import REPOSITORY, TINY, arguments, run, run_elsewhere
 from tjepa import run_pretraining
-from tjepa.train_tokenizer import train_tokenizer
-
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-WORDS = ["the", "fox", "sees", "a", "red", "hen", "and", "runs", "home", "before", "night", "falls"]
-TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8,predictor_num_hidden_layers=1"
-
-
-def make_texts(num_documents: int, seed: int = 0) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, size=rng.integers(20, 60))) for _ in range(num_documents)]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """A folder with documents, some of them unusable, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("inputs")
-    rows = [{"text": text} for text in make_texts(60)] + [{"text": None}, {"text": " "}, {"text": "a"}]
-    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    (folder / "validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(8, 1)) + "\n")
-    (folder / "empty.jsonl").write_text("")
-    (folder / "short.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
-    train_tokenizer(make_texts(60), vocab_size=300, model_max_length=64).save_pretrained(folder / "tokenizer")
-    return folder
-
-
-def arguments(inputs: Path, output_dir: Path, **overrides) -> list[str]:
-    values = {
-        "train_file": inputs / "train.jsonl",
-        "validation_file": inputs / "validation.jsonl",
-        "tokenizer_name": inputs / "tokenizer",
-        "config_overrides": TINY,
-        "max_length": 64,
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "output_dir": output_dir,
-        "cache_dir": inputs / "cache",
-    }
-    return [f"--{name}={value}" for name, value in {**values, **overrides}.items() if value is not None]
-
-
-def run(monkeypatch, argv: list[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["run_pretraining.py", *argv])
-    run_pretraining.main()
-
-
-def run_elsewhere(code: str, folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
-    """A fresh process in another directory, without network, where the package is not installed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "FOLDER": str(folder)}
-    blocked = "import os, sys; sys.modules['tjepa'] = None; folder = os.environ['FOLDER']\n"
-    (tmp_path / "elsewhere").mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", blocked + code],
-        cwd=tmp_path / "elsewhere",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_launched_end_to_end_then_loaded_elsewhere(inputs, tmp_path):
@@ -260,7 +200,8 @@ def test_without_data_it_is_the_quickstart():
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_parse(path):
-    from tjepa.prepare_dataset import PreparationArguments, parse_arguments
+    from tjepa.corpus.arguments import parse_arguments
+    from tjepa.corpus.prepare_dataset import PreparationArguments
 
     if path.name.startswith("prepare_"):
         parse_arguments(PreparationArguments, [str(path)])

@@ -1,0 +1,121 @@
+"""Text -> tokens: the one place where documents are read, checked, tokenized, cut to length and counted.
+
+As a script it writes a folder that pretraining loads in an instant, with its tokenizer beside it:
+
+    python prepare_dataset.py configs/prepare_tinystories.yaml --max_length 256
+
+Notable: no document disappears silently. Every row of the tokenized (and cached) data remembers why it was dropped and
+how long its document was, so the statistics are the same whether the work was just done or came from the cache. Files
+that `datasets` refuses as a whole because a part of them is damaged are read once more, document by document.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg
+
+from .arguments import parse_arguments
+from .documents import DataArguments, load_documents
+from .files import without_query
+from .tokenization import ENCODED_FEATURES, DocumentCounts, _encode, _keep
+
+
+@dataclass(kw_only=True)
+class PreparationArguments(DataArguments):
+    """The arguments of `prepare_dataset.py`."""
+
+    output_dir: str = HfArg(help="The folder to write: train, validation and the tokenizer.")
+    tokenizer_name: str = HfArg(help="A tokenizer on the Hub or in a local folder.")
+    min_tokens: int = HfArg(
+        default=64, help="Documents of fewer tokens are dropped, and the last piece of a split document likewise."
+    )
+    deduplicate: bool = HfArg(
+        default=False,
+        help="Drop documents whose text, apart from whitespace around it, came before; validation documents also "
+        "where it is in train.",
+    )
+    overwrite_output_dir: bool = HfArg(default=False, help="Replace the prepared dataset that is in --output_dir.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.streaming and self.max_train_samples is None:
+            raise ValueError(
+                "--streaming prepares part of a dataset that is too large to download: "
+                "pass --max_train_samples, the number of documents to read."
+            )
+
+
+# ---- the prepared folder ----
+
+
+@contextmanager
+def _new_folder(output_dir: str, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `output_dir` that takes its place only when everything in it has been written."""
+    output = Path(output_dir).absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"{output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir.")
+        if not (output / "dataset_dict.json").is_file():
+            raise FileExistsError(f"{output_dir} is no prepared dataset and is not overwritten; pass another folder.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
+    """Writes `args.output_dir`: the tokenized splits, the tokenizer, and `preparation.json` with arguments and counts.
+
+    Args:
+        args (`PreparationArguments`): The source, the tokenizer, and what to keep.
+
+    Returns:
+        `dict[str, DocumentCounts]`: Split -> counts.
+
+    Raises:
+        FileExistsError: If `args.output_dir` is not empty and may not be overwritten.
+        ValueError, FileNotFoundError: As `load_documents` and `tokenize_documents`.
+    """
+    with _new_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+        seen_hashes = set() if args.deduplicate else None
+        splits, counts = DatasetDict(), {}
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as stream_cache:
+            for name, documents in load_documents(args).items():
+                encoded = _encode(documents, tokenizer, args, name)
+                if isinstance(encoded, IterableDataset):
+                    encoded = Dataset.from_generator(
+                        encoded.__iter__, features=ENCODED_FEATURES, cache_dir=stream_cache, fingerprint=name
+                    )
+                splits[name], counts[name] = _keep(encoded, name, seen_hashes)
+            splits.save_to_disk(folder)
+        tokenizer.save_pretrained(folder)
+        arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items()}
+        record = {"arguments": arguments, "counts": {name: count.to_dict() for name, count in counts.items()}}
+        (folder / "preparation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return counts
+
+
+def main():
+    (args,) = parse_arguments(PreparationArguments)
+    for name, counts in prepare_dataset(args).items():
+        print(f"\n{name}\n{counts}")
+    print(f"\nWritten to {args.output_dir}; train on it with --dataset_name {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

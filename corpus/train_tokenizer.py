@@ -1,0 +1,88 @@
+"""Trains a byte-level BPE tokenizer on your own documents.
+
+    python train_tokenizer.py --train_file stories.parquet --vocab_size 8000 --output_dir my-tokenizer
+
+Notable: bytes are the alphabet, so every text can be written, no unknown token is needed, and decoding gives back
+exactly what went in. The same texts always give the same tokenizer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
+
+from .arguments import parse_arguments
+from .documents import SourceArguments, load_documents
+from .faults import find_fault
+
+
+# Pretraining itself needs none of these; batches of a downstream task are padded, masked language models need the
+# mask, and generation or sequence pairs need a beginning and an end. The order fixes the ids: <pad> is 0.
+SPECIAL_TOKENS = {"pad_token": "<pad>", "mask_token": "<mask>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+@dataclass(kw_only=True)
+class TokenizerArguments(SourceArguments):
+    """The arguments of `train_tokenizer.py`."""
+
+    output_dir: str = HfArg(help="The folder that the tokenizer is written to.")
+    vocab_size: int = HfArg(default=32000, help="Tokens in the vocabulary, with the 256 bytes and the special tokens.")
+    model_max_length: int = HfArg(default=1024, help="Tokens to which the tokenizer truncates when asked to.")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
+
+    Args:
+        texts (`Iterable[str]`): The documents; anything that is no text (null, empty, invalid unicode) is passed over.
+        vocab_size (`int`): Tokens in the vocabulary at most; few texts may not have that many different pieces.
+        model_max_length (`int`): The length, in tokens, to which the tokenizer truncates when asked to.
+
+    Returns:
+        `PreTrainedTokenizerFast`: With the special tokens `<pad>`, `<mask>`, `<s>` and `</s>`, none of which it adds
+        by itself.
+
+    Raises:
+        ValueError: If `vocab_size` has no room for the bytes and the special tokens, or there is no text.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    min_vocab_size = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < min_vocab_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; it must be at least {min_vocab_size}: {len(alphabet)} bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens."
+        )
+    usable_texts = (text for text in texts if find_fault(text) is None)
+    first_text = next(usable_texts, None)
+    if first_text is None:
+        raise ValueError("There is no text to train the tokenizer on: every document was null, empty or no string.")
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(chain([first_text], usable_texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        **SPECIAL_TOKENS,
+    )
+
+
+def main():
+    (args,) = parse_arguments(TokenizerArguments)
+    documents = load_documents(args)["train"]
+    texts = (row[args.text_column_name] for row in documents)
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.model_max_length)
+    tokenizer.save_pretrained(args.output_dir)
+    print(f"{len(tokenizer):,} tokens; written to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

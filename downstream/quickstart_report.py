@@ -1,0 +1,73 @@
+"""What the quickstart prints at its end: what the frozen encoder knows about unseen docstrings."""
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..corpus.quickstart import PACKAGES, load_quickstart_documents
+from .probe import embed_texts, fit_whitening, linear_probe, nearest_neighbours, whiten
+
+
+NUM_PROBE_DOCUMENTS = 6000  # the probe trains on so many of the training documents
+NUM_QUERIES = 4
+
+
+def report_what_was_learned(
+    encoder: PreTrainedModel, untrained_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """
+    Prints what the frozen encoder knows about docstrings it never saw: the probe that tells their library from the
+    embedding, for the trained and for the untrained encoder, and the nearest neighbours of a few of them.
+
+    Args:
+        encoder, untrained_encoder: after and before training.
+        tokenizer: of both; they read `model_max_length` tokens of a docstring, as in pretraining.
+
+    Returns:
+        `probe_accuracy` and `probe_accuracy_untrained`, in [0, 1].
+    """
+    documents = load_quickstart_documents()
+    known = documents["train"].select(range(min(NUM_PROBE_DOCUMENTS, len(documents["train"]))))
+    new = documents["validation"]
+    middle = len(new) // 2  # the first half chooses the probe's strength, the second half judges it
+    known_labels, new_labels = (torch.tensor(part["label"][:]) for part in (known, new))
+    accuracy = {}
+    for name, candidate in (("untrained", untrained_encoder), ("trained", encoder)):
+        known_features, new_features = (
+            embed_texts(candidate, tokenizer, part["text"][:], tokenizer.model_max_length) for part in (known, new)
+        )
+        accuracy[name] = linear_probe(
+            known_features,
+            known_labels,
+            new_features[:middle],
+            new_labels[:middle],
+            new_features[middle:],
+            new_labels[middle:],
+        ).accuracy
+
+    print("\nWhat was learned")
+    most_frequent = new_labels[middle:].bincount().max() / (len(new) - middle)
+    print(
+        f"  Which of {len(PACKAGES)} libraries does an unseen docstring come from? A linear probe on the frozen\n"
+        f"  encoder's mean vector is right for {accuracy['trained']:.1%} of {len(new) - middle:,} docstrings.\n"
+        f"  On the same encoder before training it is right for {accuracy['untrained']:.1%}; always naming the most\n"
+        f"  frequent library would be for {most_frequent:.1%}."
+    )
+    print("  Unseen docstrings, and their nearest neighbours among the training docstrings:")
+    mean, projection = fit_whitening(known_features)
+    queries = torch.linspace(0, len(new) - 1, NUM_QUERIES).long()
+    cosines, neighbours = nearest_neighbours(
+        whiten(new_features[queries], mean, projection), whiten(known_features, mean, projection), k=2
+    )
+    for query, query_cosines, query_neighbours in zip(queries.tolist(), cosines, neighbours, strict=True):
+        print(f"\n    {_first_line(new, query)}")
+        for cosine, neighbour in zip(query_cosines.tolist(), query_neighbours.tolist(), strict=True):
+            print(f"      {cosine:.2f}  {_first_line(known, neighbour)}")
+    print()
+    return {"probe_accuracy": accuracy["trained"], "probe_accuracy_untrained": accuracy["untrained"]}
+
+
+def _first_line(documents: Dataset, index: int) -> str:
+    document = documents[index]
+    library = documents.features["label"].int2str(document["label"])
+    return f"[{library}] {' '.join(document['text'].split())[:90]}"

@@ -1,0 +1,424 @@
+"""Judges frozen encoders, any of transformers', beside two baselines: the untrained encoder, and TF-IDF.
+
+    python run_probing.py --model_name_or_path runs/quickstart bert-base-uncased --data_dir eval \
+        --output probing.json --plot probing.png
+    python run_probing.py --model_name_or_path runs/quickstart --dataset mine=train.csv,test.csv
+
+Every encoder embeds every data set once. The protocol (mean pooling, whitening, logistic regression whose strength is
+chosen on a validation part) is in probing_tjepa.py, and the same for every column of the table. What a data set is for
+is seen from its columns: text and label; sentence1, sentence2 and score; tokens and one that ends in _tags.
+"""
+
+import itertools
+import json
+import logging
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import evaluate
+import torch
+import transformers
+from datasets import Dataset, load_dataset
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.hf_argparser import HfArg
+
+from ..corpus.arguments import parse_arguments
+from ..corpus.faults import find_fault
+from ..corpus.files import FILE_FORMATS
+from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
+
+
+logger = logging.getLogger(__name__)
+
+
+SPLITS = ("train", "validation", "test")
+TFIDF = "TF-IDF"
+MISSING_LABEL = -1  # what data sets write where a label is kept secret
+MAX_DEFAULT_LENGTH = 512  # tokens
+QUALITY_METRIC = Path(__file__).parent / "metrics" / "representation_quality"
+MAX_QUALITY_TEXTS = 4096  # uniformity takes all pairs
+
+
+@dataclass(kw_only=True)
+class ProbingArguments:
+    """The arguments of `run_probing.py`."""
+
+    model_name_or_path: list[str] = HfArg(help="Folders or Hub names of encoders, one or several.")
+    data_dir: str | None = HfArg(
+        default=None, help="A folder with NAME-train.jsonl, NAME-test.jsonl, ... (json, jsonl, csv or parquet)."
+    )
+    dataset: list[str] | None = HfArg(
+        default=None,
+        help="NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST (files), NAME=TEST where nothing is trained, or "
+        "NAME for one of --data_dir. Several may be given. Default: all of --data_dir.",
+    )
+    encoder: Literal["target", "context"] = HfArg(
+        default="target", help="Which encoder of T-JEPA pretraining folders; others have only one."
+    )
+    trust_remote_code: bool = HfArg(default=False, help="Run the code that comes with a model.")
+    max_length: int | None = HfArg(
+        default=None,
+        help=f"Tokens of a text that are read. Default: what the model is made for, at most {MAX_DEFAULT_LENGTH}.",
+    )
+    add_special_tokens: bool | None = HfArg(
+        default=None, help="Whether the tokenizer adds [CLS] and the like. Default: not for T-JEPA, yes for others."
+    )
+    batch_size: int = HfArg(default=64, help="Texts per forward.")
+    num_seeds: int = HfArg(default=3, help="Probes, each with another tenth held out, and untrained encoders.")
+    seed: int = HfArg(default=0, help="The first seed.")
+    max_samples: int = HfArg(default=10_000, help="Texts of a split that are used, drawn with the first seed.")
+    max_words: int = HfArg(default=10_000, help="The same for tagging, in words (whole sentences, so a few more).")
+    output: str | None = HfArg(default=None, help="JSON file for the figures.")
+    plot: str | None = HfArg(default=None, help="PNG file for a bar chart.")
+
+    def __post_init__(self):
+        for name in ("max_length", "batch_size", "num_seeds", "max_samples", "max_words"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def main():
+    (args,) = parse_arguments(ProbingArguments)
+    require_packages(["scikit-learn"] + ["matplotlib"] * bool(args.plot))
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    transformers.utils.logging.set_verbosity_error()  # a head that is left out is no news here
+    transformers.utils.logging.disable_progress_bar()
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)
+
+    results = {}
+    for name, column in zip(args.model_name_or_path, short_names(args.model_name_or_path), strict=True):
+        results.update(probe_model(name, column, tasks, args, seeds))
+    logger.info(f"{TFIDF} and logistic regression")
+    results[TFIDF] = probe_tasks_with_tfidf(tasks, seeds)
+
+    print(f"\n{format_table(results)}\n")
+    if args.output:
+        sizes = {task.name: {split: count_rows(task, split) for split in task.splits} for task in tasks}
+        content = {"arguments": asdict(args), "rows": sizes, "results": results}
+        Path(args.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(results, args.plot)
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """Before the work that would be lost without them."""
+    if missing := [name for name in names if find_spec({"scikit-learn": "sklearn"}.get(name, name)) is None]:
+        raise ImportError(f"This needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+
+def load_tasks(
+    names: Sequence[str] | None,
+    data_dir: str | None,
+    max_samples: int = 10_000,
+    max_words: int = 10_000,
+    seed: int = 0,
+) -> list[ProbeTask]:
+    """
+    Reads data sets from files and says what was read, what for, and what was left out and why.
+
+    Args:
+        names: as `--dataset`; `None`: every data set of `data_dir`.
+        data_dir: as `--data_dir`.
+        max_samples, max_words: how much of a split is used, drawn with `seed`.
+
+    Raises:
+        FileNotFoundError: a file, or a data set of `data_dir`, does not exist.
+        ValueError: no data was named, or a data set can not be used; the message says why.
+    """
+    in_folder = find_files(data_dir) if data_dir else {}
+    if not names and not in_folder:
+        where = f"{data_dir} has no files such as NAME-train.jsonl" if data_dir else "Which data?"
+        raise ValueError(f"{where}: pass --data_dir FOLDER, or --dataset NAME=train.jsonl,test.jsonl.")
+    tasks = []
+    for name in names or sorted(in_folder):
+        name, _, paths = name.partition("=")
+        if paths:
+            paths = [Path(path) for path in paths.split(",")]
+            splits = {1: SPLITS[2:], 2: (SPLITS[0], SPLITS[2]), 3: SPLITS}.get(len(paths))
+            if splits is None:
+                raise ValueError(
+                    f"--dataset {name} has {len(paths)} files: TEST, TRAIN,TEST or TRAIN,VALIDATION,TEST."
+                )
+            files = dict(zip(splits, paths, strict=True))
+        elif name in in_folder:
+            files = in_folder[name]
+        else:
+            raise FileNotFoundError(
+                f"--dataset {name}: no such data set in --data_dir {data_dir}, which has {sorted(in_folder)}. "
+                f"Files elsewhere are given as {name}=train.jsonl,test.jsonl."
+            )
+        tasks += make_tasks(name, {split: read_file(path) for split, path in files.items()})
+    return [limit_task(task, max_samples, max_words, seed) for task in tasks]
+
+
+def find_files(folder: str) -> dict[str, dict[str, Path]]:
+    """The data sets of a folder: name -> split -> file, from file names such as sst2-train.jsonl."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"--data_dir {folder} is no folder.")
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        name, _, split = path.stem.rpartition("-")
+        if name and split in SPLITS and path.suffix in FILE_FORMATS:
+            files.setdefault(name, {})[split] = path
+    return files
+
+
+def read_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if FILE_FORMATS.get(path.suffix, "text") == "text":
+        raise ValueError(f"{path} must be a json, jsonl, csv or parquet file, with columns.")
+    return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+
+
+def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
+    """One task, or for tagging one per column of tags; says which kind was seen and what was dropped."""
+    columns = set.intersection(*(set(dataset.column_names) for dataset in splits.values()))
+    if {"sentence1", "sentence2", "score"} <= columns:
+        test = {"test": splits.get("test") or next(iter(splits.values()))}
+        return [make_task(name, "similarity", test, ("sentence1", "sentence2"), "score")]
+    if {"text", "label"} <= columns:
+        return [make_task(name, "classification", splits, ("text",), "label")]
+    tag_columns = sorted(column for column in columns if column.endswith("_tags"))
+    if "tokens" in columns and tag_columns:
+        names = [name if len(tag_columns) == 1 else f"{name}.{column}" for column in tag_columns]
+        return [
+            make_task(task_name, "tagging", splits, ("tokens",), column)
+            for task_name, column in zip(names, tag_columns, strict=True)
+        ]
+    raise ValueError(
+        f"What is {name} for? All its files have the columns {sorted(columns)}. Needed are text and label "
+        "(classification), sentence1, sentence2 and score (similarity), or tokens and a column that ends in _tags."
+    )
+
+
+def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[str, ...], answer: str) -> ProbeTask:
+    """Drops what can not be used, numbers the labels, and says all of it in one line."""
+    if kind != "similarity" and not {"train", "test"} <= set(splits):
+        raise ValueError(f"{name} is for {kind}, which needs the splits train and test; it has {sorted(splits)}.")
+    columns, notes = {}, []
+    for split, dataset in splits.items():
+        rows = list(zip(*(dataset[column][:] for column in (*inputs, answer)), strict=True))
+        usable = [row for row in rows if is_usable(kind, row)]
+        if not usable:
+            raise ValueError(f"{name}: none of the {len(rows)} rows of {split} has both text and {answer}.")
+        if len(usable) < len(rows):
+            notes.append(f"{len(rows) - len(usable):,} rows of {split} dropped (text or {answer} missing or invalid)")
+        columns[split] = dict(zip((*inputs, answer), map(list, zip(*usable, strict=True)), strict=True))
+
+    if kind != "similarity":
+        labels = {split: {label for row in c[answer] for label in as_list(row)} for split, c in columns.items()}
+        classes = sorted(set.union(*labels.values()), key=str)
+        if any(isinstance(label, float) for label in classes) or len(labels["train"]) < 2:
+            raise ValueError(
+                f"{name}: {answer} must hold two classes or more, integers or strings, in train; got {classes[:5]}."
+            )
+        if unknown := sorted(labels["test"] - labels["train"], key=str):
+            notes.append(f"labels of test that train has not, always wrong: {unknown}")
+        ids = {label: index for index, label in enumerate(classes)}
+        for split, content in columns.items():
+            values = content.pop(answer)
+            if kind == "tagging":
+                columns[split]["tags"] = [[ids[tag] for tag in tags] for tags in values]
+            else:
+                columns[split]["label"] = [ids[label] for label in values]
+    task = ProbeTask(name, kind, columns)
+    sizes = ", ".join(f"{split} {count_rows(task, split):,}" for split in columns)
+    number = "" if kind == "similarity" else f", {len(classes)} classes"
+    logger.info("; ".join([f"{name}: {kind} ({' + '.join(inputs)} -> {answer}{number}), {sizes}", *notes]))
+    return task
+
+
+def is_usable(kind: str, row: tuple) -> bool:
+    """Whether a row has its texts and its answer."""
+    *texts, answer = row
+    if kind == "similarity":
+        has_answer = isinstance(answer, (int, float)) and math.isfinite(answer)
+    else:
+        has_answer = bool(as_list(answer)) and all(label not in (None, MISSING_LABEL) for label in as_list(answer))
+    if kind == "tagging":
+        (words,) = texts
+        return has_answer and len(words or []) == len(answer) and all(isinstance(word, str) for word in words)
+    return has_answer and all(find_fault(text) is None for text in texts)
+
+
+def as_list(answer) -> list:
+    return answer if isinstance(answer, list) else [answer]
+
+
+def count_rows(task: ProbeTask, split: str) -> int:
+    return len(next(iter(task.splits[split].values())))
+
+
+def limit_task(task: ProbeTask, max_samples: int, max_words: int, seed: int) -> ProbeTask:
+    """A random part of every split that is larger than the limit; of tagging as many sentences as make `max_words`."""
+    for split, columns in task.splits.items():
+        num_rows = count_rows(task, split)
+        order = random.Random(seed).sample(range(num_rows), num_rows)
+        if task.kind == "tagging":
+            ends = itertools.accumulate(len(columns["tokens"][row]) for row in order)
+            order = order[: 1 + sum(end < max_words for end in ends)]
+        else:
+            order = order[:max_samples]
+        if len(order) < num_rows:
+            logger.info(f"{task.name}: {len(order):,} of the {num_rows:,} rows of {split} are used")
+            task.splits[split] = {name: [values[row] for row in sorted(order)] for name, values in columns.items()}
+    return task
+
+
+# --- Encoders --------------------------------------------------------------------------------------------------------
+
+
+def probe_model(
+    name: str, column: str, tasks: Sequence[ProbeTask], args: ProbingArguments, seeds: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """The figures of an encoder, and of encoders that were only initialised with its configuration, one per seed."""
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **trusted)
+    tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
+    is_tjepa = config.model_type == "tjepa"
+    chosen = {"encoder": args.encoder} if is_tjepa else {}
+    options = {
+        "max_length": choose_max_length(name, config, tokenizer, args.max_length),
+        "batch_size": args.batch_size,
+        "add_special_tokens": not is_tjepa if args.add_special_tokens is None else args.add_special_tokens,
+    }
+    logger.info(
+        f"{column}: the first {options['max_length']} tokens of a text, "
+        f"with{'' if options['add_special_tokens'] else 'out'} special tokens"
+    )
+    report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **trusted)
+    results = {column: probe_encoder(model, tokenizer, tasks, seeds, options)}
+    untrained = []
+    for seed in seeds:
+        logger.info(f"{column} untrained, seed {seed}")
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config, dtype=torch.float32, **trusted)
+        untrained.append(probe_encoder(model, tokenizer, tasks, [seed], options))
+    results[f"{column} untrained"] = mean_and_std(untrained)
+    return results
+
+
+def probe_encoder(
+    model: PreTrainedModel, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int], options: dict
+) -> dict[str, float]:
+    """What `probing_tjepa.probe_tasks` returns, and the quality of the same embeddings (`"quality/{measure}"`)."""
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    results, features_of_texts = {}, []
+    for task in tasks:
+        embedded = embed_task(model, tokenizer, task, **options)
+        figures = probe_embedded_task(task, embedded, seeds)
+        logger.info("  " + ", ".join(f"{name} {format_figure(figures, name)}" for name in measures({"": figures})))
+        results.update(figures)
+        if task.kind != "tagging":
+            features_of_texts.append(embedded["test"].features)
+            continue
+        num_words = sum(len(words) for columns in task.splits.values() for words in columns["tokens"])
+        if num_left_out := num_words - sum(len(part.labels) for part in embedded.values()):
+            logger.info(f"    without {num_left_out:,} of {num_words:,} words, which have no token before the cut")
+    if features_of_texts:
+        features = torch.cat(features_of_texts)
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_QUALITY_TEXTS]
+        metric = evaluate.load(str(QUALITY_METRIC), keep_in_memory=True)
+        quality = metric.compute(predictions=features[chosen].numpy())
+        results.update({f"quality/{name}": figure for name, figure in quality.items() if figure is not None})
+        results["quality/width"] = features.shape[1]
+    return results
+
+
+def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length: int | None) -> int:
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+    if max_length is None:
+        return min(longest, MAX_DEFAULT_LENGTH)
+    if max_length > longest and config.model_type != "tjepa":  # whose rotary positions do not end
+        raise ValueError(f"--max_length is {max_length}, but {name} is made for {longest} tokens at most.")
+    return max_length
+
+
+def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, add_special_tokens: bool) -> None:
+    for task in tasks:
+        texts = []
+        for columns in task.splits.values():
+            texts += [" ".join(words) for words in columns.get("tokens", [])]
+            texts += [text for name in ("text", "sentence1", "sentence2") for text in columns.get(name, [])]
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        if num_cut := sum(len(ids) > max_length for ids in encoded):
+            logger.info(f"  {task.name}: {num_cut:,} of {len(texts):,} texts are longer and cut")
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of every path, or the whole where that is not enough to tell them apart."""
+    short = [Path(name).name or name for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """A line for each measure, a column for each encoder; accuracies and correlations in percent."""
+    lines = [["", *results]]
+    for measure in measures(results):
+        lines.append([measure.replace("/", " "), *(format_figure(column, measure) for column in results.values())])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def measures(results: dict[str, dict[str, float]]) -> list[str]:
+    """In the order of the first encoder."""
+    return list(dict.fromkeys(key for column in results.values() for key in column if not key.endswith("_std")))
+
+
+def format_figure(column: dict[str, float], measure: str) -> str:
+    if measure not in column:
+        return "-"
+    if measure == "quality/width":
+        return f"{column[measure]:.0f}"
+    scale, digits = (1, 2) if measure.startswith("quality/") else (100, 1)
+    spread = column.get(f"{measure}_std", 0.0)
+    return f"{scale * column[measure]:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if spread else "")
+
+
+def plot(results: dict[str, dict[str, float]], path: str) -> None:
+    """Bars for encoders, a line across each group for TF-IDF; all but k-NN and the quality."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [key for key in measures(results) if not key.startswith("quality/") and not key.endswith("/knn")]
+    encoders = [name for name in results if name != TFIDF]
+    width = 0.8 / len(encoders)
+    figure, axis = plt.subplots(figsize=(2 + 1.4 * len(shown), 4))
+    colours = plt.get_cmap("tab20").colors  # pairs, dark and light: trained and untrained
+    for index, name in enumerate(encoders):
+        places = [group + (index - (len(encoders) - 1) / 2) * width for group in range(len(shown))]
+        heights = [100 * results[name].get(key, math.nan) for key in shown]
+        spreads = [100 * results[name].get(f"{key}_std", 0.0) for key in shown]
+        axis.bar(places, heights, width, yerr=spreads, label=name, color=colours[index % 20], error_kw={"lw": 1})
+    for group, key in enumerate(shown):
+        label = {"label": TFIDF} if group == 0 else {}
+        axis.hlines(100 * results[TFIDF].get(key, math.nan), group - 0.45, group + 0.45, colors="black", lw=1, **label)
+    axis.set_xticks(range(len(shown)), [re.sub("[./]", "\n", key).replace("_", " ") for key in shown], fontsize=8)
+    axis.set_ylabel("accuracy or Spearman, %")
+    figure.legend(loc="upper center", ncol=min(4, len(results)), fontsize="small")  # above the bars, hiding none
+    figure.tight_layout(rect=(0, 0, 1, 0.92 - 0.06 * ((len(results) - 1) // 4)))
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The tokenizer of one's own: lossless, reproducible, and an ordinary tokenizer of transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from tjepa.corpus.train_tokenizer import train_tokenizer
+
+
+TEXTS = [f"once upon a time number {number} a little rabbit lived in the forest" for number in range(50)]
+
+
+def test_loads_with_auto_tokenizer_and_is_lossless(tmp_path):
+    trained = train_tokenizer(TEXTS, vocab_size=400, model_max_length=128)
+    trained.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.get_vocab() == trained.get_vocab() and tokenizer.model_max_length == 128
+    assert len(tokenizer("rabbit lived", add_special_tokens=False)["input_ids"]) < 6
+    for text in ("A Little rabbit,  two spaces.\n\tTab", "żółć 日本語 🐇", " do n't clean this up ."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_special_tokens():
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400, model_max_length=128)
+    assert [tokenizer.pad_token, tokenizer.mask_token, tokenizer.bos_token, tokenizer.eos_token] == [
+        "<pad>",
+        "<mask>",
+        "<s>",
+        "</s>",
+    ]
+    assert [tokenizer.pad_token_id, tokenizer.mask_token_id] == [0, 1]
+    assert tokenizer("rabbit") == tokenizer("rabbit", add_special_tokens=False)
+    assert tokenizer(["rabbit", "a little rabbit"], padding=True)["attention_mask"][0][-1] == 0
+
+
+def test_is_deterministic():
+    first, second = (train_tokenizer(TEXTS, 400, 128).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_what_is_no_text_is_passed_over():
+    mixed = [None, 3, "", "\ud800", *TEXTS]
+    assert train_tokenizer(mixed, 400, 128).get_vocab() == train_tokenizer(TEXTS, 400, 128).get_vocab()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="vocab_size is 100; it must be at least 260"):
+        train_tokenizer(TEXTS, vocab_size=100, model_max_length=128)
+    with pytest.raises(ValueError, match="no text to train the tokenizer on"):
+        train_tokenizer([None, " "], vocab_size=400, model_max_length=128)
+
+
+def test_script(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in TEXTS))
+    command = [
+        sys.executable,
+        "-m",
+        "tjepa.corpus.train_tokenizer",
+        "--train_file",
+        "texts.jsonl",
+        "--output_dir",
+        "tokenizer",
+    ]
+    command += ["--text_column_name", "story", "--vocab_size", "300", "--streaming", "--max_eval_samples", "5"]
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "300 tokens; written to tokenizer" in result.stdout
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 300

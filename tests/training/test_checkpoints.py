@@ -1,0 +1,235 @@
+"""What a killed, stopped or disk-starved run leaves behind, and that the next start takes only what is whole."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState
+from transformers.trainer_callback import TrainerControl
+
+from helpers import REPOSITORY
+from kill_and_resume import write_inputs
+from tjepa.run_pretraining import PretrainingArguments
+from tjepa.training.checkpoints import (
+    MARK,
+    CheckpointCallback,
+    find_checkpoint,
+    find_damage,
+    find_last_checkpoint,
+    list_checkpoints,
+    mark_complete,
+    replacing_files,
+)
+from tjepa.training.signals import StopOnSignalCallback
+
+
+def make_checkpoint(output_dir: Path, step: int, mark: bool = True) -> Path:
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "part").mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "part/shard"):
+        (folder / name).write_text(f"{name} {step}")
+    if mark:
+        mark_complete(folder)
+    return folder
+
+
+# --- Complete or torn ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: (folder / MARK).unlink(), "saving was interrupted"),
+        (lambda folder: (folder / MARK).write_text('{"files": {'), "cannot be read"),
+        (lambda folder: (folder / "part" / "shard").unlink(), "part/shard is missing"),
+        (lambda folder: os.truncate(folder / "optimizer.pt", 3), "optimizer.pt has 3 bytes instead of 15"),
+    ],
+)
+def test_a_torn_checkpoint_is_skipped_with_its_reason(tmp_path, caplog, harm, reason):
+    good, torn = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 10)
+    assert find_last_checkpoint(tmp_path) == torn  # 10 is more than 2
+    harm(torn)
+    assert find_last_checkpoint(tmp_path) == good
+    assert f"Skipping {torn}" in caplog.text and reason in caplog.text
+
+
+def test_last_starts_anew_where_nothing_is_complete(tmp_path):
+    make_checkpoint(tmp_path, 2, mark=False)
+    args = PretrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last")
+    assert find_checkpoint(args) is None
+    args = PretrainingArguments(output_dir=str(tmp_path / "nowhere"), resume_from_checkpoint="last")
+    assert find_checkpoint(args) is None
+
+
+def test_a_checkpoint_that_is_named(tmp_path):
+    plain = make_checkpoint(tmp_path, 2, mark=False)  # as the plain Trainer leaves it
+    assert find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(plain))) == str(plain)
+    damaged = make_checkpoint(tmp_path, 4)
+    (damaged / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="damaged: optimizer.pt is missing"):
+        find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(damaged)))
+    with pytest.raises(FileNotFoundError, match="has no trainer_state.json"):
+        find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(tmp_path / "checkpoint-8")))
+
+
+def call(event: str, args: PretrainingArguments, callback: CheckpointCallback, **state) -> None:
+    getattr(callback, event)(args, TrainerState(**state), TrainerControl(should_save=True))
+
+
+def test_rotation_counts_complete_checkpoints_only(tmp_path):
+    args = PretrainingArguments(output_dir=str(tmp_path), save_total_limit=2)
+    callback = CheckpointCallback()
+    call("on_train_begin", args, callback)
+    assert args.save_total_limit is None  # the Trainer deletes nothing
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 7, mark=False)  # torn
+    make_checkpoint(tmp_path, 8, mark=False)  # just being saved
+    make_checkpoint(tmp_path, 10, mark=False)  # torn, and ahead of us
+    call("on_save", args, callback, global_step=8)
+    assert list(list_checkpoints(tmp_path)) == [6, 8, 10]
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-8"
+    call("on_train_end", args, callback)
+    assert args.save_total_limit == 2
+
+
+def test_rotation_keeps_the_best_and_the_last_from_before_a_collapse(tmp_path):
+    args = PretrainingArguments(output_dir=str(tmp_path), save_total_limit=1)
+    callback = CheckpointCallback()
+    call("on_train_begin", args, callback)
+    for step in (2, 4, 6, 8, 10):
+        make_checkpoint(tmp_path, step)
+    healthy = {"eval_target_std": 0.5, "eval_cosine": 0.9, "eval_mean_target_cosine": 0.5}
+    history = [{**healthy, "step": 4}, {**healthy, "step": 7, "eval_cosine": 0.4}, {**healthy, "step": 9}]
+    history[2]["eval_target_std"] = 0.01
+    best = str(tmp_path / "checkpoint-2")
+    call("on_save", args, callback, global_step=10, log_history=history, best_model_checkpoint=best)
+    assert list(list_checkpoints(tmp_path)) == [2, 6, 10]
+    history.append({**healthy, "step": 10})  # recovered
+    call("on_save", args, callback, global_step=10, log_history=history)
+    assert list(list_checkpoints(tmp_path)) == [10]
+
+
+def test_marks_of_what_will_be_overwritten(tmp_path, caplog):
+    """--overwrite_output_dir, or going back to an older checkpoint: 'last' must not find the abandoned future."""
+    args = PretrainingArguments(output_dir=str(tmp_path))
+    early, late = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
+    call("on_train_begin", args, CheckpointCallback(), global_step=2)
+    assert find_damage(early) is None and find_damage(late) is not None and "checkpoint-4" in caplog.text
+    call("on_step_end", args, CheckpointCallback(), global_step=2)  # it is about to be written again
+    assert find_damage(early) is not None
+
+
+def test_an_evaluation_leaves_the_mark(tmp_path):
+    """At the end of an epoch, after the checkpoint of its last step."""
+    args = PretrainingArguments(output_dir=str(tmp_path))
+    folder = make_checkpoint(tmp_path, 2)
+    CheckpointCallback().on_epoch_end(args, TrainerState(global_step=2), TrainerControl(should_evaluate=True))
+    assert find_damage(folder) is None
+
+
+def test_files_are_replaced_as_a_whole(tmp_path):
+    (tmp_path / "model.safetensors").write_text("old")
+    (tmp_path / ".unfinished-of-a-killed-run").mkdir()
+    with pytest.raises(OSError), replacing_files(tmp_path) as folder:
+        (folder / "model.safetensors").write_text("half of the n")
+        raise OSError
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "old"
+    with replacing_files(tmp_path) as folder:
+        (folder / "model.safetensors").write_text("new")
+    assert (tmp_path / "model.safetensors").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+# --- Real processes --------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments(tmp_path):
+    """20 times SIGKILL, each followed by the same command: the end equals that of an undisturbed run, to the bit."""
+    command = [sys.executable, REPOSITORY / "tests" / "kill_and_resume.py", "--num_kills=20", "--seed=1"]
+    output_file = tmp_path / "kills.json"
+    done = subprocess.run([*command, f"--output_file={output_file}"], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    counts = json.loads(output_file.read_text())
+    assert counts["kills"] == 20 and counts["resumed"] > 0
+    assert counts["torn_checkpoints_skipped"] > 0  # else the moments were not those that matter
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the script, endless and with a checkpoint at every step, and waits for the first two of them."""
+    processes = []
+
+    def start(*overrides: str) -> subprocess.Popen:
+        arguments = [
+            *write_inputs(tmp_path),
+            "--max_steps=100000",
+            "--save_steps=1",
+            f"--output_dir={tmp_path / 'out'}",
+        ]
+        process = subprocess.Popen(
+            [sys.executable, REPOSITORY / "run_pretraining.py", *arguments, *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        while find_last_checkpoint(tmp_path / "out") is None or len(list_checkpoints(tmp_path / "out")) < 2:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "workers", "exit_code"), [(signal.SIGTERM, 2, 143), (signal.SIGINT, 0, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_saves_and_stops(tmp_path, launch, number, workers, exit_code):
+    process = launch(f"--dataloader_num_workers={workers}", "--save_total_limit=2", "--save_steps=3")
+    os.killpg(process.pid, number)  # as schedulers and terminals do: to the workers, too
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == exit_code, output
+    assert f"{number.name}: finishing the step" in output and "--resume_from_checkpoint last" in output
+    last = find_last_checkpoint(tmp_path / "out")
+    assert last == list(list_checkpoints(tmp_path / "out").values())[-1]  # none is torn
+    assert f"after step {last.name.removeprefix('checkpoint-')}," in output
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_second_signal_kills_at_once():
+    child = os.fork()
+    if not child:
+        callback = StopOnSignalCallback()
+        args = PretrainingArguments(output_dir="unused")
+        callback.on_train_begin(args, None, None, train_dataloader=type("Loader", (), {"worker_init_fn": None})())
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # at the same time: from the launcher
+        time.sleep(1.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_full_disk(tmp_path, launch):
+    """The kernel refuses to let files grow, as a full disk does; the checkpoints before stay as they are."""
+    process = launch("--save_total_limit=2")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    error = output[output.rindex("OSError: ") :]
+    assert "could not be written" in error and "MB are free" in error and "Make room" in error
+    checkpoints = list(list_checkpoints(tmp_path / "out").values())
+    intact = [path.name for path in checkpoints if find_damage(path) is None]
+    assert intact and f"Intact: {', '.join(intact)}." in error
+    assert find_damage(checkpoints[-1]) is not None and find_last_checkpoint(tmp_path / "out").name == intact[-1]

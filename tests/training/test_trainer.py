@@ -1,0 +1,238 @@
+"""The Trainer side: schedules to the last digit, the moving average in closed form, parameter groups, health."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer
+
+from helpers import make_trainer
+from tjepa import TJEPAForPreTraining
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
+from tjepa.run_pretraining import PretrainingArguments
+from tjepa.training.ema import EMACallback
+from tjepa.training.health import FeatureMoments, HealthCallback, collapse_verdict
+from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
+from tjepa.training.trainer import add_tjepa_callbacks
+
+
+# --- Schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_equal_the_golden_ones(shared_folder):
+    golden = json.loads((shared_folder / "golden" / "schedules.json").read_text())
+    num_steps, ipe_scale = golden["num_training_steps"], golden["ipe_scale"]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=golden["lr"])
+    scheduler = get_lr_scheduler(
+        optimizer, num_steps, golden["warmup_steps"], golden["start_lr"], golden["final_lr"], ipe_scale
+    )
+    momentum = EMACallback(golden["ema_momentum"], 1.0, ipe_scale)
+    weight_decay = WeightDecayCallback(golden["weight_decay"], golden["final_weight_decay"], ipe_scale)
+    for step in range(num_steps):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(golden["lr_by_step"][step], abs=1e-9, rel=0)
+        assert momentum.at(step, num_steps) == pytest.approx(golden["ema_momentum_by_step"][step], abs=1e-9, rel=0)
+        assert weight_decay.at(step, num_steps) == pytest.approx(golden["weight_decay_by_step"][step], abs=1e-9, rel=0)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedules_are_used_and_logged(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=6, warmup_steps=2, learning_rate=1e-3, start_lr=2e-4)
+    add_tjepa_callbacks(trainer, ["s"] * 7, EMACallback(0.9, 1.0), WeightDecayCallback(0.04, 0.4))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["learning_rate"] for entry in logs][:3] == pytest.approx([2e-4, 6e-4, 1e-3])
+    assert [entry["ema_momentum"] for entry in logs] == pytest.approx([0.9 + 0.1 * t / 6 for t in range(6)])
+    expected = [0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)]
+    assert [entry["weight_decay"] for entry in logs] == pytest.approx(expected)
+    decayed, not_decayed = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == pytest.approx(expected[-1]) and not_decayed["weight_decay"] == 0.0
+
+
+def test_optimizer_groups(make_model):
+    model = make_model(token_prediction_weight=1.0)
+    optimizer = create_optimizer(model, PretrainingArguments(output_dir="unused"))
+    decayed, not_decayed = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.04 and decayed["betas"] == (0.9, 0.95)
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim == 1 for p in not_decayed["params"])
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in model.parameters() if p.requires_grad}
+    assert not in_optimizer & {id(p) for p in model.target_encoder.parameters()}
+
+
+# --- The moving average ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_moving_average_equals_the_closed_form(tmp_path, accumulation_steps):
+    """target_k = prod(m_t) * target_0 + sum_t (1 - m_t) prod_{s>t}(m_s) * context_t, on an unmodified Trainer."""
+    num_steps, contexts = 5, []
+
+    class Recorder(EMACallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            contexts.append([p.detach().clone().double() for p in model.context_encoder.parameters()])
+            super().on_optimizer_step(args, state, control, model=model, **kwargs)
+
+    trainer = make_trainer(
+        tmp_path, max_steps=num_steps, gradient_accumulation_steps=accumulation_steps, per_device_train_batch_size=2
+    )
+    trainer = Trainer(trainer.model, trainer.args, trainer.data_collator, trainer.train_dataset)
+    trainer.add_callback(Recorder(0.8, 1.0))
+    start = [p.detach().clone().double() for p in trainer.model.target_encoder.parameters()]
+    trainer.train()
+
+    momenta = [0.8 + 0.2 * t / num_steps for t in range(num_steps)]
+    assert len(contexts) == num_steps  # once per optimizer step, never on a micro-step
+    for index, target in enumerate(trainer.model.target_encoder.parameters()):
+        expected = start[index] * np.prod(momenta)
+        for t in range(num_steps):
+            expected = expected + (1 - momenta[t]) * np.prod(momenta[t + 1 :]) * contexts[t][index]
+        torch.testing.assert_close(target.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_target_encoder_is_updated_in_float32_under_bfloat16(tmp_path, make_model):
+    make_model().save_pretrained(tmp_path)
+    model = TJEPAForPreTraining.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.context_encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.target_encoder.parameters()} == {torch.float32}
+    before = model.target_encoder.token_embedding.weight.clone()
+    for _ in range(10):
+        model.update_target_encoder(0.9999)
+    context = model.context_encoder.token_embedding.weight.float()
+    expected = context + 0.9999**10 * (before - context)
+    torch.testing.assert_close(model.target_encoder.token_embedding.weight, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_momentum_out_of_range():
+    with pytest.raises(ValueError, match=r"final_momentum must be in \[0, 1\], got 1.1"):
+        EMACallback(0.9, 1.1)
+
+
+# --- Resume and evaluation -------------------------------------------------------------------------------------------
+
+
+def run(tmp_path, resume=None, **arguments):
+    trainer = make_trainer(tmp_path, {"hidden_dropout_prob": 0.1}, save_strategy="steps", save_steps=4, **arguments)
+    add_tjepa_callbacks(trainer, ["s"] * 7)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path):
+    whole = run(tmp_path / "whole", max_steps=8)  # 6 steps an epoch
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"), max_steps=8)
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+def test_evaluation_does_not_disturb_training(tmp_path):
+    quiet = run(tmp_path / "quiet", max_steps=6)
+    evaluated = run(tmp_path / "evaluated", max_steps=6, eval_strategy="steps", eval_steps=2)
+    for a, b in zip(quiet.model.parameters(), evaluated.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    evaluations = [entry for entry in evaluated.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 3 and "eval_cosine" in evaluations[0]
+    assert evaluated.evaluate()["eval_loss"] == evaluated.evaluate()["eval_loss"]  # always the same masks
+
+
+def test_every_epoch_draws_new_masks(tmp_path):
+    seen = []
+
+    class Recorder(DataCollatorForTJEPA):
+        def __call__(self, examples):
+            seen.append({example["epoch"] for example in examples})
+            return super().__call__(examples)
+
+    trainer = make_trainer(tmp_path, collator=Recorder(), num_train_epochs=3, eval_strategy="epoch")
+    add_tjepa_callbacks(trainer, ["s"] * 7)
+    trainer.train()
+    train_batches, eval_batches = 6, 1
+    assert seen == sum(([{epoch}] * train_batches + [{0}] * eval_batches for epoch in range(3)), [])
+
+
+# --- Health ----------------------------------------------------------------------------------------------------------
+
+
+def test_health_is_logged(tmp_path):
+    strategies = [MaskingStrategy(3), MaskingStrategy(8, max_target_mask_ratio=0.5)]
+    weights = {"variance_covariance_weight": 0.5, "token_prediction_weight": 0.5}
+    trainer = make_trainer(tmp_path, weights, DataCollatorForTJEPA(strategies), max_steps=4, logging_steps=2)
+    add_tjepa_callbacks(trainer, [strategy.name for strategy in strategies])
+    seen_by_later_callbacks = []
+
+    class Reporter(EMACallback):  # stands for TensorBoard: it only reads what it is handed
+        def on_optimizer_step(self, *args, **kwargs):
+            pass
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen_by_later_callbacks.append(dict(logs))
+
+    trainer.add_callback(Reporter())
+    trainer.train()
+    first = trainer.state.log_history[0]
+    figures = {"target_std", "prediction_std", "target_rank", "prediction_rank", "context_rank", "cosine"}
+    figures |= {"mean_target_cosine", "jepa_loss", "variance_covariance_loss", "token_prediction_loss"}
+    figures |= {"loss_block3_ratio0.25", "loss_block8_ratio0.5", "ema_momentum"}
+    assert figures <= first.keys() and figures <= seen_by_later_callbacks[0].keys()
+    per_strategy = [first["loss_block3_ratio0.25"], first["loss_block8_ratio0.5"]]
+    assert first["jepa_loss"] == pytest.approx(np.mean(per_strategy), rel=1e-5)
+    assert 0 < first["target_rank"] <= 1 and -1 <= first["cosine"] <= 1
+
+
+def test_feature_moments():
+    torch.manual_seed(0)
+    features = torch.randn(500, 6) * torch.tensor([3.0, 1.0, 1.0, 1.0, 0.1, 0.0]) + 1000.0
+    moments = FeatureMoments()
+    for part in features.split(130):
+        moments.update(part)
+    torch.testing.assert_close(moments.mean, features.mean(dim=0))
+    assert moments.std() == pytest.approx(features.std(dim=0, correction=0).mean().item(), rel=1e-4)
+    singular_values = torch.linalg.svdvals((features - features.mean(dim=0)).double())
+    shares = singular_values / singular_values.sum()
+    entropy = -(shares * torch.log(shares.clamp(min=1e-30))).sum()
+    assert moments.rank() == pytest.approx(entropy.exp().item() / 6, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("std", "cosine", "verdict"),
+    [(0.9, 0.6, None), (0.05, 0.6, "barely differ"), (0.9, 0.4, "no closer to the targets"), (0.9, 0.5, "no closer")],
+)
+def test_collapse_verdict(std, cosine, verdict):
+    metrics = {"eval_target_std": std, "eval_cosine": cosine, "eval_mean_target_cosine": 0.5}
+    actual = collapse_verdict(metrics, prefix="eval_")
+    assert actual is None if verdict is None else verdict in actual
+
+
+def test_a_collapsed_model_is_called_collapsed(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    health = add_tjepa_callbacks(trainer, ["s"] * 7)
+    with torch.no_grad():  # the same embedding for every token: every token has nearly the same label
+        for encoder in (trainer.model.context_encoder, trainer.model.target_encoder):
+            encoder.token_embedding.weight[:] = encoder.token_embedding.weight[:1]
+    trainer.evaluate()
+    assert health.verdict is not None and health.verdict.startswith("collapsed")
+
+
+def test_non_finite_loss_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    add_tjepa_callbacks(trainer, ["s"] * 7)
+
+    class Poison(EMACallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.predictor.final_norm.weight.data.fill_(torch.nan)
+
+    trainer.add_callback(Poison())
+    with pytest.raises(FloatingPointError, match="not finite in optimizer step 4"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["checkpoint-2"]
+    saved = TJEPAForPreTraining.from_pretrained(tmp_path / "checkpoint-2")
+    assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
+
+
+def test_health_callback_handles_an_evaluation_without_slots():
+    assert HealthCallback(["s"])._eval_statistics.summary() == {}

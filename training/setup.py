@@ -1,0 +1,72 @@
+"""What a process sets up before it trains: logging, threads, memory, and that it is not alone by mistake."""
+
+import ctypes
+import logging
+import os
+import platform
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    TrainingArguments,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    for name in ("tjepa", "__main__"):  # the package, and a script started as a file
+        logging.getLogger(name).setLevel(level)
+    transformers.utils.logging.set_verbosity(logging.WARNING)
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
+
+
+def check_number_of_processes(args: TrainingArguments) -> None:
+    """
+    Raises:
+        RuntimeError: if processes that were started together do not train together, or if `accelerate launch` was
+            asked for several processes and started one.
+    """
+    num_started = int(os.environ.get("WORLD_SIZE", 1))
+    if num_started != args.world_size:
+        raise RuntimeError(
+            f"The launcher started {num_started} processes, but this one trains in a group of {args.world_size}. "
+            "Start them with accelerate launch --config_file and a file of configs/accelerate, or with torchrun; on "
+            "the CPUs of a machine with GPUs pass --use_cpu, too."
+        )
+    # accelerate launch sets MASTER_ADDR for several processes only; a launcher that starts them sets WORLD_SIZE, too
+    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched_by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            "accelerate launch was asked for several processes and started one: with distributed_type MULTI_CPU it "
+            "leaves starting them to mpirun, and --cpu or distributed_type NO never start more than one. Use "
+            "configs/accelerate/cpu.yaml, or torchrun --nproc_per_node. (If one process is meant: --num_processes 1, "
+            "and no MASTER_ADDR in the environment.)"
+        )
+    if args.world_size > 1:
+        logger.info(f"{args.world_size} processes")
+
+
+def use_all_cores(args: TrainingArguments) -> None:
+    """`accelerate launch` gives a CPU process one thread unless told otherwise; a single process may have them all."""
+    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if args.world_size == 1 and launched_by_accelerate:
+        if os.environ.get("OMP_NUM_THREADS") == "1":
+            torch.set_num_threads(os.cpu_count())
+
+
+def keep_freed_memory() -> None:
+    """
+    Lets glibc keep what is freed. It hands large blocks back to the kernel and asks for them again, and a training
+    step on the CPU, which makes and drops gigabytes of activations, spends up to a quarter of its time in page faults.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)

@@ -1,0 +1,71 @@
+"""SIGTERM and SIGINT: save a checkpoint, then stop."""
+
+import math
+import os
+import signal
+import time
+from functools import partial
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
+
+
+def absorb_first_signal(initialize_worker, worker_id: int) -> None:
+    """A worker must outlive the first SIGTERM or SIGINT: schedulers and terminals send it to the workers, too."""
+    for number in StopOnSignalCallback.SIGNALS:
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if initialize_worker is not None:
+        initialize_worker(worker_id)
+
+
+class StopOnSignalCallback(TrainerCallback):
+    """
+    SIGTERM or SIGINT (Ctrl-C): the optimizer step is finished, a checkpoint is saved, training ends, on all
+    processes after the same step. A second signal kills at once; one within a second of the first is the same one,
+    sent by terminal and launcher both. (transformers' `enable_jit_checkpoint` saves between forward pass and optimizer
+    step, and a run resumed from there differs.)
+
+    After training `signal_number` says which signal it was, or `None`.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._received_at = math.inf
+        self._previous_handlers = {}
+        self._group = None
+
+    def _receive(self, number: int, frame) -> None:
+        if self.signal_number is None:
+            self.signal_number, self._received_at = number, time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving a checkpoint.\n".encode())
+        elif time.monotonic() - self._received_at > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _stop_if_received(self, args: TrainingArguments, control: TrainerControl) -> None:
+        number = self.signal_number or 0
+        if self._group is not None:
+            numbers = torch.tensor(number)
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, self._group)
+            number = int(numbers)
+        if number:
+            self.signal_number = number
+            control.should_save = control.should_training_stop = True
+
+    def on_train_begin(self, args: TrainingArguments, state, control, train_dataloader=None, **kwargs):
+        self._previous_handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        loader.worker_init_fn = partial(absorb_first_signal, loader.worker_init_fn)
+        if args.world_size > 1:  # on the CPU: asking must not make a GPU wait
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
+        self._stop_if_received(args, control)
+
+    on_evaluate = on_step_end  # an evaluation may take long, and its checkpoint is written after it
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)

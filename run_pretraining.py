@@ -12,7 +12,6 @@ average, schedules and monitoring in trainer_tjepa.py, text to tokens in prepare
 import copy
 import json
 import logging
-import re
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -20,12 +19,6 @@ from pathlib import Path
 
 import datasets
 import torch
-import yaml
-from huggingface_hub import (
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-)
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -38,7 +31,6 @@ from transformers import (
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
-from tjepa.corpus.files import without_query
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
 from tjepa.corpus.train_tokenizer import train_tokenizer
@@ -60,6 +52,7 @@ from tjepa.training.checkpoints import (
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import HealthCallback
 from tjepa.training.loading import parse_config_overrides
+from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.publishing import HubPublisher, create_publisher
 from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
@@ -195,7 +188,19 @@ def main():
         if is_quickstart:
             metrics.update(report_what_was_learned(model.target_encoder, untrained_encoder, tokenizer))
         save_model_folder(model, tokenizer, strategies, metrics, training_args)
-        write_model_card(model, model_args, data_args, training_args, strategies, counts, metrics, health.verdict)
+        write_pretraining_card(
+            training_args,
+            trainer.state,
+            model.config,
+            strategies,
+            counts,
+            metrics,
+            health.verdict,
+            dataset_name=data_args.dataset_name,
+            train_file=data_args.train_file,
+            max_length=data_args.max_length,
+            license=model_args.model_license,
+        )
         logger.info(f"The model folder is {training_args.output_dir}")
         if publisher is not None:
             publisher.publish_model_folder(training_args.output_dir, tokenizer)
@@ -409,116 +414,6 @@ def save_model_folder(
             "all_results.json": metrics,
         }.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_model_card(
-    model: TJEPAForPreTraining,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: PretrainingArguments,
-    strategies: list[MaskingStrategy],
-    counts: dict[str, DocumentCounts | str],
-    metrics: dict[str, float],
-    verdict: str | None,
-) -> None:
-    """README.md of the model folder: what it was trained on, how, and its final figures."""
-    output_dir = Path(training_args.output_dir)
-    repo_id = training_args.hub_model_id or "PATH_OR_REPO_ID"
-    name = Path(training_args.hub_model_id or output_dir.resolve()).name
-    on_hub = data_args.dataset_name not in (None, QUICKSTART) and not Path(data_args.dataset_name).exists()
-    # of a path or URL only the file name: where it lay is nobody's business, and a URL may hold a key
-    source = (
-        data_args.dataset_name if on_hub else Path(without_query(data_args.dataset_name or data_args.train_file)).name
-    )
-    figures = {k: v for k, v in metrics.items() if k.startswith(("eval_", "probe_"))}
-    card_data = ModelCardData(
-        library_name="transformers",
-        license=model_args.model_license,
-        tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
-        datasets=[source] if on_hub else None,
-        pipeline_tag="feature-extraction",
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="feature-extraction",
-                dataset_type=re.sub(r"[^\w./-]+", "-", source),  # the Hub takes nothing else, "*" in globs included
-                dataset_name=source,
-                metric_type=metric,
-                metric_value=round(value, 5),
-            )
-            for metric, value in figures.items()
-            if metric not in ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-        ]
-        or None,
-    )
-    health = verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated"
-    trained_on = "\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items())
-    figure_rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in sorted(figures.items()))
-    training = {
-        "optimizer steps": metrics["train_steps"],
-        "documents per step and process": training_args.train_batch_size * training_args.gradient_accumulation_steps,
-        "processes": training_args.world_size,
-        "learning rate": f"{training_args.start_lr} -> {training_args.learning_rate} -> {training_args.final_lr}",
-        "weight decay": f"{training_args.weight_decay} -> {training_args.final_weight_decay}",
-        "target encoder momentum": f"{training_args.ema_momentum} -> {training_args.final_ema_momentum} "
-        f"({training_args.ema_schedule}, over {training_args.ema_anneal_ratio:.0%} of the steps)",
-        "loss": model.config.loss_type,
-        "target layers": f"{model.config.target_layers} ({model.config.target_normalization} normalisation)",
-        "variance/covariance weight": model.config.variance_covariance_weight,
-        "SIGReg weight": model.config.sigreg_weight,
-        "token prediction weight": model.config.token_prediction_weight,
-        "denoising weight": f"{model.config.denoising_weight} (ratio {model.config.denoising_ratio})",
-        "predictor": model.config.predictor_type,
-        "masking strategies": ", ".join(strategy.name for strategy in strategies),
-        "maximum length (tokens)": data_args.max_length,
-        "seed": training_args.seed,
-    }
-    training_rows = "\n".join(f"| {setting} | {value} |" for setting, value in training.items())
-    card = ModelCard(
-        f"""---
-{card_data.to_yaml()}
----
-
-# {name}
-
-A text encoder pretrained with T-JEPA: it learned to predict the representations of hidden text rather than the hidden
-words. {model.config.num_hidden_layers} layers, {model.config.hidden_size} wide, vocabulary {model.config.vocab_size}.
-
-```python
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
-model = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)  # the target encoder
-```
-
-## Trained on
-
-{source}
-
-{trained_on}
-
-## How
-
-| | |
-| --- | --- |
-{training_rows}
-
-The masking strategies, as `--masking_strategies` takes them:
-
-```yaml
-{yaml.safe_dump(strategies_to_dicts(strategies), sort_keys=False).strip()}
-```
-
-## Final figures
-
-Health: {health}.
-
-| on the validation documents | |
-| --- | --- |
-{figure_rows}
-"""
-    )
-    card.save(output_dir / "README.md")
 
 
 if __name__ == "__main__":

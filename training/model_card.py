@@ -1,0 +1,170 @@
+"""README.md of a model folder: what the weights were trained on, how, and their figures, as the Hub shows them.
+
+Notable: a card says nothing that is nobody's business. Of a local path or a URL it has the file name only: the folder
+may name a person, and the URL may hold a key.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig, TrainerState, TrainingArguments
+
+from ..corpus.documents import QUICKSTART
+from ..corpus.files import without_query
+from ..data_collator_tjepa import MaskingStrategy, strategies_to_dicts
+from .arguments import PretrainingArguments
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+SPEED_FIGURES = ("_runtime", "_samples_per_second", "_steps_per_second")
+
+
+def write_card(
+    args: TrainingArguments,
+    state: TrainerState,
+    *,
+    dataset: str,
+    is_on_hub: bool,
+    figures: Mapping[str, float | None],
+    settings: Mapping[str, object],
+    task_type: str,
+    tags: list[str],
+    license: str | None,
+    **sections: str | None,
+) -> None:
+    """
+    Writes `README.md` into `args.output_dir`, with `model_card.md` as its template.
+
+    Args:
+        args (`TrainingArguments`): Where the folder lies, and its name on the Hub, if it has one.
+        state (`TrainerState`): Of the run, for the step that the weights come from.
+        dataset (`str`): The name of the data on the Hub, else one that `describe_source` made.
+        is_on_hub (`bool`): Whether that is a name on the Hub.
+        figures (`Mapping[str, float | None]`): Of the weights in the folder; None for what is undefined.
+        settings (`Mapping[str, object]`): The rows of the table of how it was trained.
+        task_type (`str`): The task of the pipeline that the model is for, as on the Hub.
+        tags (`list[str]`): Of the Hub.
+        license (`str`, *optional*): Of the weights.
+        sections: What else the template shows: `summary`, `auto_class`, `loaded`, `source`, `rows`, `strategies`,
+            `health`.
+    """
+    repo_id = args.hub_model_id or "PATH_OR_REPO_ID"
+    name = Path(args.hub_model_id or Path(args.output_dir).resolve()).name
+    figures = {metric: value for metric, value in figures.items() if not metric.endswith(SPEED_FIGURES)}
+    card_data = ModelCardData(
+        library_name="transformers",
+        license=license,
+        tags=tags,
+        datasets=[dataset] if is_on_hub else None,
+        pipeline_tag=task_type,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type=task_type,
+                dataset_type=re.sub(r"[^\w./-]+", "-", dataset),  # the Hub takes nothing else, "*" in globs included
+                dataset_name=dataset,
+                metric_type=metric,
+                metric_value=round(value, 5),
+            )
+            for metric, value in figures.items()
+            if value is not None
+        ]
+        or None,
+    )
+    ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        name=name,
+        repo_id=repo_id,
+        weights=describe_weights(args, state),
+        settings=settings,
+        figures={name: "undefined" if value is None else f"{value:.4f}" for name, value in sorted(figures.items())},
+        **sections,
+    ).save(Path(args.output_dir) / "README.md")
+
+
+def describe_weights(args: TrainingArguments, state: TrainerState) -> str:
+    """Which weights a run ends with: those of its last step or, with `load_best_model_at_end`, of its best."""
+    if args.load_best_model_at_end and state.best_global_step and state.best_metric is not None:
+        return (
+            f"those of step {state.best_global_step} of {state.global_step}, which had the best "
+            f"{args.metric_for_best_model} ({state.best_metric:.4f})"
+        )
+    return f"those of step {state.global_step}, the last"
+
+
+def describe_source(dataset_name: str | None, train_file: str | None) -> tuple[str, bool]:
+    """What a card calls the data, and whether that is the name of a dataset on the Hub."""
+    is_on_hub = dataset_name not in (None, QUICKSTART) and not Path(dataset_name).exists()
+    return (dataset_name if is_on_hub else Path(without_query(dataset_name or train_file)).name), is_on_hub
+
+
+def write_pretraining_card(
+    args: PretrainingArguments,
+    state: TrainerState,
+    config: PreTrainedConfig,
+    strategies: list[MaskingStrategy],
+    counts: Mapping[str, object],
+    metrics: Mapping[str, float],
+    verdict: str | None,
+    *,
+    dataset_name: str | None,
+    train_file: str | None,
+    max_length: int,
+    license: str,
+) -> None:
+    """
+    The card of a pretraining folder.
+
+    Args:
+        args, state: As in `write_card`.
+        config (`PreTrainedConfig`): The model's.
+        strategies (`list[MaskingStrategy]`): What was hidden.
+        counts (`Mapping[str, object]`): Split -> what became of its documents; what `str` makes of it is shown.
+        metrics (`Mapping[str, float]`): The results, of which evaluation and probe are shown.
+        verdict (`str`, *optional*): What the health figures say, if not that all is well.
+        dataset_name, train_file, max_length, license: As the arguments of `run_pretraining.py` of these names.
+    """
+    dataset, is_on_hub = describe_source(dataset_name, train_file)
+    figures = {name: value for name, value in metrics.items() if name.startswith(("eval_", "probe_"))}
+    write_card(
+        args,
+        state,
+        dataset=dataset,
+        is_on_hub=is_on_hub,
+        figures=figures,
+        task_type="feature-extraction",
+        tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
+        license=license,
+        summary="A text encoder pretrained with T-JEPA: it learned to predict the representations of hidden text "
+        f"rather than the hidden words. {config.num_hidden_layers} layers, {config.hidden_size} wide, vocabulary "
+        f"{config.vocab_size}.",
+        auto_class="AutoModel",
+        loaded="the target encoder",
+        source=dataset,
+        rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
+        strategies=yaml.safe_dump(strategies_to_dicts(strategies), sort_keys=False).strip(),
+        health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",
+        settings={
+            "optimizer steps": state.global_step,
+            "documents per step and process": args.train_batch_size * args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "learning rate": f"{args.start_lr} -> {args.learning_rate} -> {args.final_lr}",
+            "weight decay": f"{args.weight_decay} -> {args.final_weight_decay}",
+            "target encoder momentum": f"{args.ema_momentum} -> {args.final_ema_momentum} "
+            f"({args.ema_schedule}, over {args.ema_anneal_ratio:.0%} of the steps)",
+            "loss": config.loss_type,
+            "target layers": f"{config.target_layers} ({config.target_normalization} normalisation)",
+            "variance/covariance weight": config.variance_covariance_weight,
+            "SIGReg weight": config.sigreg_weight,
+            "token prediction weight": config.token_prediction_weight,
+            "denoising weight": f"{config.denoising_weight} (ratio {config.denoising_ratio})",
+            "predictor": config.predictor_type,
+            "masking strategies": ", ".join(strategy.name for strategy in strategies),
+            "maximum length (tokens)": max_length,
+            "seed": args.seed,
+        },
+    )

@@ -12,7 +12,6 @@ average, schedules and monitoring in trainer_tjepa.py, text to tokens in prepare
 import copy
 import json
 import logging
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -42,21 +40,15 @@ from tjepa.data_collator_tjepa import (
 )
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.checkpoints import (
-    CheckpointCallback,
-    explain_failed_save,
-    find_checkpoint,
-    is_finished,
-    replacing_files,
-)
+from tjepa.training.checkpoints import find_checkpoint, replacing_files
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import HealthCallback
 from tjepa.training.loading import parse_config_overrides
+from tjepa.training.loop import train
 from tjepa.training.model_card import write_pretraining_card
-from tjepa.training.publishing import HubPublisher, create_publisher
+from tjepa.training.publishing import create_publisher
 from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
-from tjepa.training.signals import StopOnSignalCallback
 from tjepa.training.trainer import TJEPATrainer, add_tjepa_callbacks
 
 
@@ -214,36 +206,6 @@ def with_quickstart_default(arguments: list[str]) -> list[str]:
     names_data = any(argument.split("=")[0] in ("--dataset_name", "--train_file") for argument in arguments)
     asks_for_help = any(argument in ("-h", "--help") for argument in arguments)
     return arguments if has_yaml or names_data or asks_for_help else [str(QUICKSTART_CONFIG), *arguments]
-
-
-def train(trainer: Trainer, checkpoint: str | None, publisher: "HubPublisher | None") -> dict[str, float]:
-    """
-    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics.
-
-    Raises:
-        SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
-        OSError: if a checkpoint could not be written.
-    """
-    if checkpoint is not None and is_finished(trainer, checkpoint):
-        logger.info(f"{checkpoint} is the end of training already")
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json")
-        return {}
-    stop_on_signal = StopOnSignalCallback()
-    trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save
-    trainer.add_callback(CheckpointCallback())
-    if publisher is not None:  # what it uploads must be complete by then
-        trainer.add_callback(publisher)
-    with explain_failed_save(trainer):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if stop_on_signal.signal_number is not None:
-        logger.warning(
-            f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {trainer.state.global_step}, "
-            "with a checkpoint. Start again with --resume_from_checkpoint last."
-        )
-        sys.exit(128 + stop_on_signal.signal_number)
-    trainer.save_state()
-    return metrics
 
 
 def load_tokenizer(

@@ -1,0 +1,45 @@
+"""A run from its first step or a checkpoint to its end: what pretraining and fine-tuning do around `Trainer.train`."""
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from transformers import Trainer, TrainerState
+
+from .checkpoints import CheckpointCallback, explain_failed_save, is_finished
+from .publishing import HubPublisher
+from .signals import StopOnSignalCallback
+
+
+logger = logging.getLogger(__name__)
+
+
+def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | None) -> dict[str, float]:
+    """
+    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics.
+
+    Raises:
+        SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
+        OSError: if a checkpoint could not be written.
+    """
+    if checkpoint is not None and is_finished(trainer, checkpoint):
+        logger.info(f"{checkpoint} is the end of training already")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json")
+        return {}
+    stop_on_signal = StopOnSignalCallback()
+    trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save
+    trainer.add_callback(CheckpointCallback())
+    if publisher is not None:  # what it uploads must be complete by then
+        trainer.add_callback(publisher)
+    with explain_failed_save(trainer):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if stop_on_signal.signal_number is not None:
+        logger.warning(
+            f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {trainer.state.global_step}, "
+            "with a checkpoint. Start again with --resume_from_checkpoint last."
+        )
+        sys.exit(128 + stop_on_signal.signal_number)
+    trainer.save_state()
+    return metrics

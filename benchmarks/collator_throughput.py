@@ -4,7 +4,6 @@ python benchmarks/collator_throughput.py --output result.json --plot result.png
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from plain_reference import plain_batch
 from pretraining_throughput import SHARED, read_documents
+from reporting import add_report_arguments, write_report
 
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, draw_views, hash_keys
 
@@ -55,20 +55,14 @@ def measure(args) -> dict:
     return result
 
 
-def plot(result: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt, result: dict):
     figure, axis = plt.subplots(figsize=(5, 3))
     for offset, side, colour in ((-0.2, "ours", "#2a6f97"), (0.2, "plain", "#bbbbbb")):
         axis.bar(np.arange(len(result)) + offset, [r[side] for r in result.values()], 0.4, label=side, color=colour)
     axis.set_xticks(range(len(result)), [f"maximum length {length}" for length in result])
     axis.set_ylabel("document tokens/s, one core")
     axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main():
@@ -77,16 +71,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--plot", help="PNG file")
+    add_report_arguments(parser)
     args = parser.parse_args()
     args.model = "reference"
     torch.set_num_threads(1)
     result = measure(args)
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    if args.plot:
-        plot(result, args.plot)
+    write_report(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
+from reporting import pyplot, save_figure
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, set_seed
 
@@ -322,10 +323,6 @@ def format_checkpoint(checkpoint: dict[str, float]) -> str:
 
 def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) -> None:
     """Mean over seeds and the range of seeds, against CPU time above and document tokens below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     def kind_mean(kind: str):
         of_kind = [task for task in tasks if task.kind == kind]
@@ -339,7 +336,7 @@ def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) 
         "RankMe / width": lambda checkpoint: checkpoint.get("rank"),
         "loss (own objective)": lambda checkpoint: checkpoint.get("loss"),
     }
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.2 * len(panels), 6), squeeze=False)
+    figure, axes = pyplot().subplots(2, len(panels), figsize=(3.2 * len(panels), 6), squeeze=False)
     baselines = {UNTRAINED: ":", TFIDF: "--"}
     for row, (unit, scale, label) in enumerate((("seconds", 1, "CPU seconds"), ("tokens", 1e6, "million tokens"))):
         for axis, (title, value_of) in zip(axes[row], panels.items(), strict=True):
@@ -356,9 +353,7 @@ def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) 
             axis.set_title(title, fontsize="medium")
             axis.set_xlabel(label)
     axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main():

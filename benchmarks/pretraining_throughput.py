@@ -20,7 +20,6 @@ padding and masked pairs included, over the useful FLOPs: what the tokens/s rati
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -31,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from plain_reference import batch_bytes, plain_batch, plain_forward_backward
+from reporting import add_report_arguments, write_report
 from transformers import AutoTokenizer
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -295,20 +295,14 @@ def report(result: dict) -> None:
         print(f"{share:>8.1%}  {name}")
 
 
-def plot(result: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt, result: dict):
     names = ["tokens_per_second", "peak_memory_bytes", "batch_bytes"]
     figure, axes = plt.subplots(1, len(names), figsize=(9, 2.8))
     for axis, name in zip(axes, names, strict=True):
         axis.bar(["ours", "plain"], [result["ours"][name], result["plain"][name]], color=["#2a6f97", "#bbbbbb"])
         axis.set_title(name.replace("_", " "), fontsize=9)
     figure.suptitle(f"one training step, maximum length {result['max_length']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main():
@@ -321,16 +315,12 @@ def main():
     parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
     parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--plot", help="PNG file")
+    add_report_arguments(parser)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of ours: less memory, more arithmetic")
     args = parser.parse_args()
     result = measure(args)
     report(result)
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    if args.plot:
-        plot(result, args.plot)
+    write_report(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from pretraining_throughput import useful_flops
+from reporting import add_report_arguments, write_report
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys, pack_batch
@@ -66,12 +66,7 @@ def in_own_process(length: int, num_strategies: int, argv: list[str]) -> dict:
     return row
 
 
-def plot(result: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt, result: dict):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
     for axis, rows, x in zip(axes, result.values(), ("length", "num_strategies"), strict=True):
         counts = [row[x] for row in rows]
@@ -90,8 +85,7 @@ def plot(result: dict, path: str) -> None:
         axis.set_xlabel(x.replace("_", " "))
     axes[1].legend(fontsize="small", loc="lower left")
     axes[0].set_xscale("log", base=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main():
@@ -103,8 +97,7 @@ def main():
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--plot", help="PNG file")
+    add_report_arguments(parser)
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -119,10 +112,7 @@ def main():
             in_own_process(min(512, args.max_length), count, argv) for count in range(1, args.max_strategies + 1)
         ],
     }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    if args.plot:
-        plot(result, args.plot)
+    write_report(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ tokenizers count differently).
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 from pretraining_throughput import useful_flops
+from reporting import add_report_arguments, write_report
 
 from tjepa import TJEPAConfig
 from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys
@@ -80,7 +79,7 @@ def main():
         "--max_predictor_layers", type=int, default=12, help="a predictor is as deep as its encoder to this"
     )
     parser.add_argument("--token_prediction", action="store_true", help="with the token prediction head")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    add_report_arguments(parser, plot=False)
     args = parser.parse_args()
     rows = calculate(args)
     header = [
@@ -96,8 +95,7 @@ def main():
     print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for row in rows:
         print("| " + " | ".join(format(value, form) for value, form in zip(row.values(), formats, strict=True)) + " |")
-    if args.output:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+    write_report(args, rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import datasets
 import torch
 from pretraining_throughput import SHARED
+from reporting import add_report_arguments, write_report
 from transformers import AutoTokenizer
 
 from tjepa.corpus.documents import DataArguments, load_documents
@@ -99,20 +100,14 @@ def measure(args, folder: Path) -> dict:
     }
 
 
-def plot(result: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(plt, result: dict):
     figure, axis = plt.subplots(figsize=(6, 3))
     rows = result["rows"]
     axis.plot([row["minutes"] for row in rows], [row["resident_megabytes"] for row in rows], color="#2a6f97")
     axis.set_xlabel(f"minutes' worth of documents at {int(result['arguments']['tokens_per_second']):,} tokens/s")
     axis.set_ylabel("resident memory (MB)")
     axis.set_ylim(bottom=0)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def main():
@@ -126,8 +121,7 @@ def main():
     parser.add_argument("--points", type=int, default=60, help="measurements")
     parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--plot", help="PNG file")
+    add_report_arguments(parser)
     args = parser.parse_args()
     for option in ("train_file", "tokenizer"):
         if not getattr(args, option).exists():
@@ -142,10 +136,7 @@ def main():
         f"{result['megabytes_at_the_end']:.1f} MB after {args.minutes:g}; "
         f"{result['tokens_per_cpu_second']:,.0f} tokens per CPU second"
     )
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    if args.plot:
-        plot(result, args.plot)
+    write_report(args, result, draw)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,12 @@
 """Not timed: what makes a step cheap, counted, so that a later change can not quietly bring the padding back."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from plain_reference import batch_bytes, plain_batch, plain_forward_backward  # noqa: E402
+from pretraining_throughput import padding_share  # noqa: E402
 
 from helpers import make_examples
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, draw_views, hash_keys, pack_batch
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from plain_reference import batch_bytes, plain_batch, plain_forward_backward  # noqa: E402
-from pretraining_throughput import padding_share  # noqa: E402
 
 
 def realistic_lengths(num_documents: int) -> list[int]:

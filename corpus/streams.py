@@ -5,7 +5,8 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from itertools import islice, repeat
+from dataclasses import asdict, dataclass
+from itertools import count, islice
 
 import datasets
 import numpy as np
@@ -47,6 +48,57 @@ class DocumentDataset(torch.utils.data.Dataset):
         ]
 
 
+@dataclass(frozen=True)
+class Division:
+    """
+    How the documents of a stream are dealt out to readers (the workers of all processes), as `DataLoader` does it: in
+    rounds, each of which is one batch for every process, made by workers of one number; the workers take turns.
+    Reader `rank * num_workers + worker` reads the share of that number. Numbers may also be arrays of them.
+    """
+
+    world_size: int
+    num_workers: int
+    documents_per_batch: int
+
+    @property
+    def num_shares(self) -> int:
+        return self.world_size * self.num_workers
+
+    @property
+    def documents_per_round(self) -> int:
+        return self.world_size * self.documents_per_batch
+
+    def place_in_stream(self, share: int, number: int) -> int:
+        """Where the `number`-th document of a share stands in the stream."""
+        rank, worker = divmod(share, self.num_workers)
+        batch, place = divmod(number, self.documents_per_batch)
+        return ((batch * self.num_workers + worker) * self.world_size + rank) * self.documents_per_batch + place
+
+    def place_in_share(self, place: int) -> tuple[int, int]:
+        """The share of the document at a place in the stream, and its number there."""
+        batch, place = divmod(place, self.documents_per_batch)
+        number_of_round, rank = divmod(batch, self.world_size)
+        batch, worker = divmod(number_of_round, self.num_workers)
+        return rank * self.num_workers + worker, batch * self.documents_per_batch + place
+
+    def count(self, share: int, num_documents: int) -> int:
+        """How many of the stream's first `num_documents` documents are of a share."""
+        rank, worker = divmod(share, self.num_workers)
+        num_rounds, rest = divmod(num_documents, self.documents_per_round)
+        num_batches = len(range(worker, num_rounds, self.num_workers))
+        rest = rest - rank * self.documents_per_batch if num_rounds % self.num_workers == worker else 0
+        return num_batches * self.documents_per_batch + min(max(rest, 0), self.documents_per_batch)
+
+    def shares_read_by(self, reader: int, readers: "Division", first: int) -> list[int]:
+        """The shares from which a reader of another division takes documents, if that one begins at `first`."""
+        own, other = (d.num_workers * d.documents_per_round for d in (self, readers))
+        num_documents = readers.documents_per_batch * (own // math.gcd(own, other))  # then it begins again
+        if num_documents > 2**22:
+            return list(range(self.num_shares))
+        places = first + readers.place_in_stream(reader, np.arange(num_documents))
+        return np.unique(self.place_in_share(places)[0]).tolist()
+
+
 class DocumentStream(torch.utils.data.IterableDataset):
     """
     The same for a streaming `datasets.IterableDataset`, of which only a bounded part is ever in memory.
@@ -54,17 +106,20 @@ class DocumentStream(torch.utils.data.IterableDataset):
     - *Split*: every worker of every process reads a share of its own, whole files where there are at least as many
       files as shares, else every n-th document of all files. No document is in two shares or in none.
     - *Shuffled* in blocks of `shuffle_buffer_size` documents (one fills while the other is given out), and the files
-      by epoch. A rolling buffer, as `datasets` has it, can not be restored: on a resume its documents are lost.
+      by epoch. A rolling buffer, as `datasets` has it, cannot be restored: on a resume its documents are lost.
     - *Index*: no running number is the same however the stream is split, so a 64-bit hash of a document's tokens is
       its index. Masks depend neither on the order nor on the number of processes and workers; documents of equal
       tokens have equal masks in an epoch.
     - *Resumed* in the middle: a worker notes where each of its blocks begins (`IterableDataset.state_dict`) in shared
       memory, where the main process finds it when a checkpoint is saved. A resumed worker hands out `None` for the
       documents that the Trainer is going to skip, and goes on from there: the order, the epochs and the masks are
-      those of a run without interruption, also within a shuffled block. Read again are at most two blocks, and what
-      `datasets` can not skip (what lies before them in the same file, which is not tokenized). What was noted by
-      another number of workers, with another batch size or order, or of a dataset that has a shuffle buffer itself,
-      is reread from the start.
+      those of a run without interruption, also within a shuffled block. At most two blocks are reread, and what
+      `datasets` cannot skip (what lies before them in the same file, which is not tokenized). What was noted in
+      another order, or of a dataset that has a shuffle buffer itself, is reread from the start.
+    - *Resumed by other readers*: the shares stay those of the run's beginning, and with them the order of the stream.
+      Each of the new readers reads all shares that hold documents of its batches, and skips the documents of others.
+      So a run goes on with the same batches where processes times documents per batch stay the same, and in any case
+      with the documents that remain. More readers than at the beginning do not read faster: choose many at first.
 
     Args:
         dataset (`datasets.IterableDataset`): with a column `input_ids` (list of token ids), or what `transform` needs.
@@ -109,10 +164,17 @@ class DocumentStream(torch.utils.data.IterableDataset):
         self.world_size = world_size
         self.repeat = repeat
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.documents_per_batch = 1
-        self._noted_documents = None  # int64 [num_workers, num_noted]: after how many documents of a worker
-        self._noted_positions = None  # uint8 [num_workers, num_noted, MAX_POSITION_BYTES]: JSON, padded with spaces
-        self._start = {}  # worker -> how many documents it has given out, and a block's beginning before that
+        # Before `remember_positions` nothing is known of batches, and nothing is noted.
+        self._readers: Division | None = None  # those of this start
+        self._batches_ahead = 0
+        self._rows: dict[tuple[int, int], int] = {}  # (worker, share) -> row of what is noted
+        self._noted_documents = None  # int64 [num_rows, num_noted]: after how many documents of the share
+        self._noted_positions = None  # uint8 [num_rows, num_noted, MAX_POSITION_BYTES]: JSON, padded with spaces
+        # What a checkpoint says
+        self._shares: Division | None = None  # those of the run's beginning
+        self._first_place = 0  # where in the stream the first document of this start would stand,
+        self._num_documents_done = 0  # and how many come before the first that is not skipped
+        self._start_positions: dict[int, dict] = {}  # share -> a block's beginning before that
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is, or with `repeat` begins with."""
@@ -126,7 +188,7 @@ class DocumentStream(torch.utils.data.IterableDataset):
             share = self.dataset.shard(num_shares, index, contiguous=False)
         else:  # before tokenization: what a document of another share costs is reading it
             share = self.dataset.filter(
-                lambda _, places: [place % num_shares == index for place in places],
+                lambda _, rows: [row % num_shares == index for row in rows],
                 with_indices=True,
                 batched=True,
                 batch_size=256,
@@ -136,25 +198,34 @@ class DocumentStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict | None]:
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        start = self._start.get(worker)
-        num_given_out = 0 if start is None else start["num_documents"]
-        position = first_position(int(self.epoch)) if start is None else start["position"]
-        yield from repeat(None, position["num_documents"])  # the Trainer skips them
-        documents = self._read(worker, num_workers, position)
-        for number, (epoch, input_ids) in enumerate(documents, position["num_documents"]):
-            if number < num_given_out:
-                yield None
+        readers = self._readers or Division(self.world_size, num_workers, documents_per_batch=1)
+        shares = self._shares or readers
+        reader = self.rank * num_workers + worker
+        documents_of = {}
+        for number in count():
+            place = self._first_place + readers.place_in_stream(reader, number)
+            if place < self._num_documents_done:
+                yield None  # the Trainer skips it
                 continue
+            share, wanted = shares.place_in_share(place)
+            if share not in documents_of:
+                position = self._start_positions.get(share) or first_position(int(self.epoch))
+                documents = self._read(worker, share, shares, position)
+                documents_of[share] = enumerate(documents, position["num_documents"])
+            found = next((document for n, document in documents_of[share] if n == wanted), None)
+            if found is None:  # the end, without `repeat`
+                return
+            epoch, input_ids = found
             digest = hashlib.blake2b(input_ids, digest_size=8).digest()
             index = int.from_bytes(digest, "little", signed=True)
             yield {"input_ids": input_ids, "document_index": index, "epoch": epoch}
 
-    def _read(self, worker: int, num_workers: int, position: dict) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, token ids) of a worker's documents from a block's beginning on; notes where each block begins."""
-        index, num_shares = self.rank * num_workers + worker, self.world_size * num_workers
+    def _read(self, worker: int, index: int, shares: Division, position: dict) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, token ids) of a share's documents from a block's beginning on; notes where each block begins."""
+        block_size = self.shuffle_buffer_size or shares.documents_per_batch
         epoch, block, num_documents, source = (position[key] for key in ("epoch", "block", "num_documents", "source"))
         while True:
-            share = self.share(index, num_shares)
+            share = self.share(index, shares.num_shares)
             # datasets shuffles the files in every epoch but 0
             shuffled_epoch = 1 + int(hash_keys(self.seed, epoch)[0] >> np.uint64(33))
             share.set_epoch(shuffled_epoch if self.shuffle_buffer_size else epoch)
@@ -162,22 +233,23 @@ class DocumentStream(torch.utils.data.IterableDataset):
                 share.load_state_dict(source)
             # iter(share) would split it between the workers once more, share.iter does not
             rows = (np.asarray(batch["input_ids"][0], dtype=np.int32) for batch in share.iter(batch_size=1))
-            documents = list(islice(rows, self._block_size))
+            documents = list(islice(rows, block_size))
             if self.repeat and block == 0 and not documents:
                 raise ValueError(
-                    f"{self.world_size} processes with {num_workers} workers each split the stream of "
+                    f"{shares.world_size} processes with {shares.num_workers} workers each split the stream of "
                     f"{self.dataset.num_shards} files, and share {index} has no usable document. Take fewer "
                     "processes, a lower --dataloader_num_workers, or more data."
                 )
             while documents:
-                self._note(worker, {"epoch": epoch, "block": block, "num_documents": num_documents, "source": source})
+                noted = {"epoch": epoch, "block": block, "num_documents": num_documents, "source": source}
+                self._note(worker, index, noted)
                 source = share.state_dict()  # where the next block begins
                 order = np.arange(len(documents))
                 if self.shuffle_buffer_size:
                     np.random.default_rng([self.seed, epoch, index, block]).shuffle(order)
                 next_documents = []
-                for place in order:
-                    yield epoch, documents[place]
+                for row in order:
+                    yield epoch, documents[row]
                     num_documents += 1
                     next_documents.extend(islice(rows, 1))  # one in for one out: no pause between blocks
                 documents, block = next_documents, block + 1
@@ -185,64 +257,108 @@ class DocumentStream(torch.utils.data.IterableDataset):
                 return
             epoch, block, source = epoch + 1, 0, None
 
-    @property
-    def _block_size(self) -> int:
-        return self.shuffle_buffer_size or self.documents_per_batch
-
     # Resuming
 
     def remember_positions(self, num_workers: int, documents_per_batch: int, num_batches: int) -> None:
         """Before the workers start: how many read, in what portions, and how many batches each may be ahead."""
-        self.num_workers, self.documents_per_batch = max(1, num_workers), documents_per_batch
+        self._readers = Division(self.world_size, max(1, num_workers), documents_per_batch)
+        self._batches_ahead = num_batches
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """For what this process's workers note: enough blocks of each share for a checkpoint to find one in time."""
         if not self.repeat or has_shuffle_buffer(self.dataset._ex_iterable):
             return
-        size = (self.num_workers, 2 + math.ceil(num_batches * documents_per_batch / self._block_size))
+        readers, shares = self._readers, self._shares or self._readers
+        rows = [
+            (worker, share)
+            for worker in range(readers.num_workers)
+            for share in shares.shares_read_by(self.rank * readers.num_workers + worker, readers, self._first_place)
+        ]
+        self._rows = {row: number for number, row in enumerate(rows)}
+        num_places_ahead = self._batches_ahead * readers.num_workers * readers.documents_per_round
+        num_documents_ahead = num_places_ahead / shares.num_shares + shares.documents_per_batch
+        block_size = self.shuffle_buffer_size or shares.documents_per_batch
+        size = (len(rows), 2 + math.ceil(num_documents_ahead / block_size))
         self._noted_documents = torch.full(size, -1, dtype=torch.int64).share_memory_()
         self._noted_positions = torch.zeros((*size, self.MAX_POSITION_BYTES), dtype=torch.uint8).share_memory_()
 
-    def _note(self, worker: int, position: dict) -> None:
+    def _note(self, worker: int, share: int, position: dict) -> None:
         text = json.dumps(position).encode()
         if self._noted_documents is None or len(text) > self.MAX_POSITION_BYTES:
             return
-        slot = int(self._noted_documents[worker].argmin())  # the oldest
+        row = self._rows[worker, share]
+        slot = int(self._noted_documents[row].argmin())  # the oldest
         padded = np.frombuffer(text.ljust(self.MAX_POSITION_BYTES), dtype=np.uint8)
-        self._noted_documents[worker, slot] = -1
-        self._noted_positions[worker, slot] = torch.from_numpy(padded.copy())
-        self._noted_documents[worker, slot] = position["num_documents"]
+        self._noted_documents[row, slot] = -1
+        self._noted_positions[row, slot] = torch.from_numpy(padded.copy())
+        self._noted_documents[row, slot] = position["num_documents"]
 
     def state_dict(self, num_batches: int) -> dict | None:
-        """Where every worker stood after `num_batches` batches in all; `None` where that is not known."""
+        """
+        Where the shares that this process reads stood after `num_batches` batches of this start, those that were
+        skipped included; `None` where that is not known.
+        """
         if self._noted_documents is None:
             return None
-        workers = []
-        for worker in range(self.num_workers):
-            # batches come from the workers in turn
-            num_given_out = len(range(worker, num_batches, self.num_workers)) * self.documents_per_batch
-            position = self._start[worker]["position"] if worker in self._start else first_position()
-            noted = self._noted_documents[worker]
-            noted = torch.where(noted <= num_given_out, noted, -1)
+        shares = self._shares or self._readers
+        num_documents = self._first_place + num_batches * self._readers.documents_per_round
+        positions = {}
+        for (_, share), row in self._rows.items():
+            position = positions.get(str(share)) or self._start_positions.get(share) or first_position()
+            noted = self._noted_documents[row]
+            noted = torch.where(noted <= shares.count(share, num_documents), noted, -1)
             if noted.max() >= position["num_documents"]:
-                position = json.loads(self._noted_positions[worker, noted.argmax()].numpy().tobytes())
-            workers.append({"num_documents": num_given_out, "position": position})
-        return {**self._settings, "workers": workers}
+                position = json.loads(self._noted_positions[row, noted.argmax()].numpy().tobytes())
+            positions[str(share)] = position
+        return {**self._order, "shares": asdict(shares), "num_documents": num_documents, "positions": positions}
 
-    def load_state_dict(self, state: dict | None) -> None:
-        """Goes on where `state` says. If it does not fit, nothing changes: the Trainer rereads from the start."""
-        fits = state is not None and len(state["workers"]) == self.num_workers
-        if not fits or any(state[name] != value for name, value in self._settings.items()):
-            reason = "has no position in it" if state is None else "was read by other workers or in other batches"
-            logger.warning(f"The streaming dataset {reason}: rereading it from the start up to the checkpoint.")
+    def load_state_dict(self, states: list[dict | None], num_skipped_batches: int) -> None:
+        """
+        Goes on where the `state_dict`s of all processes say, whatever their number was.
+
+        Args:
+            states: they, or `None` for those that are not known.
+            num_skipped_batches: how many batches of this start are going to be skipped.
+
+        If they do not fit, nothing changes: the Trainer rereads what it skips.
+        """
+        states = [state and _in_shares(state) for state in states]
+        if not all(states):
+            reason = "has no position in it"
+        elif any(state[name] != value for state in states for name, value in self._order.items()):
+            reason = "was read in another order"
+        else:
+            self._shares = Division(**states[0]["shares"])
+            self._num_documents_done = states[0]["num_documents"]
+            self._first_place = self._num_documents_done - num_skipped_batches * self._readers.documents_per_round
+            self._start_positions = {}
+            for share, position in (item for state in states for item in state["positions"].items()):
+                known = self._start_positions.setdefault(int(share), position)
+                if position["num_documents"] > known["num_documents"]:
+                    self._start_positions[int(share)] = position
+            self._make_room()
             return
-        self._start = dict(enumerate(state["workers"]))
+        logger.warning(f"The streaming dataset {reason}: rereading it from the start up to the checkpoint.")
 
     @property
-    def _settings(self) -> dict[str, int]:
-        names = ("documents_per_batch", "shuffle_buffer_size", "seed", "rank", "world_size")
-        return {name: getattr(self, name) for name in names}
+    def _order(self) -> dict[str, int]:
+        return {"shuffle_buffer_size": self.shuffle_buffer_size, "seed": self.seed}
+
+
+def _in_shares(state: dict) -> dict:
+    """A state as it is; one of version 0.1.0, with a position for each worker of a process, in today's form."""
+    if "workers" not in state:
+        return state
+    workers, world_size = state["workers"], state["world_size"]
+    shares = Division(world_size, len(workers), state["documents_per_batch"])
+    num_documents = sum(worker["num_documents"] for worker in workers) * world_size
+    positions = {str(state["rank"] * len(workers) + i): worker["position"] for i, worker in enumerate(workers)}
+    return {**state, "shares": asdict(shares), "num_documents": num_documents, "positions": positions}
 
 
 def first_position(epoch: int = 0) -> dict:
-    """Of a `DocumentStream`: a worker's first block (`source`: a state of `datasets.IterableDataset`)."""
+    """Of a `DocumentStream`: a share's first block (`source`: a state of `datasets.IterableDataset`)."""
     return {"epoch": epoch, "block": 0, "num_documents": 0, "source": None}
 
 

@@ -225,9 +225,10 @@ class ResumeStateCallback(TrainerCallback):
                 documents_per_batch=args.train_batch_size * (dataset.num_processes if is_sharded else 1),
                 num_batches=(args.dataloader_prefetch_factor or 2) + 2,  # how far a worker may be ahead
             )
+            num_skipped = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+            self._batches_before = num_skipped - state.global_step * args.gradient_accumulation_steps
             if saved is not None:
-                streams = saved["streams"]
-                self._stream.load_state_dict(streams[args.process_index] if len(streams) == args.world_size else None)
+                self._stream.load_state_dict(saved["streams"], num_skipped)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
         if not (control.should_save or control.should_evaluate):
@@ -237,7 +238,8 @@ class ResumeStateCallback(TrainerCallback):
             num_steps = state.global_step - self._trainer._globalstep_last_logged
             loss = self._trainer.accelerator.gather(self._trainer._tr_loss).mean().item()
         if hasattr(self._stream, "state_dict"):
-            num_batches = state.global_step * args.gradient_accumulation_steps  # a stream is one endless epoch
+            # a stream is one endless epoch
+            num_batches = self._batches_before + state.global_step * args.gradient_accumulation_steps
             streams = gather_object([self._stream.state_dict(num_batches)])
         state.stateful_callbacks[self.KEY] = {
             "unlogged_steps": num_steps,

@@ -141,10 +141,10 @@ def test_a_shuffled_stream_goes_on_where_it_was(tmp_path, file_format, num_files
         interrupted = make_stream(pattern, **settings)
         assert read(interrupted, num_workers, num_batches) == whole[: 4 * num_batches]
         state = json.loads(json.dumps(interrupted.state_dict(num_batches)))
-        assert any(worker["position"]["num_documents"] for worker in state["workers"]) or num_batches == 1
+        assert any(position["num_documents"] for position in state["positions"].values()) or num_batches == 1
         resumed = make_stream(pattern, **settings)
         resumed.remember_positions(num_workers, documents_per_batch=4, num_batches=4)
-        resumed.load_state_dict(state)
+        resumed.load_state_dict([state], num_batches)
         skipped = [None] * 4 * num_batches
         assert read(resumed, num_workers, num_batches=30) == skipped + whole[4 * num_batches :]
 
@@ -171,7 +171,7 @@ def test_a_resume_does_not_tokenize_what_came_before(tmp_path):
     assert [example["document_index"] for example in itertools.islice(interrupted, 800)] == seen[:800]
     state = interrupted.state_dict(200)
     resumed, counter = make()
-    resumed.load_state_dict(state)
+    resumed.load_state_dict([state], 200)
     rest = [example and example["document_index"] for example in itertools.islice(resumed, 900)]
     assert rest == [None] * 800 + seen[800:]
     assert counter.counts().num_documents <= 2 * 256 + 100  # whole batches of the tokenizer, as far as a file goes

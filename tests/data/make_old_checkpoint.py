@@ -18,7 +18,7 @@ import torch
 
 from tjepa import run_pretraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-from tjepa.train_tokenizer import train_tokenizer
+from tjepa.train_tokenizer import train_tokenizer  # pyright: ignore[reportMissingImports]  # where it was then
 
 
 WORDS = "the fox sees a red hen and runs home before night falls over hills where no one waits".split()

@@ -1,36 +1,47 @@
-"""What run_classification.py and run_token_classification.py share, in the order of a run: arguments, splits, classes,
-rows that can not be used, tokenizer and model, metrics, training.
+"""Fine-tuning from top to bottom: splits and rows, tokenizer and model, training, figures, predictions.
 
 Notable: nothing disappears silently. Rows that are dropped and texts that are cut are counted, in the log and in
 `all_results.json`; what would make the figures meaningless, such as a class that only the test split has, is an error.
+Without training nothing but figures and predictions is written.
 """
 
+import json
 import logging
+import math
+import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import evaluate
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
+    set_seed,
 )
-from transformers.hf_argparser import HfArg
 
-from ..corpus.documents import limit_datasets
-from ..corpus.faults import DROP_REASONS, find_fault
+from ..corpus.arguments import parse_arguments
+from ..corpus.documents import SPLIT_SEED, limit_datasets
 from ..corpus.files import load_files
+from ..training.checkpoints import find_checkpoint
 from ..training.loading import parse_config_overrides
+from ..training.loop import train
+from ..training.model_card import describe_source, write_card
+from ..training.publishing import create_publisher
+from ..training.setup import set_up_logging, use_all_cores
+from .arguments import DataArguments, FinetuningArguments, ModelArguments
+from .labels import NO_LABEL, read_labels
+from .tasks import HubMetric, TextTask, WordTask
 
 
 logger = logging.getLogger(__name__)
@@ -38,103 +49,116 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 METRICS = Path(__file__).parent / "metrics"
-NO_LABEL = "label missing"
-MAX_CLASSES_LISTED = 20
+OUR_COLUMNS = ("num_tokens", "first_tokens")  # of a task's rows, and nothing that a model takes
+PREDICTIONS = "predict_results.jsonl"
 
 
-# ---- arguments ----
+def finetune(task_class: type[TextTask] | type[WordTask]) -> dict[str, float | None]:
+    """
+    Fine-tunes as the command line says, and writes a model folder: weights, config, code, tokenizer, model card, and
+    beside them `all_results.json` and, where there is a test split, `predict_results.jsonl`. With `--do_train False`
+    it writes the predictions and `eval_results.json` alone.
 
+    Args:
+        task_class: `TextTask` or `WordTask`.
 
-@dataclass(kw_only=True)
-class ModelArguments:
-    model_name_or_path: str = HfArg(
-        help="The encoder to start from, on the Hub or in a folder: one that run_pretraining.py wrote, one of an "
-        "encoder or of a fine-tuned model, or another encoder of transformers."
-    )
-    tokenizer_name: str | None = HfArg(default=None, help="The tokenizer, if it is not that of the model.")
-    encoder: Literal["target", "context"] = HfArg(
-        default="target", help="Which encoder of a pretraining folder: target, the moving average, or context."
-    )
-    freeze_encoder: bool = HfArg(
-        default=False, help="Train the head alone, on the encoder as it is and without dropout in it: a linear probe."
-    )
-    config_overrides: str | None = HfArg(
-        default=None,
-        help="Overrides of the configuration: classifier_pooling=attention,classifier_dropout=0.1",
-    )
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run the code that lies beside a model on the Hub. Not needed for T-JEPA itself."
-    )
-    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
-    model_revision: str = HfArg(default="main", help="Branch, tag or commit of model_name_or_path.")
-    token: str | None = HfArg(default=None, help="Access token for the Hub, if not logged in.")
+    Returns:
+        The figures and counts, as in these files; None for a figure that is undefined.
 
+    Raises:
+        ValueError, OSError: for arguments and data that cannot be used; the message says why.
+    """
+    model_args, data_args, args = parse_arguments((ModelArguments, task_class.arguments, FinetuningArguments))
+    set_up_logging(args)
+    use_all_cores(args)
+    checkpoint = find_checkpoint(args)
+    if not args.do_train and args.resume_from_checkpoint is not None:
+        model_args.model_name_or_path = checkpoint_to_evaluate(args, checkpoint)
+    publisher = create_publisher(args, model_args.token)
+    set_seed(args.seed)
+    config = load_config(model_args)
 
-@dataclass(kw_only=True)
-class DataArguments:
-    dataset_name: str | None = HfArg(
-        default=None, help="A dataset on the Hub or in a folder, with a train split; validation and test are optional."
-    )
-    dataset_config_name: str | None = HfArg(
-        default=None, help="The configuration of the Hub dataset, where it has several."
-    )
-    train_file: str | None = HfArg(
-        default=None, help="A local file, or a glob in quotes: json, jsonl, csv or parquet, as it is or compressed."
-    )
-    validation_file: str | None = HfArg(default=None, help="The same for the validation split.")
-    test_file: str | None = HfArg(default=None, help="The same for the test split.")
-    validation_split_percentage: float = HfArg(
-        default=10,
-        help="Percentage of the train rows, drawn at random with a fixed seed, that becomes the validation split "
-        "where there is none. 0: no validation split.",
-    )
-    label_column: str | None = HfArg(default=None, help="The column of the labels. Default: one of the usual names.")
-    max_length: int | None = HfArg(
-        default=None, help="Texts are cut off after so many tokens. Default: what model and tokenizer were made for."
-    )
-    max_train_samples: int | None = HfArg(default=None, help="Use at most so many rows of the train split.")
-    max_eval_samples: int | None = HfArg(default=None, help="Use at most so many rows of the validation split.")
-    max_predict_samples: int | None = HfArg(default=None, help="Use at most so many rows of the test split.")
+    # Rows -> token ids and labels
+    counts = {}
+    with args.main_process_first(desc="preparing the rows"):
+        splits = load_splits(data_args, model_args)
+        task = task_class(splits, data_args, config)
+        splits, test_rows = limit_splits(splits, data_args)
+        rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
+        task.check_labels({split: part.labels for split, part in rows.items() if part.labels})
+        tokenizer = load_tokenizer(model_args, config, for_pairs=len(task.columns) == 2)
+        max_length = find_max_length(data_args.max_length, tokenizer, config)
+        encoded = {
+            split: task.encode(splits[split].select(part.judged), part.labels, tokenizer, max_length, split)
+            for split, part in rows.items()
+            if part.judged
+        }
+        unjudged = None
+        if args.do_predict and "test" in rows and rows["test"].unjudged:
+            unjudged = task.encode(splits["test"].select(rows["test"].unjudged), None, tokenizer, max_length, "test")
+    for split, dataset in encoded.items():
+        report_truncation(dataset["num_tokens"][:], max_length, split, counts)
+        task.report_encoded(dataset, rows[split].labels, split, counts)
+    if args.eval_strategy != "no" and "validation" not in encoded:
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
+            "--validation_split_percentage above 0."
+        )
 
-    def __post_init__(self):
-        if (self.dataset_name is None) == (self.train_file is None):
-            raise ValueError(
-                f"Pass either --dataset_name (given: {self.dataset_name}) or --train_file (given: {self.train_file})."
-            )
-        if self.train_file is None and (self.validation_file or self.test_file):
-            raise ValueError("--validation_file and --test_file go with --train_file; --dataset_name has its own.")
-        if not 0 <= self.validation_split_percentage < 100:
-            raise ValueError(
-                f"validation_split_percentage is {self.validation_split_percentage}; it must be at least 0, and less "
-                "than 100 so that rows to train on remain."
-            )
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")
-
-
-@dataclass
-class FinetuningArguments(TrainingArguments):
-    """`TrainingArguments` that train, evaluate and test unless told otherwise."""
-
-    output_dir: str | None = HfArg(default="runs/finetuned", help="Model, checkpoints and results go here.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Go on although output_dir holds a run.")
-    per_device_train_batch_size: int = HfArg(default=32, help="Rows of each training step and process.")
-    per_device_eval_batch_size: int = HfArg(default=128, help="Rows of each forward when evaluating.")
-    do_train: bool = HfArg(default=True, help="Whether to train.")
-    do_eval: bool = HfArg(default=True, help="Whether to evaluate on the validation split at the end.")
-    do_predict: bool = HfArg(default=True, help="Whether to evaluate on the test split, if there is one, at the end.")
-    learning_rate: float = HfArg(
-        default=3e-4, help="Highest learning rate; 3e-4 suits encoders of a few million parameters, 2e-5 BERT's size."
+    # Model and Trainer
+    task.set_head(config)
+    model = load_model(task.auto_class, model_args, config, tokenizer, needs_head=not args.do_train)
+    inputs = {split: without_our_columns(dataset) for split, dataset in encoded.items()}
+    trainer = FinetuningTrainer(
+        model=model,
+        args=args,
+        data_collator=task.collator(tokenizer),
+        train_dataset=inputs["train"] if args.do_train else None,
+        eval_dataset=inputs.get("validation"),
+        processing_class=tokenizer,
+        compute_metrics=make_compute_metrics(task),
+        preprocess_logits_for_metrics=task.reduce_logits,
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
+    # Training, then the model before anything else can fail
+    metrics = dict(counts)
+    if args.do_train:
+        results = train(trainer, checkpoint, publisher)
+        trainer.save_model()
+        if results:  # there are none where a finished run is written again
+            trainer.log_metrics("train", results)
+        metrics.update(results)
+
+    # Figures and predictions
+    figures = {}
+    if args.do_eval and "validation" in inputs:
+        figures.update(trainer.evaluate(inputs["validation"]))
+    if args.do_predict and "test" in rows:
+        descriptions = {}
+        for indices, dataset in ((rows["test"].judged, encoded.get("test")), (rows["test"].unjudged, unjudged)):
+            if dataset is not None:
+                output = trainer.predict(without_our_columns(dataset), metric_key_prefix="test")
+                described = task.describe(output.predictions, dataset)
+                descriptions.update(zip(indices, described, strict=True))
+                if "labels" in dataset.column_names:
+                    figures.update(output.metrics)
+        write_predictions(trainer, test_rows, rows["test"], descriptions)
+    figures = {name: None if is_undefined(value) else value for name, value in figures.items()}
+    for prefix in ("eval", "test"):
+        shown = {name: value for name, value in figures.items() if name.startswith(f"{prefix}_")}
+        if shown:
+            trainer.log_metrics(prefix, {name: "undefined" if v is None else v for name, v in shown.items()})
+    metrics.update(figures)
+    trainer.save_metrics("all" if args.do_train else "eval", metrics, combined=False)
+    if args.do_train and trainer.is_world_process_zero():
+        write_finetuning_card(trainer, model_args, data_args, task, rows, figures, max_length)
+        if publisher is not None:
+            publisher.publish_model_folder(args.output_dir, tokenizer)
+        logger.info(f"The model folder is {args.output_dir}")
+    return metrics
 
 
-# ---- splits and columns ----
+# ---- splits and rows ----
 
 
 def load_splits(args: DataArguments, model_args: ModelArguments) -> DatasetDict:
@@ -165,152 +189,68 @@ def load_splits(args: DataArguments, model_args: ModelArguments) -> DatasetDict:
     return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
-def limit_splits(splits: DatasetDict, args: DataArguments) -> DatasetDict:
-    """The splits of a run: a validation split drawn from train where there is none, and all cut to their maximum."""
+def limit_splits(splits: DatasetDict, args: DataArguments) -> tuple[DatasetDict, list[int]]:
+    """
+    The splits of a run: a validation split drawn from train where there is none, and all cut to their maximum; and
+    which rows of the test split these are, by their number.
+    """
     if "validation" not in splits and args.validation_split_percentage > 0:
         logger.info(f"validation: {args.validation_split_percentage:g}% of the train rows, drawn at random")
-    limited = limit_datasets(splits, args)
+    limited, test_rows = limit_datasets(splits, args), []
     if "test" in splits:
         num_rows = len(splits["test"])
-        limited["test"] = splits["test"].select(range(min(num_rows, args.max_predict_samples or num_rows)))
-    return limited
+        num_drawn = min(num_rows, args.max_predict_samples or num_rows)
+        test_rows = sorted(np.random.default_rng(SPLIT_SEED).choice(num_rows, num_drawn, replace=False).tolist())
+        limited["test"] = splits["test"].select(test_rows)
+    return limited, test_rows
 
 
-def find_column(splits: DatasetDict, flag: str, given: str | None, usual: tuple[str, ...]) -> str:
+class Rows(NamedTuple):
+    """Of a split, by their number in it."""
+
+    judged: list[int]  # rows with an input and a label
+    labels: list  # theirs
+    unjudged: list[int]  # rows of the test split with an input alone, of which there is a prediction but no figure
+    faults: dict[int, str]  # rows without an input, and why
+
+
+def select_rows(task: TextTask | WordTask, dataset: Dataset, split: str, counts: dict) -> Rows:
     """
-    The column `given`, or the only one of the `usual` names that is there; every split must have it.
+    Which rows of a split can be used, with a line in the log and the numbers in `counts`.
 
     Raises:
-        ValueError: if it does not exist, or several of the usual names or none of them do.
+        ValueError: if nothing is left, unless the split is not train and nothing is missing but labels.
     """
-    columns = splits["train"].column_names
-    candidates = [name for name in usual if name in columns] if given is None else [given]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"Which column does {flag} mean? The train split has {sorted(columns)}, and "
-            f"{f'{candidates} are all usual names' if candidates else f'none of the usual names {list(usual)}'}. "
-            f"Pass {flag} with one of them."
-        )
-    for split, dataset in splits.items():
-        if candidates[0] not in dataset.column_names:
-            raise ValueError(
-                f"The {split} split has no column {candidates[0]!r}; it has {sorted(dataset.column_names)}. "
-                f"Pass {flag} with the one that is meant."
-            )
-    return candidates[0]
-
-
-# ---- labels ----
-
-
-def read_labels(dataset: Dataset, column: str) -> list:
-    """The column's values; names in place of the numbers of a `ClassLabel`, None where it has -1 (a hidden label)."""
-    feature = inner_feature(dataset, column)
-    if not isinstance(feature, ClassLabel):
-        return dataset[column][:]
-
-    def name(value: int | list | None) -> Any:
-        if isinstance(value, list):
-            return [name(one) for one in value]
-        return None if value is None or value < 0 else feature.names[value]
-
-    return [name(value) for value in dataset[column][:]]
-
-
-def inner_feature(dataset: Dataset, column: str) -> Any:
-    """The type of the column's values or, where they are lists, of what is in the lists."""
-    feature = dataset.features[column]
-    return getattr(feature, "feature", feature)
-
-
-def class_name(value: Any) -> str:
-    """1, 1.0 and "1" are the same class: formats and splits differ in how they store it."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def find_class_names(dataset: Dataset, column: str, labels: list, config: PreTrainedConfig) -> list[str]:
-    """
-    The classes of `labels` (or lists of labels) in the order of their ids: that of a `ClassLabel`, else sorted. Where
-    `config`, that of a model fine-tuned before, has the same classes, its order wins, because its head has it.
-    """
-    feature = inner_feature(dataset, column)
-    if isinstance(feature, ClassLabel):
-        names = list(feature.names)
-    else:
-        values = (value for label in labels for value in (label if isinstance(label, list) else [label]))
-        names = {class_name(value) for value in values if not is_missing(value)}
-        is_number = all(name.removeprefix("-").isdecimal() for name in names)
-        names = sorted(names, key=int if is_number else None)
-    known = [config.id2label[index] for index in sorted(config.id2label)]
-    return known if set(known) == set(names) else names
-
-
-def is_missing(label: Any) -> bool:
-    return label is None or label == ""
-
-
-def check_classes(counts: dict[str, Counter], names: list[str]) -> None:
-    """
-    Logs how often each class occurs in each split, and refuses splits that do not fit each other.
-
-    Args:
-        counts (`dict[str, Counter]`): for each split how often each class occurs.
-        names (`list[str]`): the classes of the model.
-
-    Raises:
-        ValueError: if a split has a class that is not in `names` or none that train has, or train has fewer than two.
-    """
-    occurring = [name for name in names if counts["train"][name]]
-    if len(occurring) < 2:
-        raise ValueError(f"The train split has one class only, {occurring}: there is nothing to tell it from.")
-    for split, occurs in counts.items():
-        unknown = sorted(set(occurs) - set(names)) or (sorted(occurs) if occurs.keys().isdisjoint(occurring) else [])
-        if unknown:
-            raise ValueError(
-                f"The {split} split has labels that the train split has not, and that can not be learned: "
-                f"{unknown[:MAX_CLASSES_LISTED]}, {sum(occurs[name] for name in unknown):,} times. The train split "
-                f"has {occurring[:MAX_CLASSES_LISTED]}. Correct the labels, or remove those rows."
-            )
-    logger.info(f"{len(names)} classes")
-    for split, occurs in counts.items():
-        listed = ", ".join(f"{name}: {occurs[name]:,}" for name in names[:MAX_CLASSES_LISTED])
-        logger.info(f"  {split}: {listed}{', ...' if len(names) > MAX_CLASSES_LISTED else ''}")
-        if absent := [name for name in names if not occurs[name]]:
-            note = ", which can not be learned and count as mistakes elsewhere" if split == "train" else ""
-            logger.warning(f"  {split} lacks {len(absent)} of them{note}: {absent[:MAX_CLASSES_LISTED]}")
-
-
-# ---- rows ----
-
-
-def text_fault(*texts: Any) -> str | None:
-    """Why a text, or one of a pair, can not be used, in the words of prepare_dataset.py; None if it can."""
-    faults = [fault for fault in map(find_fault, texts) if fault is not None]
-    return DROP_REASONS[faults[0]] if faults else None
-
-
-def drop_rows(dataset: Dataset, faults: list[str | None], split: str, metrics: dict) -> Dataset | None:
-    """
-    The rows whose fault is None, with a line in the log and the counts in `metrics`.
-
-    Returns:
-        The rows, or None for a split other than train whose labels are all missing, as in the test splits of contests.
-
-    Raises:
-        ValueError: if nothing is left for any other reason.
-    """
-    reasons = Counter(fault for fault in faults if fault is not None)
+    has_labels = task.label_column in dataset.column_names
+    labels = read_labels(dataset, task.label_column) if has_labels else [None] * len(dataset)
+    judged, unlabelled, faults = [], [], {}
+    label_faults = Counter()
+    for row, inputs in enumerate(zip(*(dataset[column][:] for column in task.columns), strict=True)):
+        if fault := task.input_fault(*inputs):
+            faults[row] = fault
+        elif fault := task.label_fault(labels[row], inputs, split):
+            unlabelled.append(row)
+            label_faults[fault] += 1
+        else:
+            judged.append(row)
+    is_predicted = split == "test"
+    reasons = Counter(faults.values()) if is_predicted and unlabelled else Counter(faults.values()) + label_faults
     why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-    kept = [row for row, fault in enumerate(faults) if fault is None]
-    if not kept and split != "train" and set(reasons) == {NO_LABEL}:
-        logger.warning(f"{split}: none of its {len(faults):,} rows has a label, so it is not evaluated")
-        return None
-    if not kept:
+    if not judged and (split == "train" or set(label_faults) != {NO_LABEL}):
         raise ValueError(f"Nothing is left of the {split} split: {f'dropped {why}' if why else 'it has no rows'}.")
-    logger.info(f"{split}: {len(faults):,} rows, {len(kept):,} kept{f'; dropped: {why}' if why else ''}")
-    metrics[f"{split}_samples"] = len(kept)
-    metrics[f"{split}_dropped"] = len(faults) - len(kept)
-    return dataset.select(kept) if reasons else dataset
+    logger.info(f"{split}: {len(dataset):,} rows, {len(judged):,} kept{f'; dropped: {why}' if why else ''}")
+    if not judged:
+        logger.warning(f"{split}: none of its {len(unlabelled):,} rows has a label, so it is not evaluated")
+    if is_predicted and unlabelled:
+        logger.info(f"{split}: {len(unlabelled):,} rows without a label that can be used are predicted all the same")
+        counts[f"{split}_unlabelled"] = len(unlabelled)
+    counts[f"{split}_samples"] = len(judged)
+    counts[f"{split}_dropped"] = reasons.total()
+    return Rows(judged, [labels[row] for row in judged], unlabelled if is_predicted else [], faults)
+
+
+def without_our_columns(dataset: Dataset) -> Dataset:
+    return dataset.remove_columns([name for name in OUR_COLUMNS if name in dataset.column_names])
 
 
 def report_truncation(lengths: list[int], max_length: int, split: str, metrics: dict) -> None:
@@ -411,35 +351,93 @@ def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, confi
     return asked
 
 
-def set_classes(config: PreTrainedConfig, names: list[str]) -> None:
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
+def checkpoint_to_evaluate(args: FinetuningArguments, checkpoint: str | None) -> str:
+    """
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+    """
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"--do_train False evaluates what was trained, but {args.output_dir} has no complete checkpoint. Name a "
+            "model as --model_name_or_path, or the --output_dir of the run."
+        )
+    return checkpoint
 
 
 def load_model(
-    auto_class: type, args: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    auto_class: type,
+    args: ModelArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    needs_head: bool = False,
 ) -> PreTrainedModel:
     """
     The encoder with a head of `auto_class`, as `config` has it. A head of another size in the folder is replaced.
 
+    Args:
+        needs_head (`bool`): whether a head that is new is an error: nothing would train it.
+
     Raises:
-        ValueError: if the tokenizer has tokens that the model does not know.
+        ValueError: if the tokenizer has tokens that the model does not know, weights of the encoder are not in the
+            folder in the size that `config` gives them, or the head is new and should not be.
     """
     which = {"encoder": args.encoder} if args.encoder != "target" else {}
-    model = auto_class.from_pretrained(
-        args.model_name_or_path, config=config, ignore_mismatched_sizes=True, **which, **hub_arguments(args)
+    model, info = auto_class.from_pretrained(
+        args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **which,
+        **hub_arguments(args),
     )
-    num_embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_embeddings:
+    check_sizes(model, info, args)
+    if needs_head and (new := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})):
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {num_embeddings}: pass --tokenizer_name with the "
-            "one the model was trained on."
+            f"--do_train False evaluates a model as it is, but {args.model_name_or_path} has no head for these "
+            f"labels: {', '.join(new)} would be drawn at random. Name the folder of a fine-tuned model as "
+            "--model_name_or_path, or one of its checkpoints as --resume_from_checkpoint."
+        )
+    num_embeddings, num_needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if num_needed > num_embeddings:
+        raise ValueError(
+            f"The tokenizer has tokens up to the id {num_needed - 1}, the model {num_embeddings} embeddings: pass "
+            "--tokenizer_name with the one the model was trained on."
         )
     if args.freeze_encoder:
         freeze_encoder(model)
     num_parameters, num_trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     logger.info(f"{type(model).__name__}: {num_parameters:,} parameters, {num_trained:,} of them trained")
     return model
+
+
+def check_sizes(model: PreTrainedModel, info: dict, args: ModelArguments) -> None:
+    """
+    Only the head may be new. What else is of another size in the folder, or a layer too many or too few, is an error.
+
+    Raises:
+        ValueError: naming the weights, and their sizes in the folder and by the configuration.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def layer(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".*.", name)
+
+    layers = {layer(name) for name in model.state_dict() if name.startswith(prefix)}
+    problems = [
+        f"{name} is {list(there)} there and {list(here)} by the configuration"
+        for name, there, here in info["mismatched_keys"]
+        if name.startswith(prefix)
+    ]
+    for keys, problem in (("missing_keys", "is not there"), ("unexpected_keys", "is a layer too many there")):
+        names = (name if name.startswith(prefix) else prefix + name for name in info[keys])
+        problems += [f"{name} {problem}" for name in names if "*" in layer(name) and layer(name) in layers]
+    if problems:
+        overrides = f"; --config_overrides is {args.config_overrides}" if args.config_overrides else ""
+        raise ValueError(
+            f"The weights in {args.model_name_or_path} do not fit the configuration, and only a head may be replaced: "
+            f"{'; '.join(sorted(problems)[:3])}{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}"
+            f"{overrides}."
+        )
 
 
 def freeze_encoder(model: PreTrainedModel) -> None:
@@ -450,16 +448,7 @@ def freeze_encoder(model: PreTrainedModel) -> None:
     encoder.eval()
 
 
-# ---- metrics ----
-
-
-class HubMetric(NamedTuple):
-    """A module of the Hub, its configuration, further arguments of `compute`, and its figures -> our names of them."""
-
-    module: str
-    configuration: str | None
-    arguments: dict
-    figures: dict[str, str]
+# ---- figures and predictions ----
 
 
 def load_metrics(hub_metrics: list[HubMetric], folder: str, configuration: str | None = None) -> Callable[..., dict]:
@@ -497,60 +486,81 @@ def load_metrics(hub_metrics: list[HubMetric], folder: str, configuration: str |
     return compute
 
 
-# ---- training ----
+def make_compute_metrics(task: TextTask | WordTask) -> Callable[[EvalPrediction], dict[str, float]]:
+    metrics = load_metrics(task.hub_metrics, task.our_metric, task.our_configuration)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        figures = metrics(*task.judged(prediction.predictions, prediction.label_ids))
+        # not None, which the Trainer cannot compare with the best figure so far
+        return {name: math.nan if value is None else float(value) for name, value in figures.items()}
+
+    return compute_metrics
 
 
-def train_and_evaluate(
-    model: PreTrainedModel,
-    args: FinetuningArguments,
-    splits: dict[str, Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    collator: Callable,
-    compute_metrics: Callable,
-    preprocess_logits: Callable,
-    counts: dict[str, int],
-    checkpoint: str | None,
-) -> dict[str, float]:
+def is_undefined(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+class FinetuningTrainer(Trainer):
+    """The Trainer as it is; an undefined figure is null in its history, because NaN is not JSON."""
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log({name: None if is_undefined(value) else value for name, value in logs.items()}, *args, **kwargs)
+
+
+def write_predictions(trainer: Trainer, numbers: list[int], rows: Rows, descriptions: dict[int, dict]) -> None:
     """
-    Trains with an unmodified `Trainer`, evaluates on the validation and the test split, and saves what a folder needs
-    to be loaded: weights, config, code, tokenizer, model card, and beside them `all_results.json`.
-
-    Returns:
-        What `all_results.json` holds.
-
-    Raises:
-        ValueError: if `--eval_strategy` asks for evaluations and there is no validation split.
+    `predict_results.jsonl`: a line for each row of the test split, in its order, with the row's number in the split as
+    it was read, the class, classes, number or tags, and probabilities; null where the input cannot be used, and why.
     """
-    if args.eval_strategy != "no" and "validation" not in splits:
-        raise ValueError(
-            f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
-            "--validation_split_percentage above 0."
-        )
-    trainer = Trainer(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=splits["train"] if args.do_train else None,
-        eval_dataset=splits.get("validation"),
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=preprocess_logits,
+    if not trainer.is_world_process_zero():
+        return
+    lines = [
+        {"row": number, **descriptions.get(row, {"prediction": None, "fault": rows.faults.get(row)})}
+        for row, number in enumerate(numbers)
+    ]
+    path = Path(trainer.args.output_dir) / PREDICTIONS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    logger.info(f"The predictions of the test split are in {path}")
+
+
+def write_finetuning_card(
+    trainer: Trainer,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    task: TextTask | WordTask,
+    rows: dict[str, Rows],
+    figures: dict[str, float | None],
+    max_length: int,
+) -> None:
+    args, config = trainer.args, trainer.model.config
+    base, base_is_on_hub = describe_source(model_args.model_name_or_path, None)
+    dataset, is_on_hub = describe_source(data_args.dataset_name, data_args.train_file)
+    numbers = "\n".join(f"- {split}: {len(part.judged):,} rows" for split, part in rows.items())
+    classes = f", {config.num_labels} classes" if task.names else ""
+    write_card(
+        args,
+        trainer.state,
+        dataset=dataset,
+        is_on_hub=is_on_hub,
+        figures=figures,
+        task_type=task.pipeline,
+        tags=[*(["t-jepa"] if config.model_type == "tjepa" else []), task.pipeline],
+        license=model_args.model_license,
+        base_model=base if base_is_on_hub else None,
+        summary=f"{base}, fine-tuned on {dataset}: {task.pipeline}{classes}.",
+        auto_class=task.auto_class.__name__,
+        source=dataset,
+        rows=numbers,
+        settings={
+            "optimizer steps": trainer.state.global_step,
+            "rows per step and process": args.train_batch_size * args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "learning rate": f"{args.learning_rate} ({args.lr_scheduler_type})",
+            "weight decay": args.weight_decay,
+            "trained": "the head alone" if model_args.freeze_encoder else "encoder and head",
+            "maximum length (tokens)": max_length,
+            "seed": args.seed,
+        },
     )
-    metrics = dict(counts)
-    if args.do_train:
-        results = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.log_metrics("train", results)
-        metrics.update(results)
-    trainer.save_model()
-    trainer.save_state()
-    for is_asked, split, prefix in ((args.do_eval, "validation", "eval"), (args.do_predict, "test", "test")):
-        if is_asked and split in splits:
-            results = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-            trainer.log_metrics(prefix, results)
-            metrics.update(results)
-    trainer.save_metrics("all", metrics, combined=False)
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    logger.info(f"The model folder is {args.output_dir}")
-    return metrics

@@ -33,6 +33,7 @@ def write_card(
     task_type: str,
     tags: list[str],
     license: str | None,
+    base_model: str | None = None,
     **sections: str | None,
 ) -> None:
     """
@@ -48,6 +49,7 @@ def write_card(
         task_type (`str`): The task of the pipeline that the model is for, as on the Hub.
         tags (`list[str]`): Of the Hub.
         license (`str`, *optional*): Of the weights.
+        base_model (`str`, *optional*): What the model was fine-tuned from, if it is on the Hub.
         sections: What else the template shows: `summary`, `auto_class`, `loaded`, `source`, `rows`, `strategies`,
             `health`.
     """
@@ -57,6 +59,7 @@ def write_card(
     card_data = ModelCardData(
         library_name="transformers",
         license=license,
+        base_model=base_model,
         tags=tags,
         datasets=[dataset] if is_on_hub else None,
         pipeline_tag=task_type,

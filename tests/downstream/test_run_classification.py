@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import evaluate
@@ -23,87 +22,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from finetuning_helpers import COLOURS, arguments, make_rows, run, write
 from helpers import make_tiny_config, run_elsewhere
-from tjepa import TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
-from tjepa.corpus.train_tokenizer import train_tokenizer
-from tjepa.downstream import run_classification
-from tjepa.downstream.finetuning import (
-    METRICS,
-    HubMetric,
-    ModelArguments,
-    find_class_names,
-    find_max_length,
-    freeze_encoder,
-    load_metrics,
-    load_tokenizer,
-    read_labels,
-)
-from tjepa.downstream.run_classification import HUB_METRICS, OUR_CONFIGURATIONS, detect_problem_type
-
-
-WORDS = ["the", "fox", "sees", "a", "hen", "and", "runs", "home", "before", "night", "falls"]
-COLOURS = ["red", "green", "blue"]
-
-
-def make_rows(num_rows: int, seed: int = 0) -> list[dict]:
-    """Texts that name one or two colours; the first is the label, both are the labels."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(num_rows):
-        colours = rng.choice(COLOURS, size=rng.integers(1, 3), replace=False).tolist()
-        words = rng.choice(WORDS, size=8).tolist()
-        rows.append({"text": " ".join([*words, colours[0]] * 2), "label": colours[0], "colours": colours})
-    return rows
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A pretraining folder (with dropout) and an encoder folder, whose tokenizer knows the words; train and test."""
-    folder = tmp_path_factory.mktemp("finetuning")
-    tokenizer = train_tokenizer([" ".join([*WORDS, *COLOURS])] * 50, vocab_size=320, model_max_length=32)
-    torch.manual_seed(0)
-    config = make_tiny_config(
-        vocab_size=320, max_position_embeddings=32, hidden_dropout_prob=0.1, initializer_range=0.02, pad_token_id=0
-    )
-    model = TJEPAForPreTraining(config)
-    with torch.no_grad():
-        for parameter in model.target_encoder.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    for name, saved in (("pretraining", model), ("encoder", model.context_encoder)):
-        saved.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    write(folder / "train.jsonl", make_rows(200))
-    write(folder / "test.jsonl", make_rows(60, seed=1))
-    return folder
-
-
-def arguments(folder: Path, output_dir: Path, **overrides) -> list[str]:
-    values = {
-        "model_name_or_path": folder / "pretraining",
-        "train_file": folder / "train.jsonl",
-        "learning_rate": "1e-2",
-        "lr_scheduler_type": "constant",
-        "max_steps": 40,
-        "report_to": "none",
-        "save_strategy": "no",
-        "output_dir": output_dir,
-        "cache_dir": output_dir.parent / "cache",
-    }
-    return [f"--{name}={value}" for name, value in {**values, **overrides}.items() if value is not None]
-
-
-def run(monkeypatch, argv: list[str], script=run_classification) -> dict:
-    """Runs the script; returns what it wrote into all_results.json."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
-    script.main()
-    output_dir = next(Path(argument.split("=", 1)[1]) for argument in argv if argument.startswith("--output_dir="))
-    return json.loads((output_dir / "all_results.json").read_text())
+from tjepa import TJEPAForSequenceClassification, TJEPAModel
+from tjepa.downstream.arguments import ModelArguments
+from tjepa.downstream.finetuning import METRICS, find_max_length, freeze_encoder, load_metrics, load_tokenizer
+from tjepa.downstream.labels import find_class_names, find_problem_type, read_labels
+from tjepa.downstream.tasks import HubMetric, TextTask
 
 
 # --- Every kind of label ---------------------------------------------------------------------------------------------
@@ -184,13 +109,23 @@ def test_regression_on_pairs(folder, tmp_path, monkeypatch):
         ([3, 5], "single_label_classification"),
         ([True, False], "single_label_classification"),
         (["1", "2"], "single_label_classification"),
+        (["007", "010", "-1"], "single_label_classification"),
+        (["None", "NA", "0.5"], "single_label_classification"),
         ([["a"], [], None], "multi_label_classification"),
         ([1.0, 2.5], "regression"),
         (["0.5", "2", ""], "regression"),
     ],
 )
 def test_problem_type_is_found_out(labels, problem_type):
-    assert detect_problem_type(labels) == problem_type
+    dataset = datasets.Dataset.from_dict({"label": labels})
+    assert find_problem_type(dataset, "label", read_labels(dataset, "label")) == problem_type
+
+
+@pytest.mark.parametrize("labels", [[1.0, 2.0, None], ["1.0", "2.0"]])
+def test_whole_numbers_with_a_point_are_asked_about(labels):
+    dataset = datasets.Dataset.from_dict({"label": labels})
+    with pytest.raises(ValueError, match="classes or quantities.*--problem_type"):
+        find_problem_type(dataset, "label", read_labels(dataset, "label"))
 
 
 def test_problem_type_is_overridden(folder, tmp_path, monkeypatch):
@@ -255,13 +190,15 @@ def test_fine_tuned_again_and_evaluated_alone(folder, tmp_path, monkeypatch):
         monkeypatch,
         arguments(folder, tmp_path / "first", model_name_or_path=folder / "encoder", **options, **test, max_steps=20),
     )
+    assert "pooling.score.weight" in load_file(tmp_path / "first" / "model.safetensors")
+    assert (tmp_path / "first" / "modeling_tjepa.py").is_file()
     again = run(
         monkeypatch,
         arguments(folder, tmp_path / "again", model_name_or_path=tmp_path / "first", **test, do_train=False),
     )
     assert again["test_loss"] == pytest.approx(first["test_loss"], abs=1e-5)
-    assert "pooling.score.weight" in load_file(tmp_path / "again" / "model.safetensors")
-    assert (tmp_path / "again" / "modeling_tjepa.py").is_file()
+    # figures and predictions, no weights
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"eval_results.json", "predict_results.jsonl"}
     other_task = {"label_column": "colours", "max_steps": 1}  # another kind of label, a head of another kind
     run(monkeypatch, arguments(folder, tmp_path / "third", model_name_or_path=tmp_path / "first", **other_task))
 
@@ -334,19 +271,19 @@ def test_limits(folder, tmp_path, monkeypatch):
     assert results["train_truncated"] == 30
 
 
+@pytest.mark.xfail(reason="files of csv are read as text soon")
 def test_csv_with_a_missing_label(folder, tmp_path, monkeypatch):
+    """A csv holds text: classes stay as they are written, and only an empty field is missing."""
+    classes = {"red": "007", "green": "None", "blue": "NA"}
     with open(tmp_path / "train.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows([[row["text"], COLOURS.index(row["label"])] for row in make_rows(30)] + [["a fox", ""]])
+        writer.writerows([[row["text"], classes[row["label"]]] for row in make_rows(30)] + [["a fox", ""]])
     options = {"train_file": tmp_path / "train.csv", "max_steps": 1}
-    with pytest.raises(ValueError, match="whole numbers stored as floats.*--problem_type single_label_classification"):
-        run(monkeypatch, arguments(folder, tmp_path / "out", **options))
-    options["problem_type"] = "single_label_classification"
     results = run(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert results["train_dropped"] + results["validation_dropped"] == 1
     names = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label
-    assert list(names.values()) == ["0", "1", "2"]
+    assert list(names.values()) == ["007", "NA", "None"]
 
 
 TEXT = "the fox runs"
@@ -363,7 +300,7 @@ TEXT = "the fox runs"
         ([{"text": TEXT, "label": [0, 1, 0]}] * 4, {}, r"names a class twice: \[0, 1, 0\]"),
         ([{"text": TEXT, "label": ["a"]}] * 4, {"problem_type": "regression"}, "must not be a list"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "multi_label_classification"}, "be a list of classes"),
-        ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "regression"}, "label is no finite number 4"),
+        ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "regression"}, "label is not a finite number 4"),
         ([{"body": TEXT, "label": "a"}] * 4, {}, r"--text_column.*\['body', 'label'\], and none of the usual names"),
         ([{"text": TEXT, "label": "a", "score": 1}] * 4, {}, r"--label_column.*\['label', 'score'\] are all usual"),
         ([{"text": TEXT, "label": "a"}] * 4, {"text_column": "body"}, r"no column 'body'; it has \['label', 'text'\]"),
@@ -383,7 +320,7 @@ def test_label_sets_that_differ_are_refused(folder, tmp_path, monkeypatch):
     test = write(tmp_path / "test.jsonl", rows)
     with pytest.raises(ValueError, match=r"test split has labels.*\['pink', 'purple'\], 3 times.*\['blue', 'green'"):
         run(monkeypatch, arguments(folder, tmp_path / "out", test_file=test))
-    missing = write(tmp_path / "columns.jsonl", [{"text": TEXT, "target": "red"}])
+    missing = write(tmp_path / "columns.jsonl", [{"text": TEXT, "target": "red"}])  # is target the label?
     with pytest.raises(ValueError, match=r"The test split has no column 'label'; it has \['target', 'text'\]"):
         run(monkeypatch, arguments(folder, tmp_path / "out", test_file=missing))
 
@@ -445,11 +382,11 @@ def test_tokenizer_without_padding_or_separator(folder, tmp_path):
     assert config.pad_token_id == bare.eos_token_id
 
 
-@pytest.mark.parametrize("problem_type", HUB_METRICS)
+@pytest.mark.parametrize("problem_type", TextTask.HUB_METRICS)
 def test_figures_are_the_same_from_the_hub_and_from_here(monkeypatch, problem_type):
     """The Hub's modules are thin wrappers of scikit-learn and scipy; here are stand-ins with their arguments."""
     sklearn_metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
-    configuration = OUR_CONFIGURATIONS[problem_type]
+    configuration = TextTask.OUR_CONFIGURATIONS[problem_type]
 
     def load_ours(*args, **kwargs):
         raise FileNotFoundError("no Hub")
@@ -461,7 +398,7 @@ def test_figures_are_the_same_from_the_hub_and_from_here(monkeypatch, problem_ty
             "load",
             lambda path, *args, **kwargs: load(path, *args, **kwargs) if str(METRICS) in path else load_ours(),
         )
-        ours = load_metrics(HUB_METRICS[problem_type], "classification", configuration)
+        ours = load_metrics(TextTask.HUB_METRICS[problem_type], "classification", configuration)
 
     functions = {
         "accuracy": sklearn_metrics.accuracy_score,
@@ -480,7 +417,7 @@ def test_figures_are_the_same_from_the_hub_and_from_here(monkeypatch, problem_ty
             return {self.name: float(functions[self.name](references, predictions, **kwargs))}
 
     monkeypatch.setattr(evaluate, "load", HubModule)
-    hubs = load_metrics(HUB_METRICS[problem_type], "classification", configuration)
+    hubs = load_metrics(TextTask.HUB_METRICS[problem_type], "classification", configuration)
     rng = np.random.default_rng(0)
     predictions, references = {
         "single_label_classification": rng.integers(0, 3, size=(2, 40)),

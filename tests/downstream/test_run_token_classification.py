@@ -9,13 +9,15 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from test_run_classification import WORDS, arguments, folder, run, write  # noqa: F401 (folder is a fixture)
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig
 
+from finetuning_helpers import WORDS, arguments, run, write
 from helpers import run_elsewhere
 from tjepa.downstream import run_token_classification
+from tjepa.downstream.arguments import WordArguments
 from tjepa.downstream.finetuning import load_metrics
-from tjepa.downstream.run_token_classification import HUB_METRICS, IGNORED, encode, row_fault, words_of_tokens
+from tjepa.downstream.labels import IGNORED
+from tjepa.downstream.tasks import WordTask, words_of_tokens
 
 
 def make_rows(num_rows: int, seed: int = 0) -> list[dict]:
@@ -29,6 +31,11 @@ def make_rows(num_rows: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def make_task(rows: list[dict], **options) -> WordTask:
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+    return WordTask(splits, WordArguments(train_file="x.jsonl", **options), BertConfig())
+
+
 def tag(monkeypatch, argv: list[str]) -> dict:
     return run(monkeypatch, argv, script=run_token_classification)
 
@@ -36,7 +43,7 @@ def tag(monkeypatch, argv: list[str]) -> dict:
 # --- End to end ------------------------------------------------------------------------------------------------------
 
 
-def test_tagging_then_loaded_elsewhere(folder, tmp_path):  # noqa: F811
+def test_tagging_then_loaded_elsewhere(folder, tmp_path):
     train, test = write(tmp_path / "train.jsonl", make_rows(200)), write(tmp_path / "test.jsonl", make_rows(40, 1))
     options = {"train_file": train, "test_file": test, "max_length": 64}
     launched = subprocess.run(
@@ -75,7 +82,7 @@ print(sorted(tags))
     assert loaded.stdout.split("\n")[-2] == "['B-ANIMAL', 'I-ANIMAL', 'O']"
 
 
-def test_frozen_encoder_and_numbered_tags(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_frozen_encoder_and_numbered_tags(folder, tmp_path, monkeypatch):
     rows = [{"words": row["tokens"], "labels": [len(word) for word in row["tokens"]]} for row in make_rows(60)]
     train = write(tmp_path / "train.jsonl", rows)
     options = {"train_file": train, "freeze_encoder": True, "label_all_tokens": True, "max_steps": 3}
@@ -85,7 +92,7 @@ def test_frozen_encoder_and_numbered_tags(folder, tmp_path, monkeypatch):  # noq
     assert names == dict(enumerate(["1", "3", "4", "5", "6"]))
 
 
-def test_conll(shared_folder, folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_conll(shared_folder, folder, tmp_path, monkeypatch, caplog):
     """CoNLL-2000: its test split has a tag that its train split has not, and sentences are longer than the model."""
     data = shared_folder / "data" / "eval"
     options = {
@@ -126,21 +133,21 @@ def test_every_word_finds_its_tokens(shared_folder, name):
 
 
 @pytest.mark.parametrize("label_all_tokens", [False, True])
-def test_labels_of_tokens(folder, label_all_tokens):  # noqa: F811
+def test_labels_of_tokens(folder, label_all_tokens):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     words, tags = ["Zebra", "runs", "", "xyz"], ["B-X", "O", "O", "B-Y"]
-    names = ["B-X", "I-X", "O", "B-Y"]  # no I-Y
-    dataset = encode(
-        datasets.Dataset.from_dict({"tokens": [words]}), "tokens", [tags], names, tokenizer, 32, label_all_tokens
-    )
+    task = make_task([{"tokens": ["a"] * 4, "tags": ["B-X", "I-X", "O", "B-Y"]}], label_all_tokens=label_all_tokens)
+    assert task.names == ["B-X", "B-Y", "I-X", "O"]  # no I-Y
+    dataset = task.encode(datasets.Dataset.from_dict({"tokens": [words]}), [tags], tokenizer, 32, "train")
     tokens, labels = tokenizer.convert_ids_to_tokens(dataset[0]["input_ids"]), dataset[0]["labels"]
     firsts = [index for index, token in enumerate(tokens) if token in ("Z", "Ġruns", "x")]
-    assert len(firsts) == 3 and [labels[index] for index in firsts] == [0, 2, 3]
+    assert len(firsts) == 3 and [labels[index] for index in firsts] == [0, 3, 1]
     others = [labels[index] for index in range(len(tokens)) if index not in firsts]
     # the rest of Zebra, of xyz, and the spaces around the word that is empty
-    inside = [1] * 4 + [3] * 2 if label_all_tokens else [IGNORED] * 6
+    inside = [2] * 4 + [1] * 2 if label_all_tokens else [IGNORED] * 6
     assert [label for label in others if label != IGNORED] == [label for label in inside if label != IGNORED]
-    assert dataset[0]["num_words"] == 3 and dataset[0]["num_tokens"] == len(tokens)
+    assert dataset[0]["first_tokens"] == [firsts[0], firsts[1], -1, firsts[2]]
+    assert dataset[0]["num_tokens"] == len(tokens)
 
 
 def test_figures_of_the_hub(monkeypatch):
@@ -155,7 +162,7 @@ def test_figures_of_the_hub(monkeypatch):
             return {"NP": {"f1": 0.9}, **overall}
 
     monkeypatch.setattr(evaluate, "load", Seqeval)
-    figures = load_metrics(HUB_METRICS, "tagging")([["O"]], [["O"]])
+    figures = load_metrics(WordTask.hub_metrics, "tagging")([["O"]], [["O"]])
     assert figures == {"accuracy": 0.4, "precision": 0.1, "recall": 0.2, "f1": 0.3}
 
 
@@ -176,10 +183,11 @@ def test_figures_of_the_hub(monkeypatch):
     ],
 )
 def test_rows_that_can_not_be_used(words, tags, fault):
-    assert row_fault(words, tags) == fault
+    task = make_task([{"tokens": ["a"], "tags": ["X"]}])
+    assert (task.input_fault(words) or task.label_fault(tags, (words,), "train")) == fault
 
 
-def test_bad_rows_and_long_sentences_are_counted(folder, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_bad_rows_and_long_sentences_are_counted(folder, tmp_path, monkeypatch, caplog):
     bad = [{"tokens": None, "tags": ["O"]}, {"tokens": ["a"], "tags": ["O", "O"]}, {"tokens": ["a"], "tags": None}]
     long = {"tokens": ["fox"] * 40, "tags": ["O"] * 40}
     train = write(tmp_path / "train.jsonl", [*make_rows(20), *bad, long])
@@ -197,14 +205,18 @@ def test_bad_rows_and_long_sentences_are_counted(folder, tmp_path, monkeypatch, 
     ("train", "test", "message"),
     [
         ([{"tokens": ["a"], "tags": ["O"]}], None, r"one class only, \['O'\]"),
-        ([{"tokens": "a b", "tags": ["O", "X"]}], None, "must hold lists.*run_classification.py"),
+        ([{"tokens": "a b", "tags": ["O", "X"]}], None, "must hold lists.*run_classification"),
         ([{"text": "a b", "tags": ["O", "X"]}], None, "--text_column.*none of the usual names"),
         ([{"tokens": ["a", "b"], "tags": ["O", "X"]}], [{"tokens": ["a"], "tags": ["1"]}], r"has labels.*\['1'\]"),
-        ([{"tokens": ["a", "b"], "tags": ["O", "X"]}], [{"tokens": ["a"]}], "test split has no column 'tags'"),
+        (
+            [{"tokens": ["a", "b"], "tags": ["O", "X"]}],
+            [{"tokens": ["a"], "pos_tags": ["O"]}],
+            "test split has no column 'tags'",
+        ),
         ([{"tokens": [""], "tags": ["O"]}], None, "Nothing is left of the train split"),
     ],
 )
-def test_data_that_is_refused(folder, tmp_path, monkeypatch, train, test, message):  # noqa: F811
+def test_data_that_is_refused(folder, tmp_path, monkeypatch, train, test, message):
     options = {"train_file": write(tmp_path / "train.jsonl", train), "validation_split_percentage": 0}
     if test is not None:
         options["test_file"] = write(tmp_path / "test.jsonl", test)

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 # What --push_to_hub publishes of a folder; the tokenizer's vocabulary files come to it by their own names.
 PUBLISHED_FILES = [
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "README.md"),
-    *("config.json", "*_tjepa.py", "tokenizer.json", "tokenizer_config.json"),
+    # by name: a star would match in the folders of checkpoints, too
+    *(f"{name}_tjepa.py" for name in ("configuration", "layers", "encoders", "predictors", "losses", "modeling")),
+    *("config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
 

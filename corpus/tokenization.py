@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from .documents import DataArguments, hash_text
 from .faults import DROP_REASONS, DUPLICATE, KEPT, TOO_SHORT, find_fault
 from .files import FAULT_COLUMN
+from .tokenizers import text_reader
 
 
 BATCH_SIZE = 256  # documents tokenized at once; bounds the memory that book-length ones take
@@ -113,7 +114,7 @@ def _encode(dataset: Dataset | IterableDataset, tokenizer, args: DataArguments, 
         "remove_columns": inputs,
         "features": ENCODED_FEATURES,
         "fn_kwargs": {
-            "tokenizer": tokenizer,
+            "tokenizer": text_reader(tokenizer),
             "max_length": args.max_length,
             "min_tokens": args.min_tokens,
             "long_documents": args.long_documents,
@@ -211,7 +212,7 @@ class StreamTokenizer:
     NAMES = ("num_documents", "num_truncated", "num_split", "num_tokens_cut", *DROP_REASONS)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: DataArguments):
-        self.tokenizer = tokenizer
+        self.tokenizer = text_reader(tokenizer)
         self.args = args
         # counts by name, then rows by their number of tokens
         num_counts = len(self.NAMES) + args.max_length + 1

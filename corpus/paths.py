@@ -1,0 +1,44 @@
+"""Paths that a user typed: what looks like one and is not there is named as such, with the nearest name that is."""
+
+import difflib
+import os
+from pathlib import Path
+
+
+NUM_NAMES_LISTED = 10
+
+
+def check_exists(name: str | Path, flag: str) -> None:
+    """
+    Refuses a path that leads nowhere, before it is taken for a name on the Hub. Names such as `gpt2` and `owner/name`
+    pass, unless `owner` is a folder here.
+
+    Args:
+        name (`str` or `Path`): a path, or a name on the Hub.
+        flag (`str`): the argument that it was given for, for the message.
+
+    Raises:
+        FileNotFoundError: naming the nearest path that exists, or what the last folder on the way holds.
+    """
+    text, path = str(name), Path(name).expanduser()
+    is_path = text.startswith((".", "~", os.sep)) or text.endswith(os.sep) or len(path.parts) > 2
+    is_path = is_path or (len(path.parts) == 2 and path.parent.is_dir())
+    if is_path and not path.exists():
+        raise FileNotFoundError(f"{flag} {name}: there is no such file or folder. {hint_at_nearest(path)}".strip())
+
+
+def hint_at_nearest(name: str | Path) -> str:
+    """A sentence that names the existing path nearest to `name`, else what its last existing parent holds, else ''."""
+    path = Path(name).expanduser()
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if (found / part).exists():
+            found /= part
+            continue
+        names = sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
+        close = difflib.get_close_matches(part, names, n=1)
+        if not close:
+            listed = ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
+            return f"{found} holds: {listed or 'nothing'}." if found.parts else ""
+        found /= close[0]
+    return f"Did you mean {found}?"

@@ -1,0 +1,145 @@
+"""Tokenizers, for every script: how one is loaded, how many ids it has, and how it reads a text as text.
+
+Notable: a text may hold what a tokenizer takes for a special token ("</s>" in a page on HTML, "[SEP]" in one on BERT).
+`split_special_tokens=True` of transformers is not enough to read it as text: tokenizers whose model knows the token as
+a piece of its own (Unigram, as in XLM-R and T5, or whole words) give its id all the same. See `text_reader`.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
+
+from .paths import check_exists, hint_at_nearest
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class HubArguments:
+    """How tokenizers and models are loaded, the same in every script."""
+
+    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
+    token: str | None = HfArg(default=None, help="Access token for the Hub, if not logged in.")
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run the code that lies beside a tokenizer or model. Not needed for T-JEPA itself."
+    )
+
+    def for_hub(self) -> dict:
+        """The keyword arguments of `from_pretrained` that these flags stand for."""
+        return {"cache_dir": self.cache_dir, "token": self.token, "trust_remote_code": self.trust_remote_code}
+
+
+def load_tokenizer(name: str, flag: str = "--tokenizer_name", **for_hub) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a folder or a name on the Hub.
+
+    Args:
+        name (`str`): the folder or name.
+        flag (`str`): the argument that it was given for, for messages.
+        for_hub: what `HubArguments.for_hub` returns, and `revision`.
+
+    Raises:
+        FileNotFoundError: if `name` is a path that is not there.
+        ValueError: if there is no tokenizer, or it has code of its own that is not trusted.
+    """
+    check_exists(name, flag)
+    try:
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **for_hub})
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{flag} {name}: the tokenizer has code of its own; pass --trust_remote_code if you trust its source."
+            ) from error
+        raise ValueError(
+            f"{flag} {name}: no tokenizer could be loaded from there ({_first_line(error)}). {hint_at_nearest(name)} "
+            "Pass --tokenizer_name with a folder or a name on the Hub; `tjepa tokenizer` makes one from your texts."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for the tokenizer: its highest id + 1, however many of the ids below are unused."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def extends(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
+    """Whether `tokenizer` has every token of `base` under the same id, and so fits the embeddings made for it."""
+    return base.get_vocab().items() <= tokenizer.get_vocab().items()
+
+
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer, adding no special tokens to a text, which is how T-JEPA is pretrained; it still has them, so that it
+    reads its mask token in a text. One that adds none comes back as it is. Others become a `PreTrainedTokenizerFast`:
+    saved under its own class, BERT's would add its tokens again when it is loaded.
+    """
+    if tokenizer.num_special_tokens_to_add(pair=True) == 0:
+        return tokenizer
+    if not tokenizer.is_fast or not type(tokenizer).__module__.startswith("transformers."):
+        logger.warning(
+            f"{type(tokenizer).__name__} adds special tokens that the encoder is trained without: read texts with "
+            "add_special_tokens=False."
+        )
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    # no token types either, which T-JEPA does not take
+    inputs = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return _fast_tokenizer(backend, tokenizer, model_input_names=inputs)
+
+
+def text_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """
+    A copy of the tokenizer, with the same ids, for which a text is nothing but text: `"</s>"` is its characters.
+    Special tokens that the tokenizer itself puts around a text (unless `add_special_tokens=False`) stay, and so do
+    tokens that were added to its vocabulary without being special. For encoding only: save the original, which still
+    reads its mask token. Tokenizers written in Python get transformers' `split_special_tokens`.
+    """
+    if not tokenizer.is_fast:
+        reader = copy.deepcopy(tokenizer)
+        reader.split_special_tokens = True
+        return reader
+    # Special tokens get names that occur in no text (U+FDD0 is no character), in every place where the vocabulary has
+    # them. Their ids stay, which the post-processor uses, and so do those of all other tokens.
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    names = {token["content"]: f"\ufdd0{token['id']}\ufdd0" for token in state["added_tokens"] if token["special"]}
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], Mapping):
+        model["vocab"] = {names.get(piece, piece): id_ for piece, id_ in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+        model["merges"] = [list(pair) for pair in pairs if names.keys().isdisjoint({*pair, "".join(pair)})]
+    return _fast_tokenizer(Tokenizer.from_str(json.dumps(state)), tokenizer, names)
+
+
+def _fast_tokenizer(
+    backend: Tokenizer, like: PreTrainedTokenizerBase, renamed: Mapping[str, str] = MappingProxyType({}), **settings
+) -> PreTrainedTokenizerFast:
+    """Of the general class, with the settings and the special tokens of another, these under their new names."""
+    kept = ("name_or_path", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+    special_tokens = {name: renamed.get(token, token) for name, token in like.special_tokens_map.items()}
+    extra = [renamed.get(str(token), str(token)) for token in like.extra_special_tokens]
+    settings = {"model_input_names": like.model_input_names, "extra_special_tokens": extra, **settings}
+    backend.no_truncation()  # left over from the last call
+    backend.no_padding()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: getattr(like, name) for name in kept}, **settings, **special_tokens
+    )

@@ -28,6 +28,7 @@ from transformers import (
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.arguments import parse_arguments
+from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
@@ -40,7 +41,7 @@ from tjepa.data_collator_tjepa import (
 )
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.checkpoints import find_checkpoint, replacing_files
+from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import HealthCallback
 from tjepa.training.loading import parse_config_overrides

@@ -10,8 +10,6 @@ that `datasets` refuses as a whole because a part of them is damaged are read on
 """
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments
+from .atomic_writes import replacing_folder
 from .documents import DataArguments, load_documents
 from .files import without_query
 from .tokenization import ENCODED_FEATURES, DocumentCounts, _encode, _keep
@@ -65,16 +64,8 @@ def _new_folder(output_dir: str, overwrite: bool) -> Iterator[Path]:
             raise FileExistsError(f"{output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir.")
         if not (output / "dataset_dict.json").is_file():
             raise FileExistsError(f"{output_dir} is no prepared dataset and is not overwritten; pass another folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if output.exists():
-            shutil.rmtree(output)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with replacing_folder(output) as folder:
+        yield folder
 
 
 def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:

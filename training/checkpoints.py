@@ -1,17 +1,16 @@
-"""Which checkpoint is whole: a mark that is written last, the newest marked checkpoint, rotation, and atomic folders.
+"""Which checkpoint is complete: a mark that is written last, the newest marked checkpoint, and rotation.
 
 The Trainer writes a checkpoint file by file. A run that is killed meanwhile, or a disk that fills up, leaves a folder
-that looks like a checkpoint and is none. So a complete checkpoint gets a mark, `checkpoint_complete.json`, with the
-size of every file in it, written when everything else has reached the disk; `--resume_from_checkpoint last` takes
-nothing else, and older checkpoints are only deleted when a newer one has its mark.
+that looks like a checkpoint and cannot be resumed. So a complete checkpoint gets a mark, `checkpoint_complete.json`,
+with the size of every file in it, written when everything else has reached the disk; `--resume_from_checkpoint last`
+takes nothing else, and older checkpoints are only deleted when a newer one has its mark. Weights without an optimizer
+(`--save_only_model`) get another mark, `weights_complete.json`: they count for rotation, but cannot be resumed.
 """
 
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from .arguments import PretrainingArguments
+from ..corpus.atomic_writes import files_in, flush, replacing_files
 from .health import collapsed_evaluations
 
 
@@ -36,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 MARK = "checkpoint_complete.json"
-UNFINISHED = ".unfinished-"
+WEIGHTS_MARK = "weights_complete.json"
+OPTIMIZER_FILES = ("optimizer", "global_step")  # how their names begin: of torch and FSDP, and of DeepSpeed
+WEIGHTS_ONLY = "it holds weights only (--save_only_model), without the optimizer that training needs to go on"
 
 
 # --- Complete or torn ------------------------------------------------------------------------------------------------
@@ -52,15 +53,30 @@ def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
 
 
 def is_marked(checkpoint: str | Path) -> bool:
-    return (Path(checkpoint) / MARK).is_file()
+    return any((Path(checkpoint) / mark).is_file() for mark in (MARK, WEIGHTS_MARK))
+
+
+def remove_mark(checkpoint: Path) -> None:
+    """Of a checkpoint that is going to be overwritten or deleted: half a checkpoint must not look whole."""
+    for mark in (MARK, WEIGHTS_MARK):
+        (checkpoint / mark).unlink(missing_ok=True)
+
+
+def has_weights_only(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has been saved as a whole, but without the optimizer that training needs to go on."""
+    return is_marked(checkpoint) and not any(
+        path.name.startswith(OPTIMIZER_FILES) for path in Path(checkpoint).iterdir()
+    )
 
 
 def find_damage(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, in plain words, or `None` if it is."""
+    """Why a checkpoint is not complete, so that it cannot be resumed, in plain words; `None` if it is."""
     checkpoint = Path(checkpoint)
     try:
         sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
+        if has_weights_only(checkpoint):
+            return WEIGHTS_ONLY
         return (
             f"it has no {MARK}, which is written last: saving was interrupted (or it is the plain Trainer's; then "
             "name it with --resume_from_checkpoint)"
@@ -73,7 +89,7 @@ def find_damage(checkpoint: str | Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
-    return None
+    return WEIGHTS_ONLY if has_weights_only(checkpoint) else None
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -88,43 +104,39 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
 
 def mark_complete(checkpoint: Path) -> None:
     """Brings every file of a checkpoint to the disk, then writes the mark."""
-    (checkpoint / MARK).unlink(missing_ok=True)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in (*files, checkpoint):
-        _flush(path)
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    unfinished = checkpoint / f"{MARK}.unfinished"
-    unfinished.write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
-    _flush(unfinished)
-    unfinished.replace(checkpoint / MARK)
-    for folder in (checkpoint, checkpoint.parent):
-        _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    remove_mark(checkpoint)
+    with replacing_files(checkpoint) as folder:
+        files = [path for path in files_in(checkpoint) if folder not in path.parents]
+        for path in files:
+            flush(path)
+        sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+        mark = MARK if any(name.startswith(OPTIMIZER_FILES) for name in sizes) else WEIGHTS_MARK
+        (folder / mark).write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    flush(checkpoint.parent)
 
 
 class CheckpointCallback(TrainerCallback):
     """
-    Marks every checkpoint when it is complete, and then deletes those beyond `save_total_limit`. (The Trainer would
-    delete them before other processes have finished writing, and would count torn ones.)
+    Marks every checkpoint of a Trainer, of whatever model, when it is complete, and then deletes those beyond
+    `save_total_limit`. (The Trainer would delete them before other processes have finished writing, and would count
+    torn ones.)
 
-    Kept whatever the limit: the best checkpoint, and while the latest evaluations found a collapse, the newest
-    checkpoint from before it. Must come after the Trainer's own callbacks, which decide whether to save.
+    Kept whatever the limit: the best checkpoint, the newest that can be resumed, and while the latest evaluations of
+    a T-JEPA run found a collapse, the newest checkpoint from before it. After a collapse that ended the run nothing is
+    saved. Must come after the Trainer's own callbacks, which decide whether to save.
     """
 
+    def __init__(self):
+        self.save_total_limit = None
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
+        if args.save_total_limit is not None:  # `None` at a second beginning (--auto_find_batch_size)
+            self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         if state.is_world_process_zero:
             later = [path for step, path in list_checkpoints(args.output_dir).items() if step > state.global_step]
             marked = [path for path in later if is_marked(path)]
             for path in marked:
-                (path / MARK).unlink()
+                remove_mark(path)
             if marked:
                 logger.warning(
                     f"This run starts at step {state.global_step}, so the later {', '.join(p.name for p in marked)} "
@@ -135,9 +147,15 @@ class CheckpointCallback(TrainerCallback):
         may_save = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
         if (control.should_save or may_save) and state.is_world_process_zero:
             # a checkpoint that is being overwritten is not complete, whatever it was before
-            (_checkpoint_folder(args, state) / MARK).unlink(missing_ok=True)
+            remove_mark(_checkpoint_folder(args, state))
 
-    on_epoch_end = on_evaluate = on_step_end
+    on_evaluate = on_step_end
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        patience = getattr(args, "collapse_patience", 0) if getattr(args, "stop_on_collapse", False) else 0
+        if patience and control.should_training_stop and len(collapsed_evaluations(state)) >= patience:
+            control.should_save = False  # the end of the epoch that the verdict cut short, with --save_strategy epoch
+        self.on_step_end(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         PartialState().wait_for_everyone()  # until every process has written its part
@@ -146,21 +164,22 @@ class CheckpointCallback(TrainerCallback):
             self._rotate(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        args.save_total_limit = self.save_total_limit
+        args.save_total_limit, self.save_total_limit = self.save_total_limit, None
 
     def _rotate(self, args: TrainingArguments, state: TrainerState) -> None:
         if not self.save_total_limit or self.save_total_limit < 0:
             return
         checkpoints = {s: p for s, p in list_checkpoints(args.output_dir).items() if s <= state.global_step}
-        complete = [step for step, path in checkpoints.items() if is_marked(path)]
-        kept = set(complete[-self.save_total_limit :])
+        marked = [step for step, path in checkpoints.items() if is_marked(path)]
+        kept = set(marked[-self.save_total_limit :])
+        kept |= set([step for step in marked if not has_weights_only(checkpoints[step])][-1:])
         if state.best_model_checkpoint is not None:
             kept |= {step for step, path in checkpoints.items() if path == Path(state.best_model_checkpoint)}
         if collapsed := collapsed_evaluations(state):
-            kept |= set([step for step in complete if step < collapsed[0]][-1:])
+            kept |= set([step for step in marked if step < collapsed[0]][-1:])
         for step, path in checkpoints.items():
             if step not in kept:
-                (path / MARK).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
+                remove_mark(path)
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -168,7 +187,7 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-# --- Errors while saving, and folders that are whole or not there ----------------------------------------------------
+# --- Errors while saving, and the start ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -194,56 +213,50 @@ def explain_failed_save(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """
-    A temporary folder whose files move into `folder` when all of them have been written: each file there is the old
-    one or the new one, never half of one.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a run that was killed here
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
-        yield Path(unfinished)
-        files = sorted(path for path in Path(unfinished).rglob("*") if path.is_file())
-        for path in files:
-            _flush(path)
-        for path in files:
-            target = folder / path.relative_to(unfinished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-
-
-def find_checkpoint(args: PretrainingArguments) -> str | None:
+def find_checkpoint(args: TrainingArguments) -> str | None:
     """
     The checkpoint to resume from: `--resume_from_checkpoint last` takes the newest complete one in `output_dir`, or
     starts anew where there is none.
 
+    Args:
+        args (`TrainingArguments`): of any Trainer; one that has `overwrite_output_dir` may start anew over a run.
+
     Raises:
         FileExistsError: if `output_dir` holds a run, and neither resuming nor overwriting was asked for.
-        FileNotFoundError: if the checkpoint asked for is none.
-        ValueError: if it was complete once and is not any more.
+        FileNotFoundError: if what was asked for is not a checkpoint.
+        ValueError: if it cannot be resumed: it was complete once and is not any more, or holds weights only.
     """
-    output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        if args.resume_from_checkpoint.lower() in ("last", "true"):
-            # one process looks: the others must not find another one
-            found = [find_last_checkpoint(output_dir) if args.process_index == 0 else None]
-            last = broadcast_object_list(found)[0]
-            logger.info(f"Resuming from {last}" if last else f"No complete checkpoint in {output_dir}: starting anew")
-            return last and str(last)
-        if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint {args.resume_from_checkpoint} is no checkpoint (it has no "
-                "trainer_state.json). Name a folder such as runs/mine/checkpoint-1000, or 'last' for the newest "
-                "complete one in --output_dir."
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted is not None and wanted.lower() in ("last", "true"):
+        # one process looks: the others must not find another one
+        found = [find_last_checkpoint(output_dir) if args.process_index == 0 else None]
+        last = broadcast_object_list(found)[0]
+        if last is not None:
+            logger.info(f"Resuming from {last}")
+            return str(last)
+        if weights := [path for path in list_checkpoints(output_dir).values() if has_weights_only(path)]:
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted}: {weights[-1]} cannot be resumed, {WEIGHTS_ONLY}. Start a new run "
+                f"from its weights with --model_name_or_path {weights[-1]} and another --output_dir, or replace it "
+                "with --overwrite_output_dir and without --resume_from_checkpoint."
             )
-        if is_marked(args.resume_from_checkpoint) and (damage := find_damage(args.resume_from_checkpoint)):
-            raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is damaged: {damage}.")
-        return args.resume_from_checkpoint
+        logger.info(f"No complete checkpoint in {output_dir}: starting anew")
+        return None
+    if wanted is not None:
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint {wanted} is not a checkpoint (it has no trainer_state.json). Name a folder "
+                "such as runs/mine/checkpoint-1000, or 'last' for the newest complete one in --output_dir."
+            )
+        damage = find_damage(wanted) if is_marked(wanted) else None
+        if damage or not any(path.name.startswith(OPTIMIZER_FILES) for path in Path(wanted).iterdir()):
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted} cannot be resumed: {damage or WEIGHTS_ONLY}. Name another one, "
+                f"or start a new run from its weights with --model_name_or_path {wanted}."
+            )
+        return wanted
     holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "config.json").is_file()
-    if args.do_train and holds_run and not args.overwrite_output_dir:
+    if args.do_train and holds_run and not getattr(args, "overwrite_output_dir", False):
         raise FileExistsError(
             f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, replace it with "
             "--overwrite_output_dir, or choose another --output_dir."

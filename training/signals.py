@@ -55,10 +55,11 @@ class StopOnSignalCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_begin(self, args: TrainingArguments, state, control, train_dataloader=None, **kwargs):
-        self._previous_handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        if not self._previous_handlers:  # training may begin a second time (--auto_find_batch_size)
+            self._previous_handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
         loader.worker_init_fn = partial(absorb_first_signal, loader.worker_init_fn)
-        if args.world_size > 1:  # on the CPU: asking must not make a GPU wait
+        if args.world_size > 1 and self._group is None:  # on the CPU: asking must not make a GPU wait
             self._group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state, control: TrainerControl, **kwargs):
@@ -69,3 +70,4 @@ class StopOnSignalCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+        self._previous_handlers = {}

@@ -8,31 +8,37 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerState
+import torch
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
 from helpers import REPOSITORY
 from kill_and_resume import write_inputs
-from tjepa.run_pretraining import PretrainingArguments
+from tjepa.corpus.atomic_writes import replacing_files, replacing_folder
+from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import (
     MARK,
+    WEIGHTS_MARK,
     CheckpointCallback,
     find_checkpoint,
     find_damage,
     find_last_checkpoint,
     list_checkpoints,
     mark_complete,
-    replacing_files,
 )
 from tjepa.training.signals import StopOnSignalCallback
 
 
-def make_checkpoint(output_dir: Path, step: int, mark: bool = True) -> Path:
+FILES = ("model.safetensors", "optimizer.pt", "trainer_state.json", "part/shard")
+
+
+def make_checkpoint(output_dir: Path, step: int, mark: bool = True, files=FILES) -> Path:
     folder = output_dir / f"checkpoint-{step}"
     (folder / "part").mkdir(parents=True)
-    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "part/shard"):
+    for name in files:
         (folder / name).write_text(f"{name} {step}")
     if mark:
         mark_complete(folder)
@@ -72,10 +78,118 @@ def test_a_checkpoint_that_is_named(tmp_path):
     assert find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(plain))) == str(plain)
     damaged = make_checkpoint(tmp_path, 4)
     (damaged / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="damaged: optimizer.pt is missing"):
+    with pytest.raises(ValueError, match="cannot be resumed: optimizer.pt is missing"):
         find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(damaged)))
     with pytest.raises(FileNotFoundError, match="has no trainer_state.json"):
         find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(tmp_path / "checkpoint-8")))
+
+
+WEIGHTS = ("model.safetensors", "trainer_state.json")  # what --save_only_model leaves
+
+
+def test_weights_without_an_optimizer_are_not_complete(tmp_path):
+    weights = make_checkpoint(tmp_path, 4, files=WEIGHTS)
+    assert (weights / WEIGHTS_MARK).exists() and not (weights / MARK).exists()
+    for wanted in ("last", str(weights)):
+        args = PretrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint=wanted)
+        with pytest.raises(ValueError, match="cannot be resumed.*weights only.*--model_name_or_path"):
+            find_checkpoint(args)
+    (weights / WEIGHTS_MARK).rename(weights / MARK)  # as version 0.1.0 left it
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        find_checkpoint(args)
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        find_checkpoint(PretrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last"))
+    make_checkpoint(tmp_path, 2)
+    assert find_last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_rotation_of_weights_keeps_one_that_can_be_resumed(tmp_path):
+    args = PretrainingArguments(output_dir=str(tmp_path), save_total_limit=2)
+    callback = CheckpointCallback()
+    call("on_train_begin", args, callback)
+    make_checkpoint(tmp_path, 1)
+    make_checkpoint(tmp_path, 2)
+    for step in (4, 6, 8):
+        make_checkpoint(tmp_path, step, files=WEIGHTS)
+    call("on_save", args, callback, global_step=8)
+    assert list(list_checkpoints(tmp_path)) == [2, 6, 8]
+
+
+def test_a_second_beginning(tmp_path):
+    """--auto_find_batch_size: training begins again without having ended."""
+    args = PretrainingArguments(output_dir=str(tmp_path), save_total_limit=1)
+    callback, signals = CheckpointCallback(), StopOnSignalCallback()
+    before = signal.getsignal(signal.SIGTERM)
+    loader = SimpleNamespace(worker_init_fn=None)
+    for _ in range(2):
+        call("on_train_begin", args, callback)
+        signals.on_train_begin(args, None, None, train_dataloader=loader)
+    make_checkpoint(tmp_path, 2)
+    make_checkpoint(tmp_path, 4)
+    call("on_save", args, callback, global_step=4)
+    assert list(list_checkpoints(tmp_path)) == [4]
+    call("on_train_end", args, callback)
+    signals.on_train_end(args, None, None)
+    assert args.save_total_limit == 1 and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("stop_on_collapse", [True, False])
+def test_no_checkpoint_after_the_verdict(tmp_path, stop_on_collapse):
+    """The end of the epoch that a verdict cuts short is not a reason to save, with --save_strategy epoch."""
+    args = PretrainingArguments(
+        output_dir=str(tmp_path), save_strategy="epoch", stop_on_collapse=stop_on_collapse, collapse_patience=2
+    )
+    collapsed = {"eval_target_std": 0.01, "eval_cosine": 0.9, "eval_mean_target_cosine": 0.5}
+    state = TrainerState(global_step=24, log_history=[{**collapsed, "step": 22}, {**collapsed, "step": 24}])
+    control = TrainerControl(should_save=True, should_training_stop=True)
+    CheckpointCallback().on_epoch_end(args, state, control)
+    assert control.should_save != stop_on_collapse
+    control = TrainerControl(should_save=True)  # the verdict is not out yet
+    CheckpointCallback().on_epoch_end(args, state, control)
+    assert control.should_save
+
+
+def test_checkpoints_of_a_plain_trainer(tmp_path):
+    """As fine-tuning uses it: any model, any TrainingArguments. Stopped and resumed with `last` it ends the same."""
+
+    def train(folder: Path, stop_after: int | None = None) -> Trainer:
+        torch.manual_seed(0)
+        args = TrainingArguments(
+            output_dir=str(folder), max_steps=6, save_steps=2, save_total_limit=1, use_cpu=True, report_to="none",
+            per_device_train_batch_size=2, disable_tqdm=True, resume_from_checkpoint="last",
+        )  # fmt: skip
+        rows = [{"x": torch.randn(3), "labels": torch.randn(1)} for _ in range(16)]
+        trainer = Trainer(LinearModel(), args, train_dataset=rows, callbacks=[CheckpointCallback()])
+        if stop_after is not None:
+            trainer.add_callback(StopAfter(stop_after))
+        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        return trainer
+
+    whole = train(tmp_path / "whole")
+    assert list(list_checkpoints(tmp_path / "whole")) == [6]
+    train(tmp_path / "stopped", stop_after=4)
+    assert find_last_checkpoint(tmp_path / "stopped").name == "checkpoint-4"
+    resumed = train(tmp_path / "stopped")
+    assert resumed.state.global_step == 6
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class LinearModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": torch.nn.functional.mse_loss(self.layer(x), labels)}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
 
 
 def call(event: str, args: PretrainingArguments, callback: CheckpointCallback, **state) -> None:
@@ -132,6 +246,18 @@ def test_an_evaluation_leaves_the_mark(tmp_path):
     folder = make_checkpoint(tmp_path, 2)
     CheckpointCallback().on_epoch_end(args, TrainerState(global_step=2), TrainerControl(should_evaluate=True))
     assert find_damage(folder) is None
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "old").write_text("old")
+    with pytest.raises(OSError), replacing_folder(tmp_path / "data") as folder:
+        (folder / "new").write_text("half of the n")
+        raise OSError
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "old"]
+    with replacing_folder(tmp_path / "data") as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "new"]
 
 
 def test_files_are_replaced_as_a_whole(tmp_path):

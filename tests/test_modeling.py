@@ -19,7 +19,8 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     pack_batch,
 )
-from tjepa.modeling_tjepa import packed_attention_mask, variance_covariance_loss
+from tjepa.layers_tjepa import packed_attention_mask
+from tjepa.losses_tjepa import variance_covariance_loss
 
 
 def close(actual, expected, tolerance=1e-5):

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from helpers import REPOSITORY, TINY, arguments, make_examples, make_trainer, run
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-from tjepa.modeling_tjepa import variance_covariance_loss
+from tjepa.losses_tjepa import variance_covariance_loss
 from tjepa.training.health import FeatureMoments
 from tjepa.training.setup import check_number_of_processes
 from tjepa.training.trainer import UnpaddedBatchSamplerShard, UnpaddedIterableDatasetShard

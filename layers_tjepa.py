@@ -1,0 +1,351 @@
+"""The transformer layer over packed rows: the one attention rule in each backend's form, rotary angles, the layer.
+
+Sequences share a row with no padding between them, and one rule on integer ids (`packed_attention_mask`) says who
+attends to whom. No square mask is ever part of a batch.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import (
+    is_flash_attention_requested,
+)
+
+from .configuration_tjepa import TJEPAConfig
+
+
+@dataclass
+class PackedViews:
+    """
+    The attention rule of a packed stream in the form that SDPA likes best: no mask at all for the context.
+
+    The views of a stream lie one after the other, each its context tokens first and its target slots behind them.
+    Neighbouring views of equal shape form a group, which SDPA takes as one batch; context tokens attend to the context
+    without a mask, target slots to the whole view with a mask of [slots, view].
+
+    Args:
+        groups: for each group the number of views, of context tokens per view and of target slots per view.
+        slot_masks: for each group a bool tensor [views, 1, slots, context + slots], or `None` where it has no slots.
+    """
+
+    groups: list[tuple[int, int, int]]
+    slot_masks: list[torch.Tensor | None]
+
+    @classmethod
+    def from_ids(cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None) -> "PackedViews":
+        """
+        Args:
+            view_ids (`torch.LongTensor` of shape [rows, row_length]): the view of each entry; negative is padding.
+            block_ids (`torch.LongTensor` of shape [rows, row_length], *optional*):
+                0 for context, 1, 2, ... for target blocks, ascending within a view; `None`: all context.
+        """
+        view_ids = view_ids.flatten()
+        _, run_ids, view_lengths = torch.unique_consecutive(view_ids, return_inverse=True, return_counts=True)
+        slot_counts = torch.zeros_like(view_lengths)
+        if block_ids is not None:
+            block_ids = block_ids.flatten()
+            slot_counts.index_add_(0, run_ids, (block_ids > 0).long())
+        shapes = torch.stack([view_lengths - slot_counts, slot_counts], dim=1)
+        shapes, group_sizes = torch.unique_consecutive(shapes, dim=0, return_counts=True)
+        groups = [(views, *shape) for views, shape in zip(group_sizes.tolist(), shapes.tolist(), strict=True)]
+
+        slot_masks, start = [], 0
+        for num_views, num_context, num_slots in groups:
+            stop = start + num_views * (num_context + num_slots)
+            if num_slots == 0:
+                slot_masks.append(None)
+            else:
+                blocks = block_ids[start:stop].view(num_views, 1, 1, -1)
+                slot_masks.append((blocks == 0) | (blocks == blocks[..., num_context:].transpose(2, 3)))
+            start = stop
+        return cls(groups, slot_masks)
+
+
+def packed_sdpa_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed_views: PackedViews, dropout: float
+) -> torch.Tensor:
+    """
+    Attention within each view of `packed_views`.
+
+    Args:
+        query (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`):
+            One for every entry, or one for every target slot alone, in their order: `[1, heads, num_slots, head_dim]`.
+        key, value (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`): one for every entry.
+
+    Returns:
+        `torch.FloatTensor` of shape `[rows, row_length, heads, head_dim]`, or `[1, num_slots, heads, head_dim]`.
+    """
+
+    def split_into_groups(states: torch.Tensor, num_entries: list[int]) -> tuple[torch.Tensor, ...]:
+        # split, not slices: its backward is one concatenation, where each slice would fill a gradient of full size
+        return states.transpose(1, 2).flatten(0, 1).split(num_entries)  # each [entries, heads, head_dim]
+
+    num_rows, num_heads, num_queries, head_dim = query.shape
+    num_keys = [views * (context + slots) for views, context, slots in packed_views.groups]
+    num_slots = [views * slots for views, _, slots in packed_views.groups]
+    slots_only = num_rows * num_queries < sum(num_keys)  # no view is without context
+    outputs = []
+    for (num_views, num_context, _), slot_mask, q, k, v in zip(
+        packed_views.groups,
+        packed_views.slot_masks,
+        split_into_groups(query, num_slots if slots_only else num_keys),
+        split_into_groups(key, num_keys),
+        split_into_groups(value, num_keys),
+        strict=True,
+    ):
+        q, k, v = (states.unflatten(0, (num_views, -1)).transpose(1, 2) for states in (q, k, v))
+        if slot_mask is None or slots_only:
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=slot_mask, dropout_p=dropout)
+        else:
+            q_context, q_slots = q.tensor_split([num_context], dim=2)
+            k_context, v_context = k[:, :, :num_context], v[:, :, :num_context]
+            context = F.scaled_dot_product_attention(q_context, k_context, v_context, dropout_p=dropout)
+            slots = F.scaled_dot_product_attention(q_slots, k, v, attn_mask=slot_mask, dropout_p=dropout)
+            output = torch.cat([context, slots], dim=2)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).view(num_rows, num_queries, num_heads, head_dim)
+
+
+def packed_attention_mask(
+    config: TJEPAConfig,
+    hidden_states: torch.Tensor,
+    view_ids: torch.Tensor,
+    block_ids: torch.Tensor | None = None,
+    query_indices: torch.Tensor | None = None,
+):
+    """
+    The one attention rule of the model, in the form that `config._attn_implementation` takes:
+
+        query q may attend key k  <=>  view[q] = view[k]  and  (block[k] = 0  or  block[k] = block[q])
+
+    Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes. Flash
+    attention has no mask: there the lengths of the views say it all, see `flash_attention_kwargs`. With
+    `query_indices` only these entries of the (only) row have a query: all target slots, ascending.
+    """
+    if is_flash_attention_requested(config):
+        if block_ids is None:
+            return None
+        raise ValueError(
+            f"{config._attn_implementation} can not keep target blocks apart, so the predictor needs another backend: "
+            "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
+        )
+    if config._attn_implementation == "sdpa":
+        return PackedViews.from_ids(view_ids, block_ids)
+
+    query_states, query_view_ids, query_block_ids = hidden_states, view_ids, block_ids
+    if query_indices is not None:
+        query_states, query_view_ids = hidden_states[:, query_indices], view_ids[:, query_indices]
+        query_block_ids = block_ids[:, query_indices]
+
+    def same_view(batch_idx, head_idx, q_idx, kv_idx):
+        return query_view_ids[batch_idx, q_idx] == view_ids[batch_idx, kv_idx]
+
+    def same_view_and_block(batch_idx, head_idx, q_idx, kv_idx):
+        key_block = block_ids[batch_idx, kv_idx]
+        return same_view(batch_idx, head_idx, q_idx, kv_idx) & (
+            (key_block == 0) | (key_block == query_block_ids[batch_idx, q_idx])
+        )
+
+    mask_function = same_view if block_ids is None else same_view_and_block
+    if config._attn_implementation == "flex_attention" and torch.compiler.is_compiling():
+        # what transformers calls too, but with a warning, and a warning breaks the graph
+        sizes = {"B": len(view_ids), "H": None, "Q_LEN": query_states.shape[1], "KV_LEN": view_ids.shape[1]}
+        return create_block_mask(mask_function, **sizes, device=view_ids.device)
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=query_states,
+        encoder_hidden_states=hidden_states,
+        attention_mask=None,
+        and_mask_function=mask_function,
+    )
+
+
+def flash_attention_kwargs(view_ids: torch.Tensor) -> dict:
+    """Where each view starts in the flattened rows, as transformers hands it to flash attention's varlen kernels."""
+    view_lengths = torch.unique_consecutive(view_ids.flatten(), return_counts=True)[1]
+    starts = F.pad(view_lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = view_ids.shape[1]  # a bound is enough, and needs no value from the device
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value)  # [batch, heads, length, head_dim]
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
+
+
+class TJEPARotaryEmbedding(RotaryEmbedding):
+    """
+    Rotary angles of arbitrary positions (RoFormer, arXiv 2104.09864), in float32 whatever the model's dtype or
+    autocast: bfloat16 cannot tell position 257 from 258. The frequencies are recomputed rather than saved.
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config.rotary_dim, theta=config.rope_theta, cache_if_possible=False, cache_max_seq_len=0)
+        self.config = config
+        del self.freqs  # a parameter in the library; here nothing to train, to save or to cast
+        self.register_buffer("freqs", self.compute_freqs(), persistent=False)
+
+    def compute_freqs(self, device: torch.device | None = None) -> torch.Tensor:
+        exponents = torch.arange(0, self.config.rotary_dim, 2, device=device).float() / self.config.rotary_dim
+        return 1.0 / (self.config.rope_theta**exponents)
+
+    def reset_own_parameters(self) -> None:
+        # buffers that are not saved are lost on the meta device
+        init.copy_(self.freqs, self.compute_freqs())
+        init.zeros_(self.dummy)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.freqs.dtype != torch.float32:  # after model.to(torch.bfloat16), say
+            self.freqs = self.compute_freqs(self.freqs.device)
+        return self
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """position_ids [batch, length] -> angles [batch, length, rotary_dim], float32."""
+        with torch.autocast(device_type=position_ids.device.type, enabled=False):
+            return super().forward(position_ids)
+
+
+class TJEPAResidualProjection(nn.Linear):
+    """The last linear layer of a residual branch: a class of its own, because it is initialised smaller."""
+
+
+class TJEPAAttention(nn.Module):
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
+        self.out_proj = TJEPAResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None" = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.attend(*self.project(hidden_states, rotary_angles), attention_mask, **kwargs)
+
+    def project(self, hidden_states: torch.Tensor, rotary_angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[batch, length, hidden_size] -> rotated query, rotated key, value, each [batch, length, heads, head_dim]."""
+        qkv = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_dim))  # [batch, length, 3 * heads, head_dim]
+        query_key, value = qkv.split([2 * self.num_heads, self.num_heads], dim=2)
+        query_key = apply_rotary_emb(rotary_angles.unsqueeze(2), query_key)
+        return (*query_key.chunk(2, dim=2), value)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None",
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if isinstance(attention_mask, PackedViews):
+            attn_output, attn_weights = packed_sdpa_attention(query, key, value, attention_mask, dropout), None
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            attn_output, attn_weights = attention_interface(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
+            )
+        return self.out_proj(attn_output.flatten(-2)), attn_weights
+
+
+class TJEPAMLP(nn.Module):
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down_proj = TJEPAResidualProjection(config.intermediate_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+
+
+def layer_norm(config: TJEPAConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+
+
+class TJEPALayer(GradientCheckpointingLayer):
+    """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    attention_class = TJEPAAttention
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.attention_norm = layer_norm(config)
+        self.attention = self.attention_class(config)
+        self.mlp_norm = layer_norm(config)
+        self.mlp = TJEPAMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None" = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.attention(self.attention_norm(hidden_states), rotary_angles, attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attn_output)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class TJEPAModule(PreTrainedModel):
+    """What encoders, predictors and heads share: the configuration, attention backends, and how weights start."""
+
+    config: TJEPAConfig
+    config_class = TJEPAConfig
+    base_model_prefix = "encoder"  # where the heads keep it; `TJEPAModel` drops and adds this prefix when it loads
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TJEPALayer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": TJEPALayer, "attentions": TJEPAAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)  # Linear and Embedding N(0, initializer_range), biases 0, norms 1
+        if isinstance(module, TJEPAResidualProjection):
+            init.normal_(
+                module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            )
+        elif hasattr(module, "reset_own_parameters"):
+            module.reset_own_parameters()

@@ -1,0 +1,226 @@
+"""From the context encoder's states to predictions at the target slots, and from states to tokens."""
+
+import torch
+from rotary_embedding_torch import apply_rotary_emb
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils.generic import (
+    is_flash_attention_requested,
+)
+
+from .configuration_tjepa import TJEPAConfig
+from .layers_tjepa import (
+    PackedViews,
+    TJEPAAttention,
+    TJEPALayer,
+    TJEPAModule,
+    TJEPARotaryEmbedding,
+    layer_norm,
+    packed_attention_mask,
+)
+
+
+class TJEPAPredictorAttention(TJEPAAttention):
+    """With `slot_indices` the queries are those of the target slots alone; keys and values are all entries."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None",
+        slot_indices: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if slot_indices is None:
+            return super().forward(hidden_states, rotary_angles, attention_mask)
+        sizes = [hidden_states.shape[-1], 2 * hidden_states.shape[-1]]
+        q_weight, kv_weight = self.qkv_proj.weight.split(sizes)
+        q_bias, kv_bias = (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
+        query = F.linear(hidden_states[:, slot_indices], q_weight, q_bias).unflatten(-1, (-1, self.head_dim))
+        key, value = F.linear(hidden_states, kv_weight, kv_bias).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        rotary_angles = rotary_angles.unsqueeze(2)
+        query, key = apply_rotary_emb(rotary_angles[:, slot_indices], query), apply_rotary_emb(rotary_angles, key)
+        return self.attend(query, key, value, attention_mask)
+
+
+class TJEPAPredictorLayer(TJEPALayer):
+    """With `slot_indices` only the target slots move: the context keeps its states, and costs keys and values."""
+
+    attention_class = TJEPAPredictorAttention
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary_angles: torch.Tensor,
+        attention_mask: "torch.Tensor | PackedViews | None",
+        slot_indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states [rows, row_length, hidden_size]; slot_indices int [num_slots], ascending, for a single row."""
+        if slot_indices is None:
+            return super().forward(hidden_states, rotary_angles, attention_mask)
+        normed = self.attention_norm(hidden_states)
+        attn_output, _ = self.attention(normed, rotary_angles, attention_mask, slot_indices)
+        slots = hidden_states[:, slot_indices] + self.dropout(attn_output)
+        slots = slots + self.dropout(self.mlp(self.mlp_norm(slots)))
+        return hidden_states.index_copy(1, slot_indices, slots)
+
+
+class TJEPAPredictor(TJEPAModule):
+    """
+    Predicts the target encoder's output at the target slots from the context encoder's output. All target blocks of a
+    view share one sequence (target packing): blocks see the context and themselves, not each other. With
+    `config.predictor_type="cross_attention"` only the slots are carried through the layers, and attend to the context
+    encoder's output as it is.
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config.predictor_config())
+        if is_flash_attention_requested(self.config):  # it has no mask for target blocks
+            self.config._attn_implementation = "flex_attention"
+        encoder_width, width = config.hidden_size, config.predictor_hidden_size
+        self.encoder_width = encoder_width
+        # The mask token lives in the encoder's width: it takes the place of a context representation.
+        if config.learned_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(encoder_width))
+        else:
+            self.register_buffer("mask_token", torch.empty(encoder_width), persistent=False)
+        self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
+        if width != encoder_width:
+            self.in_proj = nn.Linear(encoder_width, width, bias=config.use_bias)
+            self.out_proj = nn.Linear(width, encoder_width, bias=config.use_bias)
+        self.rotary_embedding = TJEPARotaryEmbedding(self.config)
+        self.layers = nn.ModuleList([TJEPAPredictorLayer(self.config) for _ in range(self.config.num_hidden_layers)])
+        self.final_norm = layer_norm(self.config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        scale = 1.0 if self.config.learned_mask_token else self.encoder_width**-0.5
+        init.constant_(self.mask_token, scale)
+
+    def forward(
+        self,
+        context_states: torch.Tensor,
+        prediction_indices: torch.LongTensor,
+        prediction_position_ids: torch.LongTensor,
+        prediction_view_ids: torch.LongTensor,
+        prediction_block_ids: torch.LongTensor,
+        slot_indices: torch.LongTensor,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            context_states (`torch.FloatTensor` of shape `[num_contexts, hidden_size]`):
+                The context encoder's output, rows flattened.
+            prediction_indices (`torch.LongTensor` of shape `[rows, row_length]`):
+                For context entries the index into `context_states`; not read at target slots and padding.
+            prediction_position_ids, prediction_view_ids, prediction_block_ids (as `prediction_indices`):
+                Position in the document, view (negative: padding) and block (0: context) of every entry.
+            slot_indices (`torch.LongTensor` of shape `[num_slots]`):
+                Where the target slots lie in the flattened rows.
+
+        Returns:
+            `torch.FloatTensor` of shape `[num_slots, hidden_size]`: the predictions.
+        """
+        # The mask token is one more row of the table that the entries are gathered from.
+        table = self.in_proj(torch.cat([context_states, self.mask_token.to(context_states.dtype).unsqueeze(0)]))
+        entries = prediction_indices.masked_fill(prediction_block_ids > 0, len(context_states))
+        hidden_states = F.embedding(entries, table)  # [rows, row_length, predictor_hidden_size]
+
+        rotary_angles = self.rotary_embedding(prediction_position_ids)
+        view_ids, block_ids = prediction_view_ids, prediction_block_ids
+        sorted_slots, queries = slot_indices.long().sort().values, None
+        # Layers behind these move the target slots alone. With SDPA that is the last one, whose context states nobody
+        # reads; with flex_attention it is like the others, because its rows keep their length.
+        num_full_layers = len(self.layers) - (self.config._attn_implementation == "sdpa")
+        if self.config.predictor_type == "cross_attention":
+            num_full_layers, queries = 0, sorted_slots
+            hidden_states = hidden_states.flatten(0, 1)[None]  # the slots of all rows are one row of queries
+            view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
+        attention_mask = packed_attention_mask(self.config, hidden_states, view_ids, block_ids, queries)
+        for layer in self.layers[:num_full_layers]:
+            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
+        hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
+        for layer in self.layers[num_full_layers:]:
+            hidden_states = layer(
+                hidden_states, rotary_angles, attention_mask=attention_mask, slot_indices=sorted_slots
+            )
+        slot_states = hidden_states[0].index_select(0, slot_indices)
+        return self.out_proj(self.final_norm(slot_states))
+
+
+class TJEPABoundaryPredictor(TJEPAModule):
+    """
+    Predicts at a target slot from two states, those of the nearest visible tokens to its left and right, and the
+    distances to them: the span boundary objective of SpanBERT (arXiv 1907.10529) for representations. With l and r the
+    two states, each plus the embedding of its distance (where there is no such token, that embedding alone):
+
+        LayerNorm(W_2 LayerNorm(GELU(W_1 [l; r])))
+
+    It can not look further: what it needs from there, the encoder has to gather in the visible tokens' states.
+    """
+
+    MAX_DISTANCE = 31  # in tokens; those further away share an embedding
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        width = config.predictor_intermediate_size
+        self.distance_embedding = nn.Embedding(2 * self.MAX_DISTANCE + 1, config.hidden_size)  # 0: there is no token
+        self.up_proj = nn.Linear(2 * config.hidden_size, width, bias=config.use_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        self.final_norm = layer_norm(config)
+        self.post_init()
+
+    def forward(
+        self,
+        context_states: torch.Tensor,
+        prediction_indices: torch.LongTensor,
+        prediction_position_ids: torch.LongTensor,
+        prediction_view_ids: torch.LongTensor,
+        prediction_block_ids: torch.LongTensor,
+        slot_indices: torch.LongTensor,
+    ) -> torch.Tensor:
+        """As [`TJEPAPredictor.forward`]."""
+        view_ids, position_ids = prediction_view_ids.flatten().long(), prediction_position_ids.flatten().long()
+        num_positions = position_ids.max() + 1
+        places = view_ids * num_positions + position_ids  # ascending by view, in it by position
+        nowhere = torch.iinfo(places.dtype).max
+        is_context = (prediction_block_ids.flatten() == 0) & (view_ids >= 0)
+        context_places, order = places.masked_fill(~is_context, nowhere).sort()
+        slot_places = places[slot_indices].unsqueeze(-1)
+        behind = torch.searchsorted(context_places, slot_places)
+        neighbours = torch.cat([behind - 1, behind], dim=-1)  # [num_slots, 2]
+        found_places = context_places[neighbours.clamp(min=0)]  # behind the last is a slot, which counts as nowhere
+        is_there = (neighbours >= 0) & (found_places // num_positions == slot_places // num_positions)
+
+        distances = (found_places - slot_places).clamp(-self.MAX_DISTANCE, self.MAX_DISTANCE).masked_fill(~is_there, 0)
+        entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]].masked_fill(~is_there, 0)
+        states = F.embedding(entries, context_states).masked_fill(~is_there.unsqueeze(-1), 0.0)
+        states = states + self.distance_embedding(distances % (2 * self.MAX_DISTANCE + 1))  # [slots, 2, hidden_size]
+        hidden_states = self.norm(self.activation(self.up_proj(states.flatten(-2))))
+        return self.final_norm(self.down_proj(hidden_states))
+
+
+class TJEPATokenHead(nn.Module):
+    """From hidden states to logits over the vocabulary: linear, GELU, LayerNorm, the tied input embedding, a bias."""
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.norm = layer_norm(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor) -> torch.Tensor:
+        """hidden_states [..., hidden_size], embedding_weight [vocab_size, hidden_size] -> logits [..., vocab_size]."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden_states))), embedding_weight, self.bias)
+
+    def reset_own_parameters(self) -> None:
+        init.zeros_(self.bias)
+
+    def resize(self, num_tokens: int) -> None:
+        """Cuts the bias to a new vocabulary, or extends it by zeros."""
+        bias = F.pad(self.bias.data, (0, num_tokens - len(self.bias)))  # a negative number cuts
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)

@@ -6,7 +6,7 @@
 
 Arguments come from the dataclasses below, from a YAML file as the first argument, or from both (flags win). This file
 only parses and connects; masks and packing are in data_collator_tjepa.py, the model in modeling_tjepa.py, moving
-average, schedules and monitoring in trainer_tjepa.py, text to tokens in prepare_dataset.py.
+average, schedules and monitoring in training/, text to tokens in corpus/.
 """
 
 import copy
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
-from tjepa.corpus.arguments import parse_arguments
+from tjepa.corpus.arguments import parse_arguments, start
 from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
@@ -102,7 +102,10 @@ class MaskingArguments:
 
 def main():
     model_args, data_args, masking_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments), with_quickstart_default(sys.argv[1:])
+        (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments),
+        description=__doc__,
+        default_file=QUICKSTART_CONFIG,
+        default_unless=("dataset_name", "train_file"),
     )
     set_up_logging(training_args)
     if training_args.device.type == "cpu":
@@ -199,14 +202,6 @@ def main():
             publisher.publish_model_folder(training_args.output_dir, tokenizer)
     if health.stopped_run:
         sys.exit(3)
-
-
-def with_quickstart_default(arguments: list[str]) -> list[str]:
-    """Without a YAML file and without data the run is the quickstart, whatever other flags are given."""
-    has_yaml = bool(arguments) and arguments[0].endswith((".yaml", ".yml"))
-    names_data = any(argument.split("=")[0] in ("--dataset_name", "--train_file") for argument in arguments)
-    asks_for_help = any(argument in ("-h", "--help") for argument in arguments)
-    return arguments if has_yaml or names_data or asks_for_help else [str(QUICKSTART_CONFIG), *arguments]
 
 
 def load_tokenizer(
@@ -380,4 +375,4 @@ def save_model_folder(
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

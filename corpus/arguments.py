@@ -1,8 +1,17 @@
-"""The command line of every script: an optional YAML file, then flags, which win."""
+"""The command line of every script: an optional YAML file, then flags, which win.
 
+Notable: what a user got wrong is said in one line, before anything is read or computed. `--name` and `--na-me` are the
+same flag, no flag may be abbreviated, and the help shows this project's own flags only: those that
+`transformers.TrainingArguments` brings along are documented there.
+"""
+
+import argparse
+import dataclasses
 import difflib
+import os
 import sys
-from dataclasses import fields
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +19,221 @@ import yaml
 from transformers import HfArgumentParser
 
 
-def parse_arguments(dataclass_types: Any, arguments: list[str] | None = None) -> tuple:
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = PACKAGE / "configs"
+TRAINING_ARGUMENTS_PAGE = (
+    "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
+)
+JOINED = ("config_overrides",)  # several of them, from the YAML file and the command line, add up
+USER_ERROR = 2  # the exit code, which is argparse's own for a wrong flag
+
+
+def parse_arguments(
+    dataclass_types: Any,
+    arguments: list[str] | None = None,
+    description: str | None = None,
+    default_file: str | Path | None = None,
+    default_unless: tuple[str, ...] = (),
+) -> tuple:
     """Parses the command line, `[file.yaml] [--name value ...]`; what is on the command line wins over the file.
 
     A line `name: value` of the file means what `--name value` means, with the same conversions and errors.
+    `config_overrides` of the command line are added to those of the file.
 
     Args:
         dataclass_types (`type` or `list[type]`): The dataclasses to fill.
         arguments (`list[str]`, *optional*): What to parse, `sys.argv[1:]` by default.
+        description (`str`, *optional*): What the command does; the first sentence opens its help.
+        default_file (`str` or `Path`, *optional*): The YAML file to start from where none is given ...
+        default_unless (`tuple[str, ...]`): ... unless one of these arguments is.
 
     Returns:
         `tuple`: One instance per dataclass, in their order.
 
     Raises:
-        ValueError: If the file is not a list of `name: value` lines, or has a name that is no argument.
+        ValueError: If the file is not a list of `name: value` lines, a name in it or on the command line is not that
+            of an argument, or the values do not fit each other.
+        FileNotFoundError: If there is no such file, neither where it says nor among the configs that come with this
+            package.
     """
-    parser = HfArgumentParser(dataclass_types)
-    flags = list(sys.argv[1:] if arguments is None else arguments)
-    if not flags or not flags[0].endswith((".yaml", ".yml")):
-        return parser.parse_args_into_dataclasses(flags)
+    parser = _Parser(dataclass_types, description)
+    flags = parser.normalise(list(sys.argv[1:] if arguments is None else arguments))
+    path = None
+    if flags and flags[0].endswith((".yaml", ".yml")):
+        path = find_config(flags.pop(0))
+    elif default_file is not None and not any(flag.split("=")[0][2:] in default_unless for flag in flags):
+        path = Path(default_file)
+    if wants_help := {"-h", "--help"}.intersection(flags):
+        flags, path = sorted(wants_help), None
+    parser.check_names(flags)
 
-    path = flags.pop(0)
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    from_file = []
+    if path is not None:
+        values = _read_yaml(path, parser.names)
+        # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
+        scalars = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
+        parser.set_defaults(**{name: value for name, value in values.items() if name not in scalars})
+        from_file = [f"--{name}={value}" for name, value in scalars.items()]
+    try:
+        return parser.parse_args_into_dataclasses(from_file + flags, look_for_args_file=False)
+    except (ValueError, TypeError) as error:  # also from TrainingArguments, whose combinations of flags may not fit
+        raise ValueError(str(error)) from error
+
+
+class _Join(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, f"{before},{values}" if before else values)
+
+
+class _Parser(HfArgumentParser):
+    """An HfArgumentParser with a help that fits, one spelling of every flag and no abbreviations."""
+
+    def __init__(self, dataclass_types: Any, description: str | None = None):
+        types = dataclass_types if isinstance(dataclass_types, (list, tuple)) else [dataclass_types]
+        self.titles, self.groups, self.names = {}, {}, []
+        for dataclass_type in types:
+            own = _own_fields(dataclass_type)
+            for field in dataclasses.fields(dataclass_type):
+                self.titles[field.name] = _title(dataclass_type) if field.name in own else None
+                self.names.append(field.name)
+        epilog = "A flag may also be written with dashes: --output-dir. --debug shows where an error came from."
+        if None in self.titles.values():
+            epilog += (
+                " Every other argument of transformers.TrainingArguments is taken as well, for example --max_steps, "
+                "--per_device_train_batch_size, --save_steps, --eval_strategy or --bf16: " + TRAINING_ARGUMENTS_PAGE
+            )
+        purpose = " ".join((description or "").split("\n\n")[0].split())
+        super().__init__(
+            types,
+            usage="%(prog)s [FILE.yaml] [--name value ...]",
+            description=f"{purpose} A YAML file of lines `name: value` may come first; flags win over it.",
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=6, width=110),
+        )
+
+    def add_argument(self, *flags: str, **kwargs) -> argparse.Action:
+        name = flags[0].lstrip("-")
+        if name not in self.titles:  # -h, and the --no_ forms of flags
+            if name != "h":
+                kwargs["help"] = argparse.SUPPRESS
+            return super().add_argument(*flags, **kwargs)
+        if name in JOINED:
+            kwargs["action"] = _Join
+        title = self.titles[name]
+        if title is None:
+            return super().add_argument(flags[0], **{**kwargs, "help": argparse.SUPPRESS})
+        if title not in self.groups:
+            self.groups[title] = self.add_argument_group(title)
+        text, default = kwargs.get("help") or "", kwargs.get("default")
+        if default not in (None, "", False) and "efault:" not in text:
+            kwargs["help"] = f"{text} Default: %(default)s."
+        if kwargs.get("nargs") == "?":
+            kwargs["metavar"] = "true|false"
+        elif "choices" not in kwargs:
+            kwargs["metavar"] = {int: "N", float: "X"}.get(kwargs.get("type"), "VALUE")
+        return self.groups[title].add_argument(flags[0], **kwargs)
+
+    def normalise(self, flags: list[str]) -> list[str]:
+        """`--train-file=x` as `--train_file=x`; values stay as they are."""
+        spellings = {name.replace("_", "-"): name for name in [*self.names, *(f"no_{name}" for name in self.names)]}
+        normal = []
+        for flag in flags:
+            name, equals, value = flag.partition("=")
+            known = spellings.get(name[2:].replace("_", "-")) if name.startswith("--") else None
+            normal.append(f"--{known}{equals}{value}" if known else flag)
+        return normal
+
+    def check_names(self, flags: list[str]) -> None:
+        for flag in flags:
+            name = flag.partition("=")[0]
+            if name.startswith("--") and len(name) > 2 and name[2:].removeprefix("no_") not in [*self.names, "help"]:
+                raise ValueError(f"There is no argument {name}.{_did_you_mean(name, [f'--{n}' for n in self.names])}")
+
+
+def _own_fields(dataclass_type: type) -> set[str]:
+    """Names of the fields that this package defines, in the class itself or in a base class."""
+    package = __name__.split(".")[0]
+    classes = [base for base in dataclass_type.__mro__ if base.__module__.split(".")[0] in (package, "__main__")]
+    if dataclass_type.__module__.startswith("transformers."):
+        return set()
+    return {name for base in classes or [dataclass_type] for name in base.__dict__.get("__annotations__", {})}
+
+
+def _title(dataclass_type: type) -> str:
+    """`ModelArguments` -> `model`."""
+    return dataclass_type.__name__.removesuffix("Arguments").lower() or "arguments"
+
+
+def _did_you_mean(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def find_config(path: str) -> Path:
+    """The file, or the config of that name which comes with this package, so that it is found from any folder.
+
+    Raises:
+        FileNotFoundError: If there is neither; it names the nearest and all configs there are.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = Path(path).name
+    if path in (name, f"configs/{name}") and (CONFIGS / name).is_file():
+        return CONFIGS / name
+    there = sorted(file.name for file in CONFIGS.glob("*.yaml"))
+    raise FileNotFoundError(
+        f"There is no file {path}.{_did_you_mean(name, there)} Configs that come with T-JEPA, to be named with or "
+        f"without their folder: {', '.join(there)}."
+    )
+
+
+def _read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must consist of lines `name: value`, but holds {type(values).__name__}.")
-    allowed = [field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type)]
     for name in values:
         if name not in allowed:
             close = difflib.get_close_matches(str(name), allowed, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{path} has the unknown key {name!r}.{hint} Allowed are: {', '.join(sorted(allowed))}.")
-    # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
-    scalars = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
-    parser.set_defaults(**{name: value for name, value in values.items() if name not in scalars})
-    return parser.parse_args_into_dataclasses([f"--{name}={value}" for name, value in scalars.items()] + flags)
+            raise ValueError(f"{path} has the unknown key {name!r}.{hint} --help lists the arguments.")
+    return values
+
+
+# ---- the outermost frame of a command ----
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Runs the `main` of a command that was started directly; an error of the user's ends in one line and exit code 2.
+
+    An error of the user's is a ValueError or ImportError that this package raises, or an OSError from wherever. All
+    others, and with `--debug` these, too, end with their traceback and exit code 1. (`--debug VALUE` is the flag of
+    TrainingArguments.)
+    """
+    debug = _take_debug(sys.argv)
+    try:
+        main()
+    except (ValueError, ImportError, OSError) as error:
+        if debug or not (isinstance(error, OSError) or _raised_here(error)):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    """Whether `--debug` is among the arguments without a value; it is then taken out."""
+    for index, argument in enumerate(arguments):
+        if argument == "--debug" and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
+            del arguments[index]
+            return True
+    return False
+
+
+def _raised_here(error: BaseException) -> bool:
+    last_frame = traceback.extract_tb(error.__traceback__)[-1]
+    return os.path.realpath(last_frame.filename).startswith(f"{PACKAGE}{os.sep}")

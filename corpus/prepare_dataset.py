@@ -1,8 +1,6 @@
-"""Text -> tokens: the one place where documents are read, checked, tokenized, cut to length and counted.
+"""Tokenizes documents once, and writes a folder that pretraining loads in an instant, with its tokenizer beside it.
 
-As a script it writes a folder that pretraining loads in an instant, with its tokenizer beside it:
-
-    python prepare_dataset.py configs/prepare_tinystories.yaml --max_length 256
+    tjepa prepare configs/prepare_tinystories.yaml --max_length 256
 
 Notable: no document disappears silently. Every row of the tokenized (and cached) data remembers why it was dropped and
 how long its document was, so the statistics are the same whether the work was just done or came from the cache. Files
@@ -20,7 +18,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from .arguments import parse_arguments
+from .arguments import parse_arguments, start
 from .atomic_writes import replacing_folder
 from .documents import DataArguments, load_documents
 from .files import without_query
@@ -102,11 +100,11 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
 
 
 def main():
-    (args,) = parse_arguments(PreparationArguments)
+    (args,) = parse_arguments(PreparationArguments, description=__doc__)
     for name, counts in prepare_dataset(args).items():
         print(f"\n{name}\n{counts}")
     print(f"\nWritten to {args.output_dir}; train on it with --dataset_name {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

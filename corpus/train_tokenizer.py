@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer on your own documents.
 
-    python train_tokenizer.py --train_file stories.parquet --vocab_size 8000 --output_dir my-tokenizer
+    tjepa tokenizer --train_file stories.parquet --vocab_size 8000 --output_dir my-tokenizer
 
 Notable: bytes are the alphabet, so every text can be written, no unknown token is needed, and decoding gives back
 exactly what went in. The same texts always give the same tokenizer.
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
-from .arguments import parse_arguments
+from .arguments import parse_arguments, start
 from .documents import SourceArguments, load_documents
 from .faults import find_fault
 
@@ -76,7 +76,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 
 def main():
-    (args,) = parse_arguments(TokenizerArguments)
+    (args,) = parse_arguments(TokenizerArguments, description=__doc__)
     documents = load_documents(args)["train"]
     texts = (row[args.text_column_name] for row in documents)
     tokenizer = train_tokenizer(texts, args.vocab_size, args.model_max_length)
@@ -85,4 +85,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -53,7 +53,7 @@ OUR_COLUMNS = ("num_tokens", "first_tokens")  # of a task's rows, and nothing th
 PREDICTIONS = "predict_results.jsonl"
 
 
-def finetune(task_class: type[TextTask] | type[WordTask]) -> dict[str, float | None]:
+def finetune(task_class: type[TextTask] | type[WordTask], description: str | None = None) -> dict[str, float | None]:
     """
     Fine-tunes as the command line says, and writes a model folder: weights, config, code, tokenizer, model card, and
     beside them `all_results.json` and, where there is a test split, `predict_results.jsonl`. With `--do_train False`
@@ -61,6 +61,7 @@ def finetune(task_class: type[TextTask] | type[WordTask]) -> dict[str, float | N
 
     Args:
         task_class: `TextTask` or `WordTask`.
+        description: what the command does, for its help.
 
     Returns:
         The figures and counts, as in these files; None for a figure that is undefined.
@@ -68,7 +69,9 @@ def finetune(task_class: type[TextTask] | type[WordTask]) -> dict[str, float | N
     Raises:
         ValueError, OSError: for arguments and data that cannot be used; the message says why.
     """
-    model_args, data_args, args = parse_arguments((ModelArguments, task_class.arguments, FinetuningArguments))
+    model_args, data_args, args = parse_arguments(
+        (ModelArguments, task_class.arguments, FinetuningArguments), description=description
+    )
     set_up_logging(args)
     use_all_cores(args)
     checkpoint = find_checkpoint(args)

@@ -1,11 +1,11 @@
 """Judges frozen encoders, any of transformers', beside two baselines: the untrained encoder, and TF-IDF.
 
-    python run_probing.py --model_name_or_path runs/quickstart bert-base-uncased --data_dir eval \
+    tjepa probe --model_name_or_path runs/quickstart bert-base-uncased --data_dir eval \
         --output probing.json --plot probing.png
-    python run_probing.py --model_name_or_path runs/quickstart --dataset mine=train.csv,test.csv
+    tjepa probe --model_name_or_path runs/quickstart --dataset mine=train.csv,test.csv
 
 Every encoder embeds every data set once. The protocol (mean pooling, whitening, logistic regression whose strength is
-chosen on a validation part) is in probing_tjepa.py, and the same for every column of the table. What a data set is for
+chosen on a validation part) is in probe.py, and the same for every column of the table. What a data set is for
 is seen from its columns: text and label; sentence1, sentence2 and score; tokens and one that ends in _tags.
 """
 
@@ -28,7 +28,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from ..corpus.arguments import parse_arguments
+from ..corpus.arguments import parse_arguments, start
 from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS
 from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
@@ -84,7 +84,7 @@ class ProbingArguments:
 
 
 def main():
-    (args,) = parse_arguments(ProbingArguments)
+    (args,) = parse_arguments(ProbingArguments, description=__doc__)
     require_packages(["scikit-learn"] + ["matplotlib"] * bool(args.plot))
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
@@ -421,4 +421,4 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

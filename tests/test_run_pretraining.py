@@ -190,14 +190,6 @@ def test_unknown_yaml_key(tmp_path, monkeypatch):
         run(monkeypatch, [str(tmp_path / "config.yaml")])
 
 
-def test_without_data_it_is_the_quickstart():
-    quickstart = str(REPOSITORY / "configs" / "quickstart.yaml")
-    assert run_pretraining.with_quickstart_default([]) == [quickstart]
-    assert run_pretraining.with_quickstart_default(["--seed", "1"]) == [quickstart, "--seed", "1"]
-    for given in (["my.yaml", "--seed", "1"], ["--train_file=x"], ["--dataset_name", "x"], ["--help"]):
-        assert run_pretraining.with_quickstart_default(given) == given
-
-
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_parse(path):
     from tjepa.corpus.arguments import parse_arguments

@@ -1,6 +1,6 @@
 """Turns a run folder of the original T-JEPA code into one of our model folders, every tensor accounted for.
 
-    python convert_checkpoint.py REFERENCE_FOLDER OUTPUT_FOLDER
+    tjepa convert REFERENCE_FOLDER OUTPUT_FOLDER
 
 The reference folder holds `context_encoder.pt`, `target_encoder.pt`, `predictor.pt` (state dicts), their configs
 `encoder_config.json` and `predictor_config.json`, and, if it was kept, `target_masking_strategies.json`, which becomes
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..configuration_tjepa import TJEPAConfig
+from ..corpus.arguments import start
 from ..modeling_tjepa import TJEPAForPreTraining
 
 
@@ -142,7 +143,7 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("reference_folder", type=Path)
     parser.add_argument("output_folder", type=Path)
     args = parser.parse_args()
@@ -151,4 +152,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

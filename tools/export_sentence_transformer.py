@@ -1,6 +1,6 @@
 """Makes a folder that sentence-transformers loads: encoder, mean over the tokens, unit length.
 
-    python export_sentence_transformer.py runs/quickstart runs/quickstart-sentences
+    tjepa export runs/quickstart runs/quickstart-sentences
     python -c "from sentence_transformers import SentenceTransformer as S;
     print(S('runs/quickstart-sentences', trust_remote_code=True).encode('A text.').shape)"
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..corpus.arguments import start
 
 
 def export_sentence_transformer(
@@ -96,7 +98,7 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("model_name_or_path", help="T-JEPA folder or Hub name")
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="of a pretraining folder")
@@ -110,4 +112,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

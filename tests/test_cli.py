@@ -1,0 +1,178 @@
+"""The command `tjepa` and what every command line has in common: help, flags, YAML files, errors of the user's."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from transformers import TrainingArguments
+
+from helpers import REPOSITORY
+from tjepa import cli
+from tjepa.corpus.arguments import CONFIGS, find_config, parse_arguments, start
+from tjepa.corpus.documents import DataArguments
+from tjepa.corpus.prepare_dataset import PreparationArguments
+from tjepa.run_pretraining import QUICKSTART_CONFIG, MaskingArguments, ModelArguments
+from tjepa.training.arguments import PretrainingArguments
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tjepa", *map(str, arguments)])
+    cli.main()
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_help_fits(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, command, "--help")
+    help_text = capsys.readouterr().out
+    assert end.value.code in (0, None)
+    assert len(help_text.splitlines()) < 200
+    assert f"usage: tjepa {command}" in help_text
+    if command not in ("convert", "export"):
+        assert "A YAML file of lines `name: value` may come first" in " ".join(help_text.split())
+        assert "--output" in help_text
+    if command in ("pretrain", "classify", "tag"):
+        assert help_text.index("\nmodel:") < help_text.index("--learning_rate")
+        assert "transformers/main_classes/trainer" in help_text
+        assert "\n  --lr_scheduler_type" not in help_text  # inherited and unchanged
+
+
+def test_the_command_without_a_subcommand_lists_them(monkeypatch, capsys):
+    run(monkeypatch)
+    usage = capsys.readouterr().out
+    assert all(f"\n  {name} " in usage for name in cli.COMMANDS) and len(cli.COMMANDS) == 8
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "pretain")
+    assert end.value.code == 2 and "no command 'pretain'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_subcommand_is_its_files_main(command, monkeypatch):
+    module = import_module(f"tjepa.{cli.COMMANDS[command][0]}")
+    seen = []
+    monkeypatch.setattr(module, "main", lambda: seen.append(sys.argv))
+    run(monkeypatch, command, "--flag", "value")
+    assert seen == [[f"tjepa {command}", "--flag", "value"]]
+
+
+# ---- flags ----
+
+
+def test_dashes_are_as_good_as_underscores_and_values_stay():
+    (args,) = parse_arguments(DataArguments, ["--train-file=a-b_c.txt", "--max-length", "128", "--streaming"])
+    assert (args.train_file, args.max_length, args.streaming) == ("a-b_c.txt", 128, True)
+    _, training = parse_arguments([DataArguments, PretrainingArguments], ["--no-do-eval", "--max-steps", "1"])
+    assert training.do_eval is False and training.max_steps == 1
+
+
+def test_no_flag_is_abbreviated():
+    with pytest.raises(ValueError, match="There is no argument --train_fil. Did you mean --train_file?"):
+        parse_arguments(DataArguments, ["--train_fil", "x.txt"])
+
+
+PRETRAINING = (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments)
+
+
+def parse_pretraining(*flags):
+    return parse_arguments(
+        PRETRAINING, list(flags), default_file=QUICKSTART_CONFIG, default_unless=("dataset_name", "train_file")
+    )
+
+
+@pytest.mark.parametrize("flags", [["--train-file", "x.txt"], ["--train_file=x.txt"], ["--dataset-name=x"]])
+def test_with_data_it_is_not_the_quickstart(flags):
+    _, data, _, training = parse_pretraining(*flags)
+    assert data.max_length == 1024 and training.output_dir == "runs/tjepa"
+
+
+def test_without_data_it_is_the_quickstart():
+    for flags in ([], ["--seed", "1"], ["configs/quickstart.yaml"]):
+        model, data, _, training = parse_pretraining(*flags)
+        assert data.dataset_name == "quickstart" and training.output_dir == "runs/quickstart"
+    assert training.seed == 0 and "predictor_type=boundary" in model.config_overrides
+
+
+def test_overrides_of_the_command_line_are_added_to_those_of_the_file():
+    for flags in (["--config_overrides", "hidden_size=64"], ["--config-overrides=hidden_size=64"]):
+        model, *_ = parse_pretraining(*flags)
+        assert model.config_overrides.startswith("vocab_size=") or "predictor_type=boundary," in model.config_overrides
+        assert model.config_overrides.endswith(",hidden_size=64")
+
+
+# ---- YAML files ----
+
+
+def test_packaged_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/reference.yaml") == find_config("reference.yaml") == CONFIGS / "reference.yaml"
+    (tmp_path / "reference.yaml").write_text("max_length: 8\n")
+    assert find_config("reference.yaml").read_text() == "max_length: 8\n"  # the user's own comes first
+    with pytest.raises(FileNotFoundError) as error:
+        find_config("configs/refrence.yaml")
+    assert "Did you mean reference.yaml?" in str(error.value)
+    assert all(path.name in str(error.value) for path in CONFIGS.glob("*.yaml"))
+    with pytest.raises(FileNotFoundError):
+        find_config("elsewhere/reference.yaml")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("max_length: [1,\n")
+    with pytest.raises(ValueError, match="a.yaml is not valid YAML"):
+        parse_arguments(DataArguments, [str(tmp_path / "a.yaml")])
+
+
+# ---- errors ----
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [ValueError("two\nlines"), OSError("two\nlines"), ImportError("two lines")])
+def test_an_error_of_the_users_is_one_line_and_exit_code_2(error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain"])
+    # as if raised in this package
+    monkeypatch.setattr("tjepa.corpus.arguments.PACKAGE", REPOSITORY / "tests")
+    with pytest.raises(SystemExit) as end:
+        start(fail(error))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "tjepa pretrain: error: two lines\n"
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain", "--debug"])
+    with pytest.raises(type(error)):
+        start(fail(error))
+    assert sys.argv == ["tjepa pretrain"]
+
+
+def test_an_error_of_a_librarys_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("tjepa.corpus.arguments.PACKAGE", REPOSITORY / "corpus")
+    monkeypatch.setattr(sys, "argv", ["x", "--debug", "underflow_overflow"])
+    with pytest.raises(ValueError):
+        start(fail(ValueError("a bug")))
+    assert sys.argv == ["x", "--debug", "underflow_overflow"]  # the flag of TrainingArguments
+
+
+def test_combinations_that_training_arguments_refuse_are_the_users():
+    with pytest.raises(ValueError) as error:
+        parse_arguments(TrainingArguments, ["--output_dir=x", "--load_best_model_at_end", "--save_strategy=epoch"])
+    assert error.traceback[-1].path.name == "arguments.py"
+
+
+def test_every_command_started_as_a_file_ends_in_one_line(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY.parent)}
+    command = [sys.executable, REPOSITORY / "run_pretraining.py", "--train_fil", "x"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "run_pretraining.py: error: There is no argument --train_fil. Did you mean --train_file?\n"
+
+
+def test_arguments_of_the_preparation_are_in_its_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(PreparationArguments, ["--help"], description="Prepares.\n\nMore.")
+    out = capsys.readouterr().out
+    assert "Prepares. A YAML file" in out and "More." not in out and "--deduplicate" in out

@@ -18,13 +18,13 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from fault_injection import fork, wait
 from tjepa import run_pretraining
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.training.checkpoints import find_damage, list_checkpoints
@@ -67,34 +67,12 @@ def write_inputs(folder: Path) -> list[str]:
 
 def start(arguments: list[str], log: Path) -> int:
     """The process id of a new run."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+
+    def run() -> None:
         sys.argv = ["run_pretraining.py", *arguments]
         run_pretraining.main()
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
-
-def wait(pid: int, until: float = float("inf"), stop_waiting=lambda: False) -> int | None:
-    """The exit code, or `None` if the process still runs at the time `until` or when `stop_waiting()` is true."""
-    while time.monotonic() < until and not stop_waiting():
-        finished, status = os.waitpid(pid, os.WNOHANG)
-        if finished:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    return None
+    return fork(run, log)
 
 
 def times_of_checkpoints(output_dir: Path) -> dict[str, int]:

@@ -68,7 +68,12 @@ class HubPublisher(TrainerCallback):
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         copy = tempfile.TemporaryDirectory()  # the Trainer may delete the checkpoint while it is read
-        shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+        try:
+            shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+        except OSError as error:  # training goes on; the push at its end counts
+            copy.cleanup()
+            logger.warning(f"Step {state.global_step} is not pushed: {checkpoint} could not be copied. {error}")
+            return
         uploads = [{"allow_patterns": published_files(processing_class)}]
         if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last_only = self.strategy == HubStrategy.CHECKPOINT

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from fault_injection import Fault, InjectedError
 from helpers import REPOSITORY, TINY, arguments, run, run_elsewhere
 from tjepa import run_pretraining
 
@@ -110,20 +111,9 @@ def test_books_pretrain_and_the_loss_falls(shared_folder, tmp_path, monkeypatch)
 def test_interrupted_and_resumed_equals_uninterrupted(inputs, tmp_path, monkeypatch):
     run(monkeypatch, arguments(inputs, tmp_path / "whole", max_steps=4))
 
-    class Interrupted(Exception):
-        pass
-
-    original = run_pretraining.EMACallback.on_optimizer_step
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Interrupted
-        original(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_pretraining.EMACallback, "on_optimizer_step", interrupt)
-        with pytest.raises(Interrupted):
-            run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last"))
+    with monkeypatch.context() as patch, pytest.raises(InjectedError):
+        Fault("optimizer", "exception", step=4).install(patch)
+        run(patch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last"))
     run(monkeypatch, arguments(inputs, tmp_path / "resumed", resume_from_checkpoint="last"))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)

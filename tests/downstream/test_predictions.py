@@ -12,6 +12,7 @@ from transformers import (
     BertModel,
 )
 
+from fault_injection import Fault, InjectedError
 from finetuning_helpers import COLOURS, arguments, make_rows, run, write
 from tjepa.downstream import run_token_classification
 
@@ -186,18 +187,8 @@ def test_resumed_and_evaluated_from_a_checkpoint(folder, tmp_path, monkeypatch, 
     options = {"save_strategy": "steps", "save_steps": 2, "test_file": folder / "test.jsonl"}
     run(monkeypatch, arguments(folder, tmp_path / "whole", **options, max_steps=4))
 
-    from tjepa.training import loop
-
-    class Interrupted(Exception):
-        pass
-
-    class Interrupting(loop.CheckpointCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise Interrupted
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(loop, "CheckpointCallback", Interrupting)
+    with monkeypatch.context() as patch, pytest.raises(InjectedError):
+        Fault("forward", "exception", step=4).install(patch)
         run(patch, arguments(folder, tmp_path / "out", **options, max_steps=4))
     with caplog.at_level(logging.INFO, logger="tjepa"):
         resumed = run(

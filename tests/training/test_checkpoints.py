@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -345,17 +344,3 @@ def test_a_second_signal_kills_at_once():
         time.sleep(60)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
-
-
-def test_a_full_disk(tmp_path, launch):
-    """The kernel refuses to let files grow, as a full disk does; the checkpoints before stay as they are."""
-    process = launch("--save_total_limit=2")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 1
-    error = output[output.rindex("OSError: ") :]
-    assert "could not be written" in error and "MB are free" in error and "Make room" in error
-    checkpoints = list(list_checkpoints(tmp_path / "out").values())
-    intact = [path.name for path in checkpoints if find_damage(path) is None]
-    assert intact and f"Intact: {', '.join(intact)}." in error
-    assert find_damage(checkpoints[-1]) is not None and find_last_checkpoint(tmp_path / "out").name == intact[-1]

@@ -189,6 +189,8 @@ class TJEPAForPreTrainingOutput(ModelOutput):
         variance_covariance_loss, sigreg_loss, token_prediction_loss, denoising_loss
             (`torch.FloatTensor` of shape `[]`, *optional*):
             The optional terms before their weights; `None` where the weight is 0, and the last in evaluation.
+        token_loss_per_strategy (`torch.FloatTensor` of shape `[num_strategies]`, *optional*):
+            `token_prediction_loss` for each strategy.
         predictions (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the predictor's output.
         labels (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): what they should be.
         context_states (`torch.FloatTensor` of shape `[num_contexts, hidden_size]`): the context encoder's output.
@@ -200,6 +202,7 @@ class TJEPAForPreTrainingOutput(ModelOutput):
     variance_covariance_loss: torch.FloatTensor | None = None
     sigreg_loss: torch.FloatTensor | None = None
     token_prediction_loss: torch.FloatTensor | None = None
+    token_loss_per_strategy: torch.FloatTensor | None = None
     denoising_loss: torch.FloatTensor | None = None
     predictions: torch.FloatTensor | None = None
     labels: torch.FloatTensor | None = None
@@ -382,7 +385,9 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.loss = output.loss + self.config.sigreg_weight * output.sigreg_loss
         if self.config.token_prediction_weight > 0:
             token_losses = self._token_losses(predictions, flat_input_ids[label_indices])
-            output.token_prediction_loss, _ = mean_over_strategies(token_losses, slot_strategy_ids, slots_per_strategy)
+            output.token_prediction_loss, output.token_loss_per_strategy = mean_over_strategies(
+                token_losses, slot_strategy_ids, slots_per_strategy
+            )
             output.loss = output.loss + self.config.token_prediction_weight * output.token_prediction_loss
         if denoises:
             token_losses = self._token_losses(context_states[picked], context_input_ids.flatten()[picked])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -42,15 +43,12 @@ from tjepa.data_collator_tjepa import (
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
-from tjepa.training.ema import EMACallback
-from tjepa.training.health import HealthCallback
 from tjepa.training.loading import parse_config_overrides
-from tjepa.training.loop import train
+from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.publishing import create_publisher
-from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
-from tjepa.training.trainer import TJEPATrainer, add_tjepa_callbacks
+from tjepa.training.trainer import TJEPATrainer
 
 
 logger = logging.getLogger(__name__)
@@ -118,6 +116,9 @@ def main():
             f"--num_processes {training_args.n_gpu}, or show it only one with CUDA_VISIBLE_DEVICES=0."
         )
     checkpoint = find_checkpoint(training_args)
+    if not training_args.do_train:
+        model_args.model_name_or_path = find_weights_to_evaluate(model_args, training_args, checkpoint)
+        training_args.push_to_hub = False
     publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
@@ -126,6 +127,8 @@ def main():
     with training_args.main_process_first(desc="preparing the documents"):
         documents = load_documents(data_args, model_args.cache_dir, model_args.token)
         tokenizer = load_tokenizer(model_args, data_args, documents)
+        if not training_args.do_train:
+            documents.pop("train")
         datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Model
@@ -148,59 +151,47 @@ def main():
 
     # Training
     trainer = create_trainer(model, training_args, collator, datasets_by_split, tokenizer)
-    strategy_names = [strategy.name for strategy in strategies]
-    health = add_tjepa_callbacks(
-        trainer,
-        strategy_names,
-        EMACallback(
-            training_args.ema_momentum,
-            training_args.final_ema_momentum,
-            training_args.ipe_scale,
-            training_args.ema_schedule,
-            training_args.ema_anneal_ratio,
-        ),
-        WeightDecayCallback(training_args.weight_decay, training_args.final_weight_decay, training_args.ipe_scale),
-        HealthCallback(strategy_names, training_args.stop_on_collapse, training_args.collapse_patience),
-    )
-    metrics = {}
-    if training_args.do_train:
-        metrics.update(train(trainer, checkpoint, publisher))
-    if training_args.do_eval and trainer.eval_dataset is not None:
-        metrics.update(trainer.evaluate())
-        metrics.update({k: v for k, v in trainer.state.log_history[-1].items() if k.startswith("eval_")})
-    metrics["train_steps"] = trainer.state.global_step
-    metrics["dropped_in_batches"] = collator.num_dropped_documents
-    metrics["nonfinite_gradients"] = health.num_nonfinite_gradients
-    if isinstance(counts["train"], StreamTokenizer):
-        counts["train"] = counts["train"].counts(
-            lambda count: trainer.accelerator.reduce(count.to(training_args.device), "sum")
-        )
-        logger.info(f"train documents, as far as they were read since this start:\n{counts['train']}")
-    metrics["documents"] = {split: count.to_dict() for split, count in counts.items() if not isinstance(count, str)}
+    if not training_args.do_train:
+        load_state(trainer, model_args.model_name_or_path)
+        save_figures("eval_results.json", evaluate(trainer), training_args)
+        return
+    results = train(trainer, checkpoint, publisher)
 
-    # The model folder
+    # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
     if trainer.is_world_process_zero():
-        if is_quickstart:
-            metrics.update(report_what_was_learned(model.target_encoder, untrained_encoder, tokenizer))
-        save_model_folder(model, tokenizer, strategies, metrics, training_args)
-        write_pretraining_card(
-            training_args,
-            trainer.state,
-            model.config,
-            strategies,
-            counts,
-            metrics,
-            health.verdict,
-            dataset_name=data_args.dataset_name,
-            train_file=data_args.train_file,
-            max_length=data_args.max_length,
-            license=model_args.model_license,
-        )
+        save_model_folder(model, tokenizer, strategies, training_args)
+    results |= evaluate(trainer)
+    results |= count_documents(trainer, counts)
+    results["dropped_in_batches"] = collator.num_dropped_documents
+    results["nonfinite_gradients"] = trainer.health.num_nonfinite_gradients
+    if trainer.is_world_process_zero():
+
+        def save_results():
+            save_figures("all_results.json", results, training_args)
+            write_pretraining_card(
+                training_args,
+                trainer.state,
+                model.config,
+                strategies,
+                counts,
+                results,
+                trainer.health.verdict,
+                dataset_name=data_args.dataset_name,
+                train_file=data_args.train_file,
+                max_length=data_args.max_length,
+                license=model_args.model_license,
+            )
+
+        save_results()
         logger.info(f"The model folder is {training_args.output_dir}")
+        if is_quickstart:
+            encoders = (model.target_encoder, untrained_encoder)
+            results |= report_what_was_learned(*encoders, tokenizer, model_args.cache_dir)
+            save_results()
         if publisher is not None:
             publisher.publish_model_folder(training_args.output_dir, tokenizer)
-    if health.stopped_run:
+    if trainer.health.must_stop:
         sys.exit(3)
 
 
@@ -306,48 +297,76 @@ def load_model(
     return model
 
 
+def find_weights_to_evaluate(
+    model_args: ModelArguments, training_args: PretrainingArguments, checkpoint: str | None
+) -> str:
+    """
+    What `--do_train False` evaluates: the checkpoint or model that it names, else the model in the output folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if checkpoint is not None:
+        return checkpoint
+    if training_args.resume_from_checkpoint is None and model_args.model_name_or_path is not None:
+        return model_args.model_name_or_path
+    if training_args.resume_from_checkpoint is None and (Path(training_args.output_dir) / "config.json").is_file():
+        return training_args.output_dir
+    raise FileNotFoundError(
+        f"--do_train False evaluates a trained model, and {training_args.output_dir} holds none. Name one with "
+        "--model_name_or_path, a checkpoint with --resume_from_checkpoint, or the --output_dir of a run."
+    )
+
+
 def create_trainer(
     model: TJEPAForPreTraining,
     args: PretrainingArguments,
     collator: DataCollatorForTJEPA,
     splits: dict[str, torch.utils.data.Dataset],
     tokenizer: PreTrainedTokenizerBase,
-) -> Trainer:
-    """A Trainer with T-JEPA's optimizer and learning-rate schedule."""
-    if args.eval_strategy != "no" and "validation" not in splits:
+) -> TJEPATrainer:
+    """
+    Raises:
+        ValueError: if there is nothing to evaluate, and evaluations were asked for.
+    """
+    if "validation" not in splits and (args.eval_strategy != "no" or not args.do_train):
         raise ValueError(
-            f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
-            "--validation_split_percentage above 0."
+            f"eval_strategy is {args.eval_strategy.value} and do_train {args.do_train}, but there is no validation "
+            "split: pass --validation_file or a --validation_split_percentage above 0."
         )
-    trainer = TJEPATrainer(
+    return TJEPATrainer(
         model=model,
         args=args,
         data_collator=collator,
-        train_dataset=splits["train"] if args.do_train else None,
+        train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
     )
-    if args.do_train:
-        # batches of all processes together: only their number matters here
-        batches = torch.utils.data.DataLoader(
-            splits["train"], args.train_batch_size * args.world_size, drop_last=args.dataloader_drop_last
+
+
+def evaluate(trainer: TJEPATrainer) -> dict[str, float]:
+    """The figures of the validation split, if there is one to evaluate, and the step that they belong to."""
+    if not trainer.args.do_eval or trainer.eval_dataset is None:
+        return {"train_steps": trainer.state.global_step}
+    figures = {**trainer.evaluate(), "train_steps": trainer.state.global_step}
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        figures |= {"best_step": trainer.state.best_global_step, "best_by": trainer.args.metric_for_best_model}
+    return figures
+
+
+def count_documents(trainer: TJEPATrainer, counts: dict[str, DocumentCounts | StreamTokenizer | str]) -> dict:
+    """What became of the documents of each split, for the results; what a stream counted is added up in `counts`."""
+    if isinstance(counts["train"], StreamTokenizer):
+        counts["train"] = counts["train"].counts(
+            lambda count: trainer.accelerator.reduce(count.to(trainer.args.device), "sum")
         )
-        num_training_steps = trainer.set_initial_training_values(args, batches)[-1]
-        trainer.optimizer = create_optimizer(model, args)
-        trainer.lr_scheduler = get_lr_scheduler(
-            trainer.optimizer,
-            num_training_steps,
-            args.get_warmup_steps(num_training_steps),
-            start_lr=args.start_lr,
-            final_lr=args.final_lr,
-            ipe_scale=args.ipe_scale,
-        )
-    return trainer
+        logger.info(f"train documents, as far as they were read since this start:\n{counts['train']}")
+    return {"documents": {split: count.to_dict() for split, count in counts.items() if not isinstance(count, str)}}
 
 
 def gather_model(trainer: Trainer) -> TJEPAForPreTraining:
     """The trained model in one piece. Every process takes part; where it is sharded, only the first one gets it."""
-    if not trainer.is_fsdp_enabled:
+    if not isinstance(trainer.model, FSDPModule):
         return trainer.model
     weights = trainer.accelerator.get_state_dict(trainer.model)
     model = TJEPAForPreTraining(trainer.model.config)
@@ -360,18 +379,20 @@ def save_model_folder(
     model: TJEPAForPreTraining,
     tokenizer: PreTrainedTokenizerBase,
     strategies: list[MaskingStrategy],
-    metrics: dict[str, float],
     args: PretrainingArguments,
 ) -> None:
-    """Weights, config, code files, tokenizer, and beside them the masking strategies and the final figures."""
+    """Weights, config, code files, tokenizer, and beside them the masking strategies."""
     with replacing_files(args.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for name, content in {
-            "masking_strategies.json": strategies_to_dicts(strategies),
-            "all_results.json": metrics,
-        }.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(strategies_to_dicts(strategies), indent=2) + "\n"
+        (folder / "masking_strategies.json").write_text(content, encoding="utf-8")
+
+
+def save_figures(name: str, figures: dict[str, float], args: PretrainingArguments) -> None:
+    if args.process_index == 0:
+        with replacing_files(args.output_dir) as folder:
+            (folder / name).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

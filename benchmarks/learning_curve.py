@@ -39,7 +39,7 @@ from tjepa.downstream.run_probing import load_tasks
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import FeatureMoments
-from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
+from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
 
 
 NUM_TIMED_STEPS, NUM_WARMUP_STEPS = 20, 4
@@ -132,7 +132,7 @@ class TJEPA:
         self.collator = DataCollatorForTJEPA(strategies, args.seed, views_per_document=recipe.views_per_document)
         self.model = TJEPAForPreTraining(config).train()
         self.ema = EMACallback(
-            args.ema_momentum, args.final_ema_momentum, args.ipe_scale, args.ema_schedule, args.ema_anneal_ratio
+            args.ema_momentum, args.final_ema_momentum, args.schedule_stretch, args.ema_schedule, args.ema_anneal_ratio
         )
         self.jepa_weight = recipe.jepa_weight
         self.encoder = getattr(self.model, f"{recipe.encoder}_encoder")
@@ -209,10 +209,10 @@ class Training:
         args, model = self.args, self.objective.model
         optimizer = create_optimizer(model, args)
         warmup_steps = args.get_warmup_steps(self.num_steps)
-        scheduler = get_lr_scheduler(
-            optimizer, self.num_steps, warmup_steps, args.start_lr, args.final_lr, args.ipe_scale
+        scheduler = WarmupThenDecay(
+            optimizer, self.num_steps, warmup_steps, args.start_lr, args.final_lr, args.schedule_stretch
         )
-        weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.ipe_scale)
+        weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.schedule_stretch)
         batches = draw_batches(self.documents, args.per_device_train_batch_size, self.seed)
         for step, examples in zip(range(self.num_steps), batches, strict=False):
             start = time.process_time()

@@ -13,7 +13,10 @@ NUM_QUERIES = 4
 
 
 def report_what_was_learned(
-    encoder: PreTrainedModel, untrained_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    encoder: PreTrainedModel,
+    untrained_encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | None = None,
 ) -> dict[str, float]:
     """
     Prints what the frozen encoder knows about docstrings it never saw: the probe that tells their library from the
@@ -22,11 +25,12 @@ def report_what_was_learned(
     Args:
         encoder, untrained_encoder: after and before training.
         tokenizer: of both; they read `model_max_length` tokens of a docstring, as in pretraining.
+        cache_dir: where the quickstart's corpus is kept.
 
     Returns:
         `probe_accuracy` and `probe_accuracy_untrained`, in [0, 1].
     """
-    documents = load_quickstart_documents()
+    documents = load_quickstart_documents(cache_dir)
     known = documents["train"].select(range(min(NUM_PROBE_DOCUMENTS, len(documents["train"]))))
     new = documents["validation"]
     middle = len(new) // 2  # the first half chooses the probe's strength, the second half judges it

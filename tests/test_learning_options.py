@@ -213,7 +213,7 @@ def test_momentum_schedules_by_hand():
     cosine = EMACallback(0.9, 1.0, schedule="cosine")
     expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
     assert [cosine.at(step, 4) for step in range(5)] == pytest.approx(expected)
-    stretched = EMACallback(0.9, 1.0, ipe_scale=2.0, anneal_ratio=0.5)  # half of twice the steps
+    stretched = EMACallback(0.9, 1.0, schedule_stretch=2.0, anneal_ratio=0.5)  # half of twice the steps
     assert stretched.at(4, 8) == pytest.approx(0.95)
 
 

@@ -158,7 +158,7 @@ def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
         ({"config_overrides": "hiden_size=3"}, ValueError, r"has no \['hiden_size'\]"),
         ({"config_overrides": "hidden_size"}, ValueError, "is a list such as"),
         ({"masking_strategies": "ul3"}, ValueError, "must be a preset"),
-        ({"ipe_scale": 0.5}, ValueError, "ipe_scale must be at least 1"),
+        ({"schedule_stretch": 0.5}, ValueError, "schedule_stretch must be at least 1"),
         (
             {"eval_strategy": "steps", "validation_file": None, "validation_split_percentage": 0},
             ValueError,

@@ -1,11 +1,15 @@
 """Every argument of a pretraining run that is not about its model, data or masks."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .health import COLLAPSE_PATIENCE
+from .schedules import LR_SCHEDULES
 
 
 @dataclass
@@ -17,8 +21,20 @@ class PretrainingArguments(TrainingArguments):
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate, after the warm-up."})
-    start_lr: float = field(default=2e-4, metadata={"help": "Learning rate at the start of the warm-up."})
-    final_lr: float = field(default=1e-6, metadata={"help": "Learning rate at the end of the cosine."})
+    start_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate at the start of the warm-up. Default: a fifth of the highest one."},
+    )
+    final_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate at the end. Default: a thousandth of the highest one."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine",
+        metadata={
+            "help": "How the learning rate gets there after the warm-up: cosine, linear, constant or "
+            "warmup_stable_decay, which has --lr_scheduler_kwargs '{\"num_decay_steps\": 100}' (default: a tenth).",
+        },
+    )
     weight_decay: float = field(default=0.04, metadata={"help": "Weight decay of matrices at the start."})
     final_weight_decay: float = field(default=0.4, metadata={"help": "Weight decay of matrices at the end."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
@@ -28,8 +44,9 @@ class PretrainingArguments(TrainingArguments):
     ema_anneal_ratio: float = field(
         default=1.0, metadata={"help": "The momentum is at its end after this share of the steps, and stays there."}
     )
-    ipe_scale: float = field(
-        default=1.0, metadata={"help": "Schedules are made for this many times the number of training steps."}
+    schedule_stretch: float = field(
+        default=1.0,
+        metadata={"help": "Schedules are made for this many times the number of training steps (I-JEPA's ipe_scale)."},
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -65,14 +82,48 @@ class PretrainingArguments(TrainingArguments):
     def __post_init__(self):
         # without it accelerate takes the processes of a machine without GPU for so many lone ones
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        # The tensors of a batch differ in their first dimension: accelerate must neither split nor pad them.
-        self.accelerator_config = {
-            **(self.accelerator_config or {}),
-            "split_batches": False,
-            "dispatch_batches": False,
-        }
+        self.accelerator_config = whole_batches(self.accelerator_config)
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        if self.ipe_scale < 1.0:
-            raise ValueError(f"ipe_scale must be at least 1, got {self.ipe_scale}: schedules can not end early.")
+        if self.schedule_stretch < 1.0:
+            raise ValueError(
+                f"schedule_stretch must be at least 1, got {self.schedule_stretch}: no schedule ends early."
+            )
+        if self.learning_rate <= 0.0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        self.start_lr = self.learning_rate / 5 if self.start_lr is None else self.start_lr
+        self.final_lr = self.learning_rate / 1000 if self.final_lr is None else self.final_lr
+        for name in ("start_lr", "final_lr"):
+            if not 0.0 <= getattr(self, name) <= self.learning_rate:
+                raise ValueError(
+                    f"{name} must be between 0 and the learning rate, which is the highest one, got "
+                    f"{getattr(self, name)} with --learning_rate {self.learning_rate}. Lower --{name}, or leave it "
+                    "out: then it follows the learning rate."
+                )
+        if self.lr_scheduler_type.value not in LR_SCHEDULES:
+            raise ValueError(
+                f"--lr_scheduler_type {self.lr_scheduler_type.value}: the learning rate goes from start_lr over "
+                f"learning_rate to final_lr, after the warm-up by one of {', '.join(LR_SCHEDULES)}."
+            )
+
+
+def whole_batches(config: AcceleratorConfig | dict | str | None) -> dict:
+    """
+    An `accelerator_config`, as `TrainingArguments` takes it, that leaves batches whole: their tensors differ in the
+    first dimension, and accelerate must neither split nor pad them.
+
+    Raises:
+        ValueError: if it asks for `split_batches` or `dispatch_batches`.
+    """
+    if isinstance(config, str):
+        config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+    config = dict(config.to_dict() if isinstance(config, AcceleratorConfig) else config or {})
+    for name in ("split_batches", "dispatch_batches"):
+        if config.get(name):
+            raise ValueError(
+                f"--accelerator_config: {name} must stay false, because the tensors of a batch belong together and "
+                "cannot be cut. Every process reads its own batches."
+            )
+        config[name] = False
+    return config

@@ -4,7 +4,7 @@ from typing import Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .schedules import add_to_log, cosine_schedule, linear_schedule
+from .schedules import cosine_schedule, linear_schedule
 
 
 EMA_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
@@ -14,19 +14,24 @@ class EMACallback(TrainerCallback):
     """
     Moves the target encoder after every optimizer step t = 0, 1, ... (never on a micro-step):
 
-        m_t = m_0 + t/T * (m_1 - m_0),   T = ipe_scale * max_steps
+        m_t = m_0 + t/T * (m_1 - m_0),   T = schedule_stretch * max_steps
         target <- m_t * target + (1 - m_t) * context
 
     With the schedule `"cosine"` (BYOL, arXiv 2006.07733) m_t = m_1 - (m_1 - m_0) * (1 + cos(pi t/T)) / 2 instead. Of
     either the momentum stays at m_1 after `anneal_ratio * T` steps, which then stand for T above (data2vec, arXiv
     2202.03555, is linear up to a third of the steps or less).
 
-    The momentum depends on the step only, so it is right after a resume and the same on every process.
+    The momentum depends on the step only, so it is right after a resume and the same on every process. All that
+    T-JEPA needs of a Trainer beside its model and collator, in whatever place among the callbacks:
+
+        trainer = Trainer(model, args, data_collator=DataCollatorForTJEPA(), train_dataset=DocumentDataset(dataset),
+                          callbacks=[EMACallback()])
 
     Args:
         momentum (`float`, defaults to 0.996): m_0.
         final_momentum (`float`, defaults to 1.0): m_1.
-        ipe_scale (`float`, defaults to 1.0): stretches the schedule beyond the end of training.
+        schedule_stretch (`float`, defaults to 1.0):
+            stretches the schedule beyond the end of training (I-JEPA's ipe_scale).
         schedule (`str`, defaults to `"linear"`): `"linear"` or `"cosine"`.
         anneal_ratio (`float`, defaults to 1.0): share of T after which the momentum is m_1, in (0, 1].
 
@@ -38,7 +43,7 @@ class EMACallback(TrainerCallback):
         self,
         momentum: float = 0.996,
         final_momentum: float = 1.0,
-        ipe_scale: float = 1.0,
+        schedule_stretch: float = 1.0,
         schedule: Literal["linear", "cosine"] = "linear",
         anneal_ratio: float = 1.0,
     ):
@@ -51,18 +56,14 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"EMACallback: anneal_ratio must be in (0, 1], got {anneal_ratio}.")
         self.momentum = momentum
         self.final_momentum = final_momentum
-        self.ipe_scale = ipe_scale
+        self.schedule_stretch = schedule_stretch
         self.schedule = EMA_SCHEDULES[schedule]
         self.anneal_ratio = anneal_ratio
 
     def at(self, step: int, max_steps: int) -> float:
-        progress = step / (self.ipe_scale * self.anneal_ratio * max_steps)
+        progress = step / (self.schedule_stretch * self.anneal_ratio * max_steps)
         return self.schedule(self.momentum, self.final_momentum, progress)
 
     def on_optimizer_step(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         # Fires once per optimizer step, before global_step counts up: global_step is t.
         model.update_target_encoder(self.at(state.global_step, state.max_steps))
-
-    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "learning_rate" in logs:
-            add_to_log(state, logs, {"ema_momentum": self.at(state.global_step - 1, state.max_steps)})

@@ -6,10 +6,10 @@ import math
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
-from ..modeling_tjepa import TJEPAForPreTraining, TJEPAForPreTrainingOutput
-from .schedules import add_to_log
+from ..configuration_tjepa import TJEPAConfig
+from ..modeling_tjepa import TJEPAForPreTrainingOutput
 
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # data2vec 2.0 (arXiv 2212.07525) stops below this; centred RankMe under MIN_RANK is a warning, not a verdict
 MIN_TARGET_STD = 0.1
 MIN_RANK = 0.1
+MIN_STEPS = 10  # a predictor that was just drawn does not beat the mean target, warm-up or not
 COLLAPSE_PATIENCE = 3  # evaluations in a row, for a collapse to be called lasting
 
 
@@ -74,60 +75,99 @@ class FeatureMoments:
     def rank(self) -> float:
         """
         RankMe (arXiv 2210.02885) of the centred features divided by their width, in (0, 1]: the exponential of the
-        entropy of the singular values.
+        entropy of the singular values. NaN if a feature is not finite.
         """
-        singular_values = torch.linalg.eigvalsh(self.covariance().double()).clamp(min=0).sqrt()
+        covariance = self.covariance().cpu().double()  # Apple's GPUs have neither float64 nor eigenvalues
+        if not covariance.isfinite().all():
+            return math.nan
+        singular_values = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
         shares = singular_values / singular_values.sum().clamp(min=1e-12)
         return torch.exp(-torch.xlogy(shares, shares).sum()).item() / len(shares)
 
 
-class PretrainingStatistics:
-    """What one log line says of the batches it stands for: loss terms and the health of the representations."""
+TERMS = ("variance_covariance_loss", "sigreg_loss", "denoising_loss")  # those that are no means over target slots
 
-    def __init__(self, strategy_names: list[str]):
+
+class PretrainingStatistics:
+    """
+    Loss terms and health of the representations over some batches: those of a training step, or of an evaluation.
+
+    A strategy's loss is its mean over all target slots of these batches on all processes, and a loss the mean over
+    strategies: what one batch of all their documents would have, however they are divided. The terms that are no means
+    over slots are averaged over the batches, weighed by their context tokens. `loss` is the sum of all terms with the
+    weights of the configuration, as in `TJEPAForPreTraining`.
+    """
+
+    def __init__(self, strategy_names: list[str], config: TJEPAConfig):
         self.strategy_names = strategy_names
+        self.config = config
+        self.num_batches = 0
         self.targets, self.predictions, self.contexts = FeatureMoments(), FeatureMoments(), FeatureMoments()
         self.target_directions, self.cosines = FeatureMoments(), FeatureMoments()
-        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.sums: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def update(self, output: TJEPAForPreTrainingOutput, inputs: dict) -> None:
+    def update(self, output: TJEPAForPreTrainingOutput, inputs: dict[str, torch.Tensor]) -> None:
+        self.num_batches += 1
         is_token = inputs["context_view_ids"].flatten() >= 0
         self.targets.update(output.labels)
         self.predictions.update(output.predictions)
         self.contexts.update(output.context_states[is_token])
         self.target_directions.update(torch.nn.functional.normalize(output.labels.float(), dim=-1))
         self.cosines.update(torch.cosine_similarity(output.predictions.float(), output.labels.float())[:, None])
-        terms = ("jepa_loss", "variance_covariance_loss", "sigreg_loss", "token_prediction_loss", "denoising_loss")
-        for name in terms:
+
+        # of a step's batches each has the mean of their slots, so these add up to all slots of the step
+        slots = inputs["slots_per_strategy"]
+        num_tokens = is_token.sum()
+        sums = {"slots": slots, "tokens": num_tokens, "jepa_loss": output.loss_per_strategy * slots}
+        if output.token_loss_per_strategy is not None:
+            sums["token_prediction_loss"] = output.token_loss_per_strategy * slots
+        for name in TERMS:
             if getattr(output, name) is not None:
-                self.losses.setdefault(name, []).append(getattr(output, name).detach())
-        if len(self.strategy_names) > 1:
-            seen = inputs["slots_per_strategy"] > 0
-            for name, loss, was_seen in zip(self.strategy_names, output.loss_per_strategy, seen, strict=True):
-                if was_seen:
-                    self.losses.setdefault(f"loss_{name}", []).append(loss.detach())
+                sums[name] = getattr(output, name) * num_tokens
+        for name, value in sums.items():
+            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+            self.sums[name] = self.sums.get(name, 0) + value.detach().to(exact)
 
     def _add_other_processes(self) -> None:
-        """One all-reduce. Every process must take part; they have the same losses, since they share their slots."""
+        """One all-reduce. Every process must take part."""
         moments = [self.targets, self.predictions, self.contexts, self.target_directions, self.cosines]
-        sums = [moment.sums() for moment in moments]
-        losses = torch.stack([torch.stack(values).mean() for values in self.losses.values()]).double()
-        *sums, losses = reduce(torch.cat([*sums, losses]), "sum").split([len(part) for part in (*sums, losses)])
-        for moment, moment_sums in zip(moments, sums, strict=True):
-            moment.set_sums(moment_sums)
-        self.losses = dict(zip(self.losses, losses[:, None] / PartialState().num_processes, strict=True))
+        parts = [*(moment.sums() for moment in moments), *(value.double().flatten() for value in self.sums.values())]
+        parts = reduce(torch.cat(parts), "sum").split([len(part) for part in parts])
+        for moment, sums in zip(moments, parts, strict=False):
+            moment.set_sums(sums)
+        for (name, value), sums in zip(self.sums.items(), parts[len(moments) :], strict=True):
+            self.sums[name] = sums.view_as(value)
+
+    def losses(self) -> dict[str, float]:
+        slots, num_tokens = self.sums["slots"], self.sums["tokens"]
+        seen = slots > 0
+        losses, loss = {}, 0.0
+        for name, value in self.sums.items():
+            if name in ("jepa_loss", "token_prediction_loss"):
+                per_strategy = value[seen] / slots[seen]
+                losses[name] = per_strategy.mean().item()
+                if name == "jepa_loss" and len(self.strategy_names) > 1:
+                    names = [f"loss_{strategy}" for strategy, n in zip(self.strategy_names, slots, strict=True) if n]
+                    losses.update(zip(names, per_strategy.tolist(), strict=True))
+            elif name in TERMS:
+                losses[name] = (value / num_tokens).item()
+            else:
+                continue
+            weight = 1.0 if name == "jepa_loss" else getattr(self.config, name.replace("_loss", "_weight"))
+            loss += weight * losses[name]
+        return {"loss": loss, **losses}
 
     def summary(self) -> dict[str, float]:
         """Figures of all processes together for the log; empty if there was no target slot."""
-        if self.losses and PartialState().num_processes > 1:
+        if self.num_batches and PartialState().num_processes > 1:
             self._add_other_processes()
         if self.targets.count == 0:
             return {}
         # the cosine that always predicting the mean label would get: no learning needed for that
         mean_target = torch.nn.functional.normalize(self.targets.mean, dim=0)
         return {
-            **{name: torch.stack(list(values)).mean().item() for name, values in self.losses.items()},
+            **self.losses(),
             "target_std": self.targets.std(),
             "prediction_std": self.predictions.std(),
             "target_rank": self.targets.rank(),
@@ -138,21 +178,24 @@ class PretrainingStatistics:
         }
 
 
-def collapse_verdict(metrics: dict[str, float], prefix: str = "") -> str | None:
+def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool = False) -> str | None:
     """
     What is wrong with the representations, in plain words, or `None`.
 
     A run is collapsed when the targets' standard deviation across tokens is under 0.1, or when the predictions are no
-    closer to the targets than the mean target is. A low rank alone is no collapse.
+    closer to the targets than the mean target is (which says nothing while the predictor is new: `is_new`). A low rank
+    alone is no collapse. Figures that are not finite are a verdict, too.
     """
     std = metrics[f"{prefix}target_std"]
     cosine, baseline = metrics[f"{prefix}cosine"], metrics[f"{prefix}mean_target_cosine"]
+    if not all(map(math.isfinite, (std, cosine, baseline))):
+        return "not finite: the weights or what comes out of them are NaN or infinite"
     if std < MIN_TARGET_STD:
         return (
             f"collapsed: the targets barely differ from token to token (standard deviation {std:.3f}, healthy is "
             f"above {MIN_TARGET_STD})"
         )
-    if cosine <= baseline:
+    if cosine <= baseline and not is_new:
         return (
             f"collapsed: the predictions are no closer to the targets (cosine {cosine:.3f}) than the mean target is "
             f"({baseline:.3f})"
@@ -160,10 +203,13 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "") -> str | None:
     return None
 
 
-def collapsed_evaluations(state: TrainerState) -> list[int]:
-    """Optimizer steps of the latest evaluations in a row that found a collapse; empty if the last one did not."""
+def collapsed_evaluations(state: TrainerState, new_until: int = 0) -> list[int]:
+    """
+    Optimizer steps of the latest evaluations in a row that found a collapse; empty if the last one did not. Up to
+    step `new_until` the predictor is taken for new.
+    """
     is_collapsed = {
-        entry["step"]: collapse_verdict(entry, prefix="eval_") is not None
+        entry["step"]: collapse_verdict(entry, prefix="eval_", is_new=0 < entry["step"] <= new_until) is not None
         for entry in state.log_history
         if "eval_target_std" in entry
     }
@@ -175,13 +221,13 @@ def collapsed_evaluations(state: TrainerState) -> list[int]:
     return steps
 
 
-class HealthCallback(TrainerCallback):
+class HealthMonitor:
     """
-    Adds loss terms and the health of the representations to the Trainer's log, warns of a collapse at every
-    evaluation, and stops at a non-finite loss or gradient.
+    What `TJEPATrainer` knows of a run's health: the figures of the current step and of an evaluation, the verdict of
+    the latest evaluation, and losses and gradients that are not finite.
 
-    Training figures are those of the logged step, evaluation figures those of the whole evaluation set. Nothing is
-    read from the device on other steps.
+    Training figures are those of the logged step, evaluation figures those of the whole evaluation set. On a GPU
+    nothing is read from the device but in steps that log, evaluate or save.
 
     A collapse in `patience` evaluations in a row after the warm-up is a lasting one: it is reported as an error and,
     with `stop_on_collapse`, ends training without another checkpoint. Non-finite gradients are counted
@@ -190,123 +236,115 @@ class HealthCallback(TrainerCallback):
 
     Args:
         strategy_names (`list[str]`): names of the collator's strategies, in order.
+        config (`TJEPAConfig`): the model's, for the weights of the loss terms.
         stop_on_collapse (`bool`, defaults to `False`): whether a lasting collapse ends training.
         patience (`int`, defaults to 3): evaluations in a row.
     """
 
-    def __init__(self, strategy_names: list[str], stop_on_collapse: bool = False, patience: int = COLLAPSE_PATIENCE):
+    def __init__(
+        self,
+        strategy_names: list[str],
+        config: TJEPAConfig,
+        stop_on_collapse: bool = False,
+        patience: int = COLLAPSE_PATIENCE,
+    ):
         if patience < 1:
-            raise ValueError(f"HealthCallback: patience counts evaluations and must be at least 1, got {patience}.")
+            raise ValueError(f"collapse_patience counts evaluations and must be at least 1, got {patience}.")
         self.strategy_names = strategy_names
+        self.config = config
         self.stop_on_collapse = stop_on_collapse
         self.patience = patience
         self.verdict: str | None = None  # of the latest evaluation
-        self.stopped_run = False
-        self._train_statistics = PretrainingStatistics(strategy_names)
-        self._eval_statistics = PretrainingStatistics(strategy_names)
-        # both on the device: the first step with a non-finite value, or inf
-        self._first_bad_loss: torch.Tensor | None = None
-        self._first_bad_gradient: torch.Tensor | None = None
-        self._bad_gradients = torch.zeros((), dtype=torch.int64)
-        self._reported_bad_gradients = 0
-        self._will_log = False
-        self._step = 0
+        self.must_stop = False
+        self.step_statistics: PretrainingStatistics | None = None  # of the current step, if it is going to be logged
+        self.num_nonfinite_gradients = 0  # as far as they were counted
+        # both on the device: the first step with a non-finite value, or inf, and how many since the last count
+        self._first_bad_step: dict[str, torch.Tensor] = {}
+        self._new_bad_gradients: torch.Tensor | int = 0
 
-    def watch(self, model: TJEPAForPreTraining) -> None:
-        model.register_forward_hook(self._after_forward, with_kwargs=True)
+    def new_statistics(self) -> PretrainingStatistics:
+        return PretrainingStatistics(self.strategy_names, self.config)
 
-    @property
-    def num_nonfinite_gradients(self) -> int:
-        return int(self._bad_gradients)
+    def watch(self, name: str, value: torch.Tensor, step: int, is_fatal: bool = True) -> None:
+        """
+        Notes whether a loss or a gradient norm is finite; on the CPU, where that costs nothing, also what it means.
 
-    def _after_forward(self, model, args, inputs, output):
-        if not model.training:
-            self._eval_statistics.update(output, inputs)
-            return
-        self._first_bad_loss = self._first_bad_step(self._first_bad_loss, output.loss.detach())
-        if self._will_log:
-            self._train_statistics.update(output, inputs)
+        Args:
+            name (`str`): what it is, `"loss"` or `"gradient"`.
+            value (`torch.Tensor`): a scalar.
+            step (`int`): the optimizer step that it belongs to, from 1.
+            is_fatal (`bool`): whether it stops the run; a gradient scaler skips the step instead.
+        """
+        is_bad = ~torch.isfinite(value.detach())
+        if name == "gradient":
+            self._new_bad_gradients = self._new_bad_gradients + is_bad.int()
+        if is_fatal:
+            bad_step = torch.where(is_bad, float(step), math.inf)
+            earlier = self._first_bad_step.get(name)
+            self._first_bad_step[name] = bad_step if earlier is None else earlier.minimum(bad_step)
+            if bad_step.device.type == "cpu":
+                self.raise_if_not_finite()
 
-    def _first_bad_step(self, earlier: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-        bad_step = torch.where(torch.isfinite(value), math.inf, float(self._step))
-        return bad_step if earlier is None else earlier.minimum(bad_step)
-
-    def _raise_if_not_finite(self) -> None:
-        for name, first_bad_step in (("loss", self._first_bad_loss), ("gradient", self._first_bad_gradient)):
-            step = math.inf if first_bad_step is None else first_bad_step.item()
-            if step < math.inf:
+    def raise_if_not_finite(self) -> None:
+        """
+        Raises:
+            FloatingPointError: if a loss or gradient that was watched was not finite.
+        """
+        for name, first_bad_step in self._first_bad_step.items():
+            if (step := first_bad_step.item()) < math.inf:
+                self.num_nonfinite_gradients += int(self._new_bad_gradients)
                 raise FloatingPointError(
                     f"The {name} was not finite in optimizer step {int(step)}; stopped before saving another "
                     "checkpoint. The last checkpoint is good; resume from it with --resume_from_checkpoint, with a "
                     "lower --learning_rate, a longer warm-up or a lower --max_grad_norm."
                 )
 
-    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
-        counts = [entry["nonfinite_gradients"] for entry in state.log_history if "nonfinite_gradients" in entry]
-        self._reported_bad_gradients = counts[-1] if counts else 0
-        self._bad_gradients = torch.tensor(self._reported_bad_gradients, device=args.device)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._step = state.global_step + 1
-        self._will_log = self._step % state.logging_steps == 0 or (self._step == 1 and args.logging_first_step)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        # The Trainer's own norm is not handed to callbacks; clipping keeps what is not finite that way.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
-        self._bad_gradients += ~torch.isfinite(norm)
-        if getattr(optimizer, "scaler", None) is None:
-            self._first_bad_gradient = self._first_bad_step(self._first_bad_gradient, norm)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        # reading a loss makes a GPU wait; on the CPU it costs nothing
-        will_save = control.should_save or state.global_step % state.save_steps == 0
-        is_last = state.global_step >= state.max_steps
-        if args.device.type == "cpu" or self._will_log or will_save or is_last:
-            self._raise_if_not_finite()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self._raise_if_not_finite()
-
-    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "eval_loss" in logs:
-            metrics = {f"eval_{name}": value for name, value in self._eval_statistics.summary().items()}
-            self._eval_statistics = PretrainingStatistics(self.strategy_names)
-            if metrics:
-                add_to_log(state, logs, metrics)
-                self._judge(metrics, args, state, control)
-        elif "loss" in logs:
-            add_to_log(state, logs, self._train_statistics.summary())
-            self._train_statistics = PretrainingStatistics(self.strategy_names)
-            self._report_nonfinite_gradients(state, logs)
-
-    def _report_nonfinite_gradients(self, state: TrainerState, logs: dict) -> None:
-        count = self.num_nonfinite_gradients
-        if count:
-            add_to_log(state, logs, {"nonfinite_gradients": count})
-        if count > self._reported_bad_gradients:
+    def count_nonfinite_gradients(self, num_logged: int) -> dict[str, int]:
+        """For the log: how many there were in all, `num_logged` of them in the log; empty if there were none."""
+        new, self._new_bad_gradients = int(self._new_bad_gradients), 0
+        self.num_nonfinite_gradients = num_logged + new
+        if new:
             logger.warning(
-                f"The gradient was not finite in {count - self._reported_bad_gradients} optimizer steps since the "
-                f"last report, {count} in all: the float16 gradient scaler skipped these steps and lowered its scale. "
-                "A few are normal; if it goes on, use --bf16 or a lower --learning_rate."
+                f"The gradient was not finite in {new} optimizer steps since the last report, "
+                f"{self.num_nonfinite_gradients} in all: the float16 gradient scaler skipped these steps and "
+                "lowered its scale. A few are normal; if it goes on, use --bf16 or a lower --learning_rate."
             )
-        self._reported_bad_gradients = count
+        return {"nonfinite_gradients": self.num_nonfinite_gradients} if self.num_nonfinite_gradients else {}
 
-    def _judge(self, metrics: dict[str, float], args, state: TrainerState, control: TrainerControl) -> None:
-        self.verdict = collapse_verdict(metrics, prefix="eval_")
-        if self.verdict is not None:
-            num_warmup_steps = args.get_warmup_steps(state.max_steps)  # nothing is learned before the first steps
-            steps = [step for step in collapsed_evaluations(state) if step > num_warmup_steps]
-            if len(steps) > 1:
-                self.verdict += f"; so in the last {len(steps)} evaluations, since step {steps[0]}"
-            report = logger.error if len(steps) >= self.patience else logger.warning
-            report(f"The representations have {self.verdict}. See the collapse advice in the README.")
-            if self.stop_on_collapse and len(steps) >= self.patience:
-                logger.error(f"Stopping at step {state.global_step} without another checkpoint (--stop_on_collapse).")
-                self.stopped_run = control.should_training_stop = True
-                control.should_save = False
-        elif (rank := metrics["eval_target_rank"]) < MIN_RANK:
-            logger.warning(
-                f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: judge "
-                "by a frozen probe against the untrained encoder."
+    def judge(self, metrics: dict[str, float], state: TrainerState, num_warmup_steps: int, is_training: bool) -> None:
+        """
+        The verdict over an evaluation, which the last entry of the log belongs to. There is none in the warm-up.
+
+        Raises:
+            FloatingPointError: in training, if the figures are not finite.
+        """
+        if "eval_target_std" not in metrics:
+            return
+        step = state.global_step
+        is_untrained_model = is_training and step == 0
+        if is_untrained_model or 0 < step <= num_warmup_steps:
+            self.verdict = None
+            return
+        self.verdict = collapse_verdict(metrics, prefix="eval_", is_new=0 < step <= MIN_STEPS)
+        if self.verdict is None:
+            if (rank := metrics["eval_target_rank"]) < MIN_RANK:
+                logger.warning(
+                    f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: "
+                    "judge by a frozen probe against the untrained encoder."
+                )
+            return
+        if is_training and self.verdict.startswith("not finite"):
+            raise FloatingPointError(
+                f"The evaluation after step {step} is {self.verdict}; stopped before saving another checkpoint. "
+                "Resume from the last one with --resume_from_checkpoint, with a lower --learning_rate, a longer "
+                "warm-up or a lower --max_grad_norm."
             )
+        steps = [step for step in collapsed_evaluations(state, MIN_STEPS) if step > num_warmup_steps]
+        if len(steps) > 1:
+            self.verdict += f"; so in the last {len(steps)} evaluations, since step {steps[0]}"
+        is_lasting = len(steps) >= self.patience
+        report = logger.error if is_lasting else logger.warning
+        report(f'The representations are {self.verdict}. See "Is it learning, or collapsing?" in README.md.')
+        if is_training and is_lasting and self.stop_on_collapse:
+            logger.error(f"Stopping at step {step} without another checkpoint (--stop_on_collapse).")
+            self.must_stop = True

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from transformers import Trainer, TrainerState
 
 from .checkpoints import CheckpointCallback, explain_failed_save, is_finished
@@ -25,8 +26,9 @@ def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | No
     """
     if checkpoint is not None and is_finished(trainer, checkpoint):
         logger.info(f"{checkpoint} is the end of training already")
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json")
+        weights = type(trainer.model).from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+        trainer.model.load_state_dict(weights)  # before it is wrapped or sharded, which an evaluation does
+        load_state(trainer, checkpoint)
         return {}
     stop_on_signal = StopOnSignalCallback()
     trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save
@@ -43,3 +45,12 @@ def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | No
         sys.exit(128 + stop_on_signal.signal_number)
     trainer.save_state()
     return metrics
+
+
+def load_state(trainer: Trainer, folder: str) -> None:
+    """Takes the step and the log of the run that wrote a folder, if there are any in it."""
+    path = Path(folder) / "trainer_state.json"
+    if path.is_file():
+        trainer.state = TrainerState.load_from_json(path)
+        trainer.state.is_local_process_zero = trainer.is_local_process_zero()
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()

@@ -153,7 +153,8 @@ def write_pretraining_card(
         health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",
         settings={
             "optimizer steps": state.global_step,
-            "documents per step and process": args.train_batch_size * args.gradient_accumulation_steps,
+            "documents per step and process": (state.train_batch_size or args.train_batch_size)
+            * args.gradient_accumulation_steps,
             "processes": args.world_size,
             "learning rate": f"{args.start_lr} -> {args.learning_rate} -> {args.final_lr}",
             "weight decay": f"{args.weight_decay} -> {args.final_weight_decay}",

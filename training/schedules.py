@@ -1,11 +1,21 @@
-"""Learning rate and weight decay over the steps, and the optimizer's parameter groups."""
+"""Learning rate and weight decay over the steps, and the optimizer's parameter groups.
 
+Notable: a schedule is a function of the step and of the arguments of this start. A checkpoint only says which step it
+is, so what is changed on a resume, a lower learning rate above all, counts from the next step on.
+"""
+
+import logging
 import math
-from functools import partial
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def linear_schedule(start: float, end: float, progress: float) -> float:
@@ -16,46 +26,114 @@ def cosine_schedule(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def learning_rate_factor(
-    step: int, start_factor: float, final_factor: float, num_warmup_steps: int, num_schedule_steps: float
-) -> float:
-    if step < num_warmup_steps:
-        return linear_schedule(start_factor, 1.0, step / num_warmup_steps)
-    return cosine_schedule(
-        1.0, final_factor, (step - num_warmup_steps) / max(1.0, num_schedule_steps - num_warmup_steps)
-    )
+def constant_schedule(start: float, end: float, progress: float) -> float:
+    return start
 
 
-def get_lr_scheduler(
-    optimizer: torch.optim.Optimizer,
-    num_training_steps: int,
-    num_warmup_steps: int,
-    start_lr: float = 0.0,
-    final_lr: float = 0.0,
-    ipe_scale: float = 1.0,
-) -> LambdaLR:
+# --lr_scheduler_type: how the rate goes from its highest to its final value, once the warm-up is over
+LR_SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "cosine": cosine_schedule,
+    "linear": linear_schedule,
+    "constant": constant_schedule,
+    "constant_with_warmup": constant_schedule,
+    "warmup_stable_decay": linear_schedule,  # over the last `num_decay_steps` only
+}
+
+
+class WarmupThenDecay(LRScheduler):
     """
-    I-JEPA's learning rate: linear from `start_lr` to the optimizer's rate over the warm-up, then cosine to `final_lr`
-    at `ipe_scale * num_training_steps`. (transformers' cosine schedules start their warm-up at zero, or are off by one
-    step.)
+    Linear from `start_lr` to the optimizer's rate over the warm-up, then to `final_lr` at
+    `schedule_stretch * num_training_steps`. (transformers' schedules start their warm-up at zero, know no final rate,
+    or are off by one step.)
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): its default rate is the highest one, in every group.
+        num_training_steps (`int`): optimizer steps of the run.
+        num_warmup_steps (`int`): optimizer steps of the warm-up.
+        start_lr, final_lr (`float`): rates before the first step and at the end.
+        schedule_stretch (`float`): I-JEPA's ipe_scale.
+        kind (`str`): one of `LR_SCHEDULES`.
+        num_decay_steps (`int`, *optional*): for `"warmup_stable_decay"`; by default a tenth of the steps.
     """
-    lr = optimizer.defaults["lr"]
-    return LambdaLR(
-        optimizer,
-        partial(
-            learning_rate_factor,
-            start_factor=start_lr / lr,
-            final_factor=final_lr / lr,
-            num_warmup_steps=num_warmup_steps,
-            num_schedule_steps=ipe_scale * num_training_steps,
-        ),
-    )
+
+    SETTINGS = ("learning_rate", "start_lr", "final_lr", "kind", "num_training_steps", "num_warmup_steps")
+    SETTINGS += ("num_decay_steps", "schedule_stretch")
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        num_training_steps: int,
+        num_warmup_steps: int,
+        start_lr: float = 0.0,
+        final_lr: float = 0.0,
+        schedule_stretch: float = 1.0,
+        kind: str = "cosine",
+        num_decay_steps: int | None = None,
+    ):
+        if kind not in LR_SCHEDULES:
+            raise ValueError(f"The learning rate's schedule must be one of {', '.join(LR_SCHEDULES)}, got {kind!r}.")
+        self.learning_rate = optimizer.defaults["lr"]
+        self.start_lr = start_lr
+        self.final_lr = final_lr
+        self.kind = kind
+        self.num_training_steps = num_training_steps
+        self.num_warmup_steps = num_warmup_steps
+        self.schedule_stretch = schedule_stretch
+        end = schedule_stretch * num_training_steps
+        if num_decay_steps is None and kind == "warmup_stable_decay":
+            num_decay_steps = max(1, round(0.1 * end))
+        self.num_decay_steps = num_decay_steps
+        self._decay_start = num_warmup_steps
+        if num_decay_steps is not None:
+            self._decay_start = max(num_warmup_steps, end - num_decay_steps)
+        self._decay_length = max(1.0, end - self._decay_start)
+        super().__init__(optimizer)
+
+    def factor(self, step: int) -> float:
+        """The rate of optimizer step `step` = 0, 1, ... as a share of the highest one."""
+        start, final = self.start_lr / self.learning_rate, self.final_lr / self.learning_rate
+        if step < self.num_warmup_steps:
+            return linear_schedule(start, 1.0, step / self.num_warmup_steps)
+        progress = max(0.0, (step - self._decay_start) / self._decay_length)
+        return LR_SCHEDULES[self.kind](1.0, final, progress)
+
+    def get_lr(self) -> list[float]:
+        return [base_lr * self.factor(self.last_epoch) for base_lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch, "settings": {name: getattr(self, name) for name in self.SETTINGS}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Goes on at the checkpoint's step with the settings of this start, and says which of them are new. The
+        optimizer, which was loaded before and has the checkpoint's, gets those of this start, too.
+        """
+        before = dict(state_dict.get("settings", {}))
+        if "base_lrs" in state_dict:  # a LambdaLR's
+            before["learning_rate"] = state_dict["base_lrs"][0]
+        now = {name: getattr(self, name) for name in before}
+        groups = self.optimizer.param_groups
+        for name in ("betas", "eps"):
+            if name in self.optimizer.defaults:
+                before[name], now[name] = groups[0][name], self.optimizer.defaults[name]
+                for group in groups:
+                    group[name] = now[name]
+        for name, value in now.items():
+            if value != before[name]:
+                logger.info(f"{name} is {value} from here on; up to the checkpoint it was {before[name]}.")
+        self.last_epoch = state_dict["last_epoch"] - 1
+        with warnings.catch_warnings(action="ignore"):  # the optimizer has made no step yet in this process
+            self.step()
+        for group, base_lr in zip(groups, self.base_lrs, strict=True):
+            group["initial_lr"] = base_lr
 
 
 def create_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
     """
     The Trainer's own optimizer of `args.optim` with weight decay on matrices only: never on biases, norms, the mask
     token or any other 1-D parameter. Parameters without gradient (the target encoder) are not in it.
+
+    For a loop of one's own, or an unmodified Trainer; `TJEPATrainer` makes the same groups.
     """
     optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -68,29 +146,22 @@ def create_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.o
 
 class WeightDecayCallback(TrainerCallback):
     """
-    Weight decay from its value in the optimizer *up* to `final_weight_decay`, along a cosine over
-    `ipe_scale * max_steps` optimizer steps; groups without decay keep none.
+    Weight decay of matrices from `weight_decay` to `final_weight_decay` along a cosine over
+    `schedule_stretch * max_steps` optimizer steps; groups of biases, norms and other 1-D parameters keep none.
+
+    Works in any Trainer whose optimizer has a group for each of the two, as `create_optimizer` makes them.
     """
 
-    def __init__(self, weight_decay: float = 0.04, final_weight_decay: float = 0.4, ipe_scale: float = 1.0):
+    def __init__(self, weight_decay: float = 0.04, final_weight_decay: float = 0.4, schedule_stretch: float = 1.0):
         self.weight_decay = weight_decay
         self.final_weight_decay = final_weight_decay
-        self.ipe_scale = ipe_scale
+        self.schedule_stretch = schedule_stretch
 
     def at(self, step: int, max_steps: int) -> float:
-        return cosine_schedule(self.weight_decay, self.final_weight_decay, step / (self.ipe_scale * max_steps))
+        return cosine_schedule(self.weight_decay, self.final_weight_decay, step / (self.schedule_stretch * max_steps))
 
     def on_step_begin(self, args, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
-            if group["weight_decay"] > 0.0:
+            # DeepSpeed makes vectors of all parameters; there, what decays is known by its decay
+            if group["weight_decay"] > 0.0 or any(parameter.ndim >= 2 for parameter in group["params"]):
                 group["weight_decay"] = self.at(state.global_step, state.max_steps)
-
-    def on_log(self, args, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "learning_rate" in logs:
-            add_to_log(state, logs, {"weight_decay": self.at(state.global_step - 1, state.max_steps)})
-
-
-def add_to_log(state: TrainerState, logs: dict[str, float], metrics: dict[str, float]) -> None:
-    """Into the line that is being logged, and into the history that the Trainer has already written it to."""
-    logs.update(metrics)
-    state.log_history[-1].update(metrics)

@@ -1,12 +1,10 @@
-"""What T-JEPA adds to an unmodified `transformers.Trainer`: the target encoder's moving average, the schedules, the
-optimizer's parameter groups, and a monitor that makes a collapse visible; and a `TJEPATrainer` for many processes.
+"""`TJEPATrainer`: a `transformers.Trainer` whose optimizer step is the same however its documents are divided.
 
-    trainer = Trainer(model, args, data_collator=DataCollatorForTJEPA(), train_dataset=DocumentDataset(dataset),
-                      optimizers=create_optimizer_and_scheduler(model, args, num_training_steps=args.max_steps))
-    add_tjepa_callbacks(trainer)
+    trainer = TJEPATrainer(model, args, data_collator=DataCollatorForTJEPA(), train_dataset=DocumentDataset(dataset))
     trainer.train()
 
-Nothing here reads or writes files.
+It makes optimizer, schedules, moving average and health figures from its `PretrainingArguments`. An unmodified Trainer
+needs `callbacks=[EMACallback()]` and nothing else, as long as one process makes its steps of one batch each.
 """
 
 import math
@@ -16,51 +14,53 @@ from itertools import chain, islice, repeat
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env, reduce
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
 from ..modeling_tjepa import TJEPAForPreTraining
+from .arguments import PretrainingArguments
 from .ema import EMACallback
-from .health import HealthCallback
-from .schedules import WeightDecayCallback
+from .health import HealthMonitor
+from .schedules import WarmupThenDecay, WeightDecayCallback
 
 
 class EpochCallback(TrainerCallback):
     """
     Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one
-    process, but not through the batch sampler of several.) And keeps accelerate from splitting a stream that is split.
+    process, but not through the batch sampler of several.)
     """
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        shard = train_dataloader.dataset
-        if isinstance(shard, IterableDatasetShard) and getattr(shard.dataset, "world_size", 1) > 1:
-            # a stream of which every process reads its own share: accelerate must not take a part of that part
-            shard.num_processes, shard.process_index = 1, 0
 
     def on_epoch_begin(self, args, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch))
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch))
 
 
-class EvaluationRandomStateCallback(TrainerCallback):
-    """
-    Gives training its random state back after an evaluation: opening a DataLoader draws a seed, and with dropout the
-    steps after it would differ from those of a run without evaluation. Must come after the Trainer's own callbacks,
-    which decide whether to evaluate.
-    """
+class FirstEpoch(torch.utils.data.Dataset):
+    """A dataset for evaluations: every one has epoch 0 and so the same masks, whatever epoch training has come to."""
 
-    def __init__(self):
-        self._fork = None
+    def __init__(self, dataset: torch.utils.data.Dataset):
+        self.dataset = dataset
 
-    def _on_end(self, args, state, control: TrainerControl, **kwargs):
-        if control.should_evaluate and self._fork is None:
-            self._fork = torch.random.fork_rng()
-            self._fork.__enter__()
+    def __len__(self) -> int:
+        return len(self.dataset)
 
-    on_step_end = on_epoch_end = _on_end
+    def __getitem__(self, index: int) -> dict:
+        return {**self.dataset[index], "epoch": 0}
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self._fork is not None:
-            self._fork.__exit__(None, None, None)
-            self._fork = None
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [{**example, "epoch": 0} for example in self.dataset.__getitems__(indices)]
+
+
+class FirstEpochStream(torch.utils.data.IterableDataset):
+    """The same for a stream."""
+
+    def __init__(self, dataset: torch.utils.data.IterableDataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict | None]:
+        for example in self.dataset:
+            yield example and {**example, "epoch": 0}
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -118,12 +118,46 @@ class TJEPATrainer(Trainer):
     """
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
-    of the step; an evaluation's loss that over all slots of a round of batches. Only the variance/covariance term
+    of the step; an evaluation's loss that over all slots of the evaluation set. Only the variance/covariance term
     and SIGReg, which are no sums over tokens, are computed for each micro-batch (of all processes) and averaged, and
     denoising draws the tokens it replaces anew in each process and micro-batch.
 
-    On one process without gradient accumulation an unmodified Trainer does the same.
+    An evaluation has the masks of epoch 0, sees every row, leaves training's random state as it was, and judges the
+    health of the representations (`trainer.health.verdict`).
+
+    Args:
+        model (`TJEPAForPreTraining`): what is trained.
+        args (`PretrainingArguments`): optimizer, schedules, moving average and all that a Trainer takes.
+        data_collator (`DataCollatorForTJEPA`): its strategies name the losses in the log.
+        others: as in `Trainer`. An `EMACallback` among `callbacks` takes the place of the one that `args` describe.
     """
+
+    def __init__(self, model=None, args: PretrainingArguments | None = None, *other_args, **kwargs):
+        super().__init__(model, args, *other_args, **kwargs)
+        args = self.args
+        self.health = HealthMonitor(
+            [strategy.name for strategy in self.data_collator.strategies],
+            self.model.config,
+            args.stop_on_collapse,
+            args.collapse_patience,
+        )
+        self._evaluation = None
+        self._given_optimizer, self._given_scheduler = self.optimizer, self.lr_scheduler
+        self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
+        if self.ema is None:
+            self.ema = EMACallback(
+                args.ema_momentum,
+                args.final_ema_momentum,
+                args.schedule_stretch,
+                args.ema_schedule,
+                args.ema_anneal_ratio,
+            )
+            self.add_callback(self.ema)
+        self.weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.schedule_stretch)
+        for callback in (self.weight_decay, EpochCallback(), ResumeStateCallback(self)):
+            self.add_callback(callback)
+
+    # The accelerator and the model on it
 
     def create_accelerator_and_postprocess(self) -> None:
         # accelerate shards on GPUs only; on CPUs it would go on without a word, each process with the whole model
@@ -155,46 +189,183 @@ class TJEPATrainer(Trainer):
             self.model.get_input_embeddings().set_reshard_after_forward(False)
         return prepared
 
+    def _prepare_model_for_evaluation(self) -> None:
+        """FSDP2 shards a model only together with its optimizer, and an evaluation before any training has none."""
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+
+    # Optimizer and schedules, made for every start of training: a second one may have another number of steps
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Matrices only: never biases, norms, the mask token or any other 1-D parameter."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        self.optimizer = self._given_optimizer
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        args = self.args
+        self.lr_scheduler = self._given_scheduler or WarmupThenDecay(
+            self.optimizer if optimizer is None else optimizer,
+            num_training_steps,
+            args.get_warmup_steps(num_training_steps),
+            args.start_lr,
+            args.final_lr,
+            args.schedule_stretch,
+            args.lr_scheduler_type.value,
+            **(args.lr_scheduler_kwargs or {}),
+        )
+        # a checkpoint holds the intervals of the run that wrote it
+        self.state.compute_steps(args, num_training_steps)
+        return self.lr_scheduler
+
+    # Batches
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        return without_repeated_documents(super().get_train_dataloader())
+        """
+        Raises:
+            ValueError: if `dataloader_drop_last` leaves no batch.
+        """
+        loader = without_repeated_documents(super().get_train_dataloader())
+        shard = loader.dataset
+        if isinstance(shard, IterableDatasetShard) and getattr(shard.dataset, "world_size", 1) > 1:
+            # a stream of which every process reads its own share: accelerate must not take a part of that part
+            shard.num_processes, shard.process_index = 1, 0
+        if self.args.dataloader_drop_last and has_length(loader) and len(loader) == 0:
+            num_documents = len(self.train_dataset)
+            raise ValueError(
+                f"--dataloader_drop_last drops all there is: {num_documents} documents do not fill a batch of "
+                f"{self.args.train_batch_size} documents on {self.args.world_size} processes. Leave it out, or take a "
+                "lower --per_device_train_batch_size."
+            )
+        return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
-        return without_repeated_documents(super().get_eval_dataloader(eval_dataset))
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        return self._whole_first_epoch(dataset, super().get_eval_dataloader)
+
+    def get_test_dataloader(self, test_dataset) -> torch.utils.data.DataLoader:
+        return self._whole_first_epoch(test_dataset, super().get_test_dataloader)
+
+    def _whole_first_epoch(self, dataset, make_loader) -> torch.utils.data.DataLoader:
+        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # that is for training
+        try:
+            return without_repeated_documents(make_loader((FirstEpochStream if is_stream else FirstEpoch)(dataset)))
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
+        self.health.step_statistics = self.health.new_statistics() if self._will_log_next_step() else None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # it may divide itself, unequally; to know makes a GPU wait once a step
             longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
             batches += [self._prepare_inputs(self.data_collator([])) for _ in range(longest - len(batches))]
         if batches:
-            self._join(batches)
+            self._share_slot_counts(batches)
         else:
             self.control.should_epoch_stop = True
         return batches, num_items
 
+    def _will_log_next_step(self) -> bool:
+        args, state = self.args, self.state
+        step = state.global_step + 1
+        if step == 1 and args.logging_first_step:
+            return True
+        if args.logging_strategy == IntervalStrategy.STEPS:
+            return step % state.logging_steps == 0
+        loader = self.callback_handler.train_dataloader
+        if args.logging_strategy == IntervalStrategy.EPOCH and has_length(loader):
+            return step % max(1, math.ceil(len(loader) / args.gradient_accumulation_steps)) == 0 or (
+                step >= state.max_steps
+            )
+        return args.logging_strategy == IntervalStrategy.EPOCH and step >= state.max_steps
+
+    def _share_slot_counts(self, batches: list[dict]) -> None:
+        """Makes one batch of a step's batches on all processes, as far as means over target slots are concerned."""
+        slots_per_strategy = sum(batch["slots_per_strategy"] for batch in batches) / len(batches)
+        slots_per_strategy = reduce(slots_per_strategy, reduction="mean")
+        for batch in batches:
+            batch["slots_per_strategy"] = slots_per_strategy
+
+    # Loss and health
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        is_shared = self.args.world_size > 1
+        outputs = model(**inputs, sum_over_processes=SumOverProcesses.apply if is_shared else None)
+        if model.training:
+            self.health.watch("loss", outputs.loss, self.state.global_step + 1)
+            statistics = self.health.step_statistics
+        else:
+            statistics = self._evaluation
+        if statistics is not None:
+            statistics.update(outputs, inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+        self.health.watch("gradient", value, self.state.global_step + 1, is_fatal=self.accelerator.scaler is None)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a line about training what T-JEPA knows of the step that it is about."""
+        self.health.raise_if_not_finite()
+        if "loss" in logs:
+            step, max_steps = self.state.global_step - 1, self.state.max_steps
+            logs["ema_momentum"] = self.ema.at(step, max_steps)
+            logs["weight_decay"] = self.weight_decay.at(step, max_steps)
+            if self.health.step_statistics is not None:
+                figures = self.health.step_statistics.summary()
+                logs.update({name: value for name, value in figures.items() if name != "loss"})
+                self.health.step_statistics = None
+            counts = [line["nonfinite_gradients"] for line in self.state.log_history if "nonfinite_gradients" in line]
+            logs.update(self.health.count_nonfinite_gradients(counts[-1] if counts else 0))
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`, with the health figures among the metrics, and the verdict over them."""
+        self.health.raise_if_not_finite()
+        on_gpu = self.args.device.type == "cuda"
+        # opening a DataLoader draws a seed, and with dropout the steps after it would differ
+        with torch.random.fork_rng([self.args.device] if on_gpu else []):
+            metrics = super().evaluate(*args, **kwargs)
+        state = self.state
+        self.health.judge(metrics, state, self.args.get_warmup_steps(state.max_steps), self.is_in_train)
+        if self.health.must_stop:
+            self.control.should_training_stop, self.control.should_save = True, False
+            self.args.save_strategy = SaveStrategy.NO  # nor at the end of the epoch, nor as the best
+        return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._prepare_model_for_evaluation()
+        self._evaluation = self.health.new_statistics()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures, self._evaluation = self._evaluation.summary(), None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
     def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
-        inputs = self._prepare_inputs(inputs)
-        self._join([inputs])
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return reduce(loss, reduction="mean"), logits, labels
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.health.raise_if_not_finite()
         if self.is_fsdp_enabled:
             # FSDP2 derives a class of its own from the model's; a checkpoint is to name ours and to hold its code
             for name in ("__name__", "__module__"):
                 setattr(type(self.model), name, getattr(TJEPAForPreTraining, name))
         super().save_model(output_dir, _internal_call)
-
-    def _join(self, batches: list[dict]) -> None:
-        """Makes one batch of the batches of all processes, as far as the loss is concerned."""
-        slots_per_strategy = sum(batch["slots_per_strategy"] for batch in batches) / len(batches)
-        slots_per_strategy = reduce(slots_per_strategy, reduction="mean")
-        for batch in batches:
-            batch["slots_per_strategy"] = slots_per_strategy
-            if self.args.world_size > 1:
-                batch["sum_over_processes"] = SumOverProcesses.apply
 
 
 class ResumeStateCallback(TrainerCallback):
@@ -220,9 +391,10 @@ class ResumeStateCallback(TrainerCallback):
         is_sharded = isinstance(dataset, IterableDatasetShard)  # reads the documents of all processes, keeps its own
         self._stream = dataset.dataset if is_sharded else dataset
         if hasattr(self._stream, "remember_positions"):
+            batch_size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
             self._stream.remember_positions(
                 num_workers=args.dataloader_num_workers,
-                documents_per_batch=args.train_batch_size * (dataset.num_processes if is_sharded else 1),
+                documents_per_batch=batch_size * (dataset.num_processes if is_sharded else 1),
                 num_batches=(args.dataloader_prefetch_factor or 2) + 2,  # how far a worker may be ahead
             )
             num_skipped = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
@@ -248,28 +420,3 @@ class ResumeStateCallback(TrainerCallback):
         }
 
     on_epoch_end = on_step_end
-
-
-def add_tjepa_callbacks(
-    trainer: Trainer,
-    strategy_names: list[str],
-    ema: EMACallback | None = None,
-    weight_decay: WeightDecayCallback | None = None,
-    health: HealthCallback | None = None,
-) -> HealthCallback:
-    """
-    Adds everything above to a Trainer. The callbacks go first in its list: what they add to a log line reaches those
-    that come later, such as the TensorBoard writer. (`EMACallback` alone also works through `callbacks=[...]`.)
-
-    Returns:
-        The `HealthCallback`, which knows the latest verdict.
-    """
-    health = health or HealthCallback(strategy_names)
-    health.watch(trainer.model)
-    callbacks = [ema or EMACallback(), EpochCallback(), health]
-    if weight_decay is not None:
-        callbacks.append(weight_decay)
-    trainer.callback_handler.callbacks[:0] = callbacks
-    trainer.add_callback(EvaluationRandomStateCallback())
-    trainer.add_callback(ResumeStateCallback(trainer))
-    return health

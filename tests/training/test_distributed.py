@@ -70,7 +70,8 @@ run_pretraining.main()
 
 def launch_command(command: list[str], cwd: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    modules = [str(Path(__file__).parent), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(modules)}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stderr

@@ -8,8 +8,7 @@ from transformers import TrainerCallback
 
 import helpers
 from helpers import make_trainer
-from tjepa.training.health import HealthCallback, collapsed_evaluations
-from tjepa.training.trainer import add_tjepa_callbacks
+from tjepa.training.health import HealthMonitor, collapsed_evaluations
 
 
 class Collapse(TrainerCallback):
@@ -30,29 +29,27 @@ class Collapse(TrainerCallback):
                 model.load_state_dict(self.healthy)
 
 
-class Verdicts(HealthCallback):
+class Verdicts(HealthMonitor):
     """Judges by the targets' deviation alone: predictions of so small a model never beat the mean target."""
 
-    def _judge(self, metrics, args, state, control):
-        entry = state.log_history[-1]
-        entry["eval_cosine"] = metrics["eval_cosine"] = 1.0
-        entry["eval_mean_target_cosine"] = metrics["eval_mean_target_cosine"] = 0.5
-        super()._judge(metrics, args, state, control)
+    def judge(self, metrics, state, num_warmup_steps, is_training):
+        for figures in (metrics, state.log_history[-1]):
+            figures["eval_cosine"], figures["eval_mean_target_cosine"] = 1.0, 0.5
+        super().judge(metrics, state, num_warmup_steps, is_training)
 
 
-def run(tmp_path, collapse: Collapse, stop_on_collapse: bool = True, **arguments):
+def run(tmp_path, collapse: Collapse, stop_on_collapse: bool = True, resume=None, **arguments):
     defaults = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, **{**defaults, **arguments})
-    health = Verdicts(["s"] * 7, stop_on_collapse, patience=3)
-    add_tjepa_callbacks(trainer, ["s"] * 7, health=health)
+    trainer.health = Verdicts(["s"] * 7, trainer.model.config, stop_on_collapse, patience=3)
     trainer.add_callback(collapse)
-    trainer.train()
-    return trainer, health
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, trainer.health
 
 
 def test_a_lasting_collapse_stops_the_run(tmp_path, caplog):
     trainer, health = run(tmp_path, Collapse(first=3))
-    assert trainer.state.global_step == 5 and health.stopped_run  # evaluations 3, 4, 5
+    assert trainer.state.global_step == 5 and health.must_stop  # evaluations 3, 4, 5
     assert "so in the last 3 evaluations, since step 3" in health.verdict and health.verdict.startswith("collapsed")
     assert any(record.levelname == "ERROR" and health.verdict in record.getMessage() for record in caplog.records)
     saved = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
@@ -61,7 +58,7 @@ def test_a_lasting_collapse_stops_the_run(tmp_path, caplog):
 
 def test_without_the_flag_it_is_only_said(tmp_path, caplog):
     trainer, health = run(tmp_path, Collapse(first=3), stop_on_collapse=False)
-    assert trainer.state.global_step == 8 and not health.stopped_run
+    assert trainer.state.global_step == 8 and not health.must_stop
     assert "so in the last 6 evaluations, since step 3" in caplog.text
     assert collapsed_evaluations(trainer.state) == [3, 4, 5, 6, 7, 8]
 
@@ -78,17 +75,13 @@ def test_evaluations_in_the_warm_up_do_not_count(tmp_path):
 
 def test_the_count_goes_on_after_a_resume(tmp_path):
     run(tmp_path / "a", Collapse(first=3), max_steps=4, stop_on_collapse=False)
-    trainer = make_trainer(tmp_path / "b", max_steps=8, eval_strategy="steps", eval_steps=1)
-    health = Verdicts(["s"] * 7, stop_on_collapse=True)
-    add_tjepa_callbacks(trainer, ["s"] * 7, health=health)
-    trainer.add_callback(Collapse(first=5))
-    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    trainer, health = run(tmp_path / "b", Collapse(first=5), resume=str(tmp_path / "a" / "checkpoint-4"))
     assert trainer.state.global_step == 5 and "in the last 3 evaluations, since step 3" in health.verdict
 
 
-def test_patience_must_be_positive():
+def test_patience_must_be_positive(tiny_config):
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        HealthCallback(["s"], patience=0)
+        HealthMonitor(["s"], tiny_config, patience=0)
 
 
 def test_the_script_says_it_in_the_card_and_by_its_exit_code(inputs, tmp_path, monkeypatch):  # noqa: F811
@@ -99,8 +92,8 @@ def test_the_script_says_it_in_the_card_and_by_its_exit_code(inputs, tmp_path, m
         helpers.run(monkeypatch, arguments)
     assert stop.value.code == 3
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Health: collapsed: " in card and "so in the last 3 evaluations, since step 1" in card
-    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["train_steps"] == 3
+    assert "Health: collapsed: " in card and "so in the last 3 evaluations, since step 11" in card
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["train_steps"] == 13
 
 
 # --- Non-finite gradients --------------------------------------------------------------------------------------------
@@ -124,7 +117,7 @@ def test_a_non_finite_gradient_stops_the_run_before_it_is_saved(tmp_path, value,
     trainer = make_trainer(
         tmp_path, max_steps=6, save_strategy="steps", save_steps=1, logging_steps=5, max_grad_norm=max_grad_norm
     )
-    health = add_tjepa_callbacks(trainer, ["s"] * 7)
+    health = trainer.health
     trainer.add_callback(PoisonGradient(3, value))
     with pytest.raises(FloatingPointError, match="gradient was not finite in optimizer step 3.*checkpoint is good"):
         trainer.train()
@@ -137,7 +130,7 @@ def test_steps_that_the_gradient_scaler_skips_are_counted(tmp_path, caplog):
     trainer = make_trainer(tmp_path, max_steps=6, logging_steps=2)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     trainer.accelerator.native_amp = True
-    health = add_tjepa_callbacks(trainer, ["s"] * 7)
+    health = trainer.health
     trainer.add_callback(PoisonGradient(3, torch.inf))
     weights = []
 

@@ -16,9 +16,6 @@ from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.run_pretraining import PretrainingArguments, create_trainer
 from tjepa.training.checkpoints import CheckpointCallback, is_finished
-from tjepa.training.ema import EMACallback
-from tjepa.training.schedules import WeightDecayCallback
-from tjepa.training.trainer import add_tjepa_callbacks
 
 
 NUM_EVAL_DOCUMENTS = 5  # one batch, and no training batch has as many
@@ -53,13 +50,13 @@ def make_stream(num_documents: int = 22) -> DocumentStream:
 def run(folder: Path, resume=None, streaming=False, train_dataset=None, stop_after=None, dropout=0.1, **arguments):
     torch.manual_seed(0)
     defaults = {"per_device_train_batch_size": 4, "logging_steps": 3, "save_steps": 2, "disable_tqdm": True}
-    args = PretrainingArguments(output_dir=str(folder), learning_rate=1e-2, **{**defaults, **arguments})
+    defaults |= {"learning_rate": 1e-2, "ema_momentum": 0.9}
+    args = PretrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
     model = TJEPAForPreTraining(make_tiny_config(hidden_dropout_prob=dropout, attention_dropout=dropout))
     collator = RecordingCollator()
     train_dataset = train_dataset or (make_stream() if streaming else DocumentDataset(make_dataset()))
     splits = {"train": train_dataset, "validation": DocumentDataset(make_dataset(NUM_EVAL_DOCUMENTS))}
     trainer = create_trainer(model, args, collator, splits, None)
-    add_tjepa_callbacks(trainer, ["a", "b"], EMACallback(0.9), WeightDecayCallback())
     trainer.add_callback(CheckpointCallback())
     if stop_after is not None:
         trainer.callback_handler.callbacks.insert(0, StopAfter(stop_after))

@@ -13,9 +13,8 @@ from tjepa import TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.run_pretraining import PretrainingArguments
 from tjepa.training.ema import EMACallback
-from tjepa.training.health import FeatureMoments, HealthCallback, collapse_verdict
-from tjepa.training.schedules import WeightDecayCallback, create_optimizer, get_lr_scheduler
-from tjepa.training.trainer import add_tjepa_callbacks
+from tjepa.training.health import FeatureMoments, HealthMonitor, collapse_verdict
+from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
 
 
 # --- Schedules -------------------------------------------------------------------------------------------------------
@@ -25,7 +24,7 @@ def test_schedules_equal_the_golden_ones(shared_folder):
     golden = json.loads((shared_folder / "golden" / "schedules.json").read_text())
     num_steps, ipe_scale = golden["num_training_steps"], golden["ipe_scale"]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=golden["lr"])
-    scheduler = get_lr_scheduler(
+    scheduler = WarmupThenDecay(
         optimizer, num_steps, golden["warmup_steps"], golden["start_lr"], golden["final_lr"], ipe_scale
     )
     momentum = EMACallback(golden["ema_momentum"], 1.0, ipe_scale)
@@ -39,8 +38,7 @@ def test_schedules_equal_the_golden_ones(shared_folder):
 
 
 def test_schedules_are_used_and_logged(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=6, warmup_steps=2, learning_rate=1e-3, start_lr=2e-4)
-    add_tjepa_callbacks(trainer, ["s"] * 7, EMACallback(0.9, 1.0), WeightDecayCallback(0.04, 0.4))
+    trainer = make_trainer(tmp_path, max_steps=6, warmup_steps=2, learning_rate=1e-3, start_lr=2e-4, ema_momentum=0.9)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["learning_rate"] for entry in logs][:3] == pytest.approx([2e-4, 6e-4, 1e-3])
@@ -115,7 +113,6 @@ def test_momentum_out_of_range():
 
 def run(tmp_path, resume=None, **arguments):
     trainer = make_trainer(tmp_path, {"hidden_dropout_prob": 0.1}, save_strategy="steps", save_steps=4, **arguments)
-    add_tjepa_callbacks(trainer, ["s"] * 7)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -148,7 +145,6 @@ def test_every_epoch_draws_new_masks(tmp_path):
             return super().__call__(examples)
 
     trainer = make_trainer(tmp_path, collator=Recorder(), num_train_epochs=3, eval_strategy="epoch")
-    add_tjepa_callbacks(trainer, ["s"] * 7)
     trainer.train()
     train_batches, eval_batches = 6, 1
     assert seen == sum(([{epoch}] * train_batches + [{0}] * eval_batches for epoch in range(3)), [])
@@ -161,7 +157,6 @@ def test_health_is_logged(tmp_path):
     strategies = [MaskingStrategy(3), MaskingStrategy(8, max_target_mask_ratio=0.5)]
     weights = {"variance_covariance_weight": 0.5, "token_prediction_weight": 0.5}
     trainer = make_trainer(tmp_path, weights, DataCollatorForTJEPA(strategies), max_steps=4, logging_steps=2)
-    add_tjepa_callbacks(trainer, [strategy.name for strategy in strategies])
     seen_by_later_callbacks = []
 
     class Reporter(EMACallback):  # stands for TensorBoard: it only reads what it is handed
@@ -209,17 +204,15 @@ def test_collapse_verdict(std, cosine, verdict):
 
 def test_a_collapsed_model_is_called_collapsed(tmp_path, caplog):
     trainer = make_trainer(tmp_path, max_steps=1)
-    health = add_tjepa_callbacks(trainer, ["s"] * 7)
     with torch.no_grad():  # the same embedding for every token: every token has nearly the same label
         for encoder in (trainer.model.context_encoder, trainer.model.target_encoder):
             encoder.token_embedding.weight[:] = encoder.token_embedding.weight[:1]
     trainer.evaluate()
-    assert health.verdict is not None and health.verdict.startswith("collapsed")
+    assert trainer.health.verdict.startswith("collapsed")
 
 
 def test_non_finite_loss_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
-    add_tjepa_callbacks(trainer, ["s"] * 7)
 
     class Poison(EMACallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -234,5 +227,5 @@ def test_non_finite_loss_stops_the_run(tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
 
 
-def test_health_callback_handles_an_evaluation_without_slots():
-    assert HealthCallback(["s"])._eval_statistics.summary() == {}
+def test_an_evaluation_without_slots_has_no_figures(tiny_config):
+    assert HealthMonitor(["s"], tiny_config).new_statistics().summary() == {}

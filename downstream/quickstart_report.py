@@ -55,7 +55,7 @@ def report_what_was_learned(
         f"  Which of {len(PACKAGES)} libraries does an unseen docstring come from? A linear probe on the frozen\n"
         f"  encoder's mean vector is right for {accuracy['trained']:.1%} of {len(new) - middle:,} docstrings.\n"
         f"  On the same encoder before training it is right for {accuracy['untrained']:.1%}; always naming the most\n"
-        f"  frequent library would be for {most_frequent:.1%}."
+        f"  frequent library is right for {most_frequent:.1%}."
     )
     print("  Unseen docstrings, and their nearest neighbours among the training docstrings:")
     mean, projection = fit_whitening(known_features)

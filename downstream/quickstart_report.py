@@ -2,10 +2,12 @@
 
 import torch
 from datasets import Dataset
+from sklearn.neighbors import NearestNeighbors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.quickstart import PACKAGES, load_quickstart_documents
-from .probe import embed_texts, fit_whitening, linear_probe, nearest_neighbours, whiten
+from .embedding import embed_texts
+from .probe import as_array, fit_whitening, linear_probe
 
 
 NUM_PROBE_DOCUMENTS = 6000  # the probe trains on so many of the training documents
@@ -58,15 +60,15 @@ def report_what_was_learned(
         f"  frequent library is right for {most_frequent:.1%}."
     )
     print("  Unseen docstrings, and their nearest neighbours among the training docstrings:")
-    mean, projection = fit_whitening(known_features)
+    whitening = fit_whitening(known_features)
+    known_directions, new_directions = (whitening.transform(as_array(part)) for part in (known_features, new_features))
     queries = torch.linspace(0, len(new) - 1, NUM_QUERIES).long()
-    cosines, neighbours = nearest_neighbours(
-        whiten(new_features[queries], mean, projection), whiten(known_features, mean, projection), k=2
-    )
-    for query, query_cosines, query_neighbours in zip(queries.tolist(), cosines, neighbours, strict=True):
+    nearest = NearestNeighbors(n_neighbors=2, metric="cosine").fit(known_directions)
+    distances, neighbours = nearest.kneighbors(new_directions[queries])
+    for query, query_distances, query_neighbours in zip(queries.tolist(), distances, neighbours, strict=True):
         print(f"\n    {_first_line(new, query)}")
-        for cosine, neighbour in zip(query_cosines.tolist(), query_neighbours.tolist(), strict=True):
-            print(f"      {cosine:.2f}  {_first_line(known, neighbour)}")
+        for distance, neighbour in zip(query_distances.tolist(), query_neighbours.tolist(), strict=True):
+            print(f"      {1 - distance:.2f}  {_first_line(known, neighbour)}")
     print()
     return {"probe_accuracy": accuracy["trained"], "probe_accuracy_untrained": accuracy["untrained"]}
 

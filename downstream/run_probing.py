@@ -31,6 +31,7 @@ from transformers.hf_argparser import HfArg
 from ..corpus.arguments import parse_arguments, start
 from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS
+from .embedding import reads_special_tokens
 from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
 
 
@@ -67,7 +68,8 @@ class ProbingArguments:
         help=f"Tokens of a text that are read. Default: what the model is made for, at most {MAX_DEFAULT_LENGTH}.",
     )
     add_special_tokens: bool | None = HfArg(
-        default=None, help="Whether the tokenizer adds [CLS] and the like. Default: not for T-JEPA, yes for others."
+        default=None,
+        help="Whether the tokenizer adds [CLS] and the like. Default: not for T-JEPA itself, yes for others.",
     )
     batch_size: int = HfArg(default=64, help="Texts per forward.")
     num_seeds: int = HfArg(default=3, help="Probes, each with another tenth held out, and untrained encoders.")
@@ -85,7 +87,7 @@ class ProbingArguments:
 
 def main():
     (args,) = parse_arguments(ProbingArguments, description=__doc__)
-    require_packages(["scikit-learn"] + ["matplotlib"] * bool(args.plot))
+    require_packages(["matplotlib"] * bool(args.plot))
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     transformers.utils.logging.set_verbosity_error()  # a head that is left out is no news here
@@ -110,7 +112,7 @@ def main():
 
 def require_packages(names: Sequence[str]) -> None:
     """Before the work that would be lost without them."""
-    if missing := [name for name in names if find_spec({"scikit-learn": "sklearn"}.get(name, name)) is None]:
+    if missing := [name for name in names if find_spec(name) is None]:
         raise ImportError(f"This needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
@@ -287,12 +289,14 @@ def probe_model(
     trusted = {"trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **trusted)
     tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
-    is_tjepa = config.model_type == "tjepa"
-    chosen = {"encoder": args.encoder} if is_tjepa else {}
+    chosen = {"encoder": args.encoder} if config.model_type == "tjepa" else {}
+    adds_special_tokens = args.add_special_tokens
+    if adds_special_tokens is None:
+        adds_special_tokens = reads_special_tokens(config) and tokenizer.num_special_tokens_to_add() > 0
     options = {
         "max_length": choose_max_length(name, config, tokenizer, args.max_length),
         "batch_size": args.batch_size,
-        "add_special_tokens": not is_tjepa if args.add_special_tokens is None else args.add_special_tokens,
+        "add_special_tokens": adds_special_tokens,
     }
     logger.info(
         f"{column}: the first {options['max_length']} tokens of a text, "

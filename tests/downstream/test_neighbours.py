@@ -24,7 +24,7 @@ from transformers import (
 
 from helpers import make_tiny_config
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
-from tjepa.downstream.probe import embed_texts
+from tjepa.downstream.embedding import embed_texts
 from tjepa.tools.export_sentence_transformer import export_sentence_transformer
 
 

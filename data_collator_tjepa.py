@@ -14,6 +14,7 @@ hidden position of one block. The collator does not know any model.
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,13 @@ class MaskingStrategy:
             Mean length of a target block in tokens. `None`: one block that takes the whole budget.
         target_block_size_std (`float`, *optional*):
             `None`: every block has the mean length. Otherwise lengths are drawn from a normal distribution, rounded,
-            and clipped to [1, budget].
+            and clipped to [1, budget]. Either way the last block shrinks to what is left of the budget.
         max_target_mask_ratio (`float`, defaults to 0.25):
             At most this share of a document's n tokens becomes targets: the budget is max(1, floor(n * ratio)).
         max_target_mask_start_ratio (`float`, defaults to 0.0):
             Blocks lie in [ceil(n * this), n) only.
         target_block_num (`int`, *optional*):
-            Number of blocks; `None`: as many as the budget holds, at least one.
+            At most so many blocks; `None`: as many as fill the budget.
         max_context_ratio (`float`, defaults to 1.0):
             The context keeps at most this share of the document's tokens, sampled from the visible ones.
 
@@ -102,10 +103,23 @@ class MaskingStrategy:
 
     @property
     def name(self) -> str:
-        """Short name for logs, such as `block8_ratio0.5` or `blockall_ratio0.25_start0.75`."""
-        size = "all" if self.target_block_size_mean is None else f"{self.target_block_size_mean:g}"
-        start = f"_start{self.max_target_mask_start_ratio:g}" if self.max_target_mask_start_ratio else ""
-        return f"block{size}_ratio{self.max_target_mask_ratio:g}{start}"
+        """Name for logs, such as `block8_ratio0.5` or `blockall_ratio0.25_start0.75`: one for each set of values."""
+        whole = self.target_block_size_mean is None  # then there is one block, whatever their number may be
+        parts = {
+            "block": "all" if whole else self.target_block_size_mean,
+            "std": self.target_block_size_std,
+            "ratio": self.max_target_mask_ratio,
+            "start": self.max_target_mask_start_ratio or None,
+            "num": None if whole else self.target_block_num,
+            "context": self.max_context_ratio if self.max_context_ratio < 1 else None,
+        }
+        # 15 digits tell apart any two numbers that somebody would write
+        parts = {
+            name: value if isinstance(value, str) else f"{value:.15g}"
+            for name, value in parts.items()
+            if value is not None
+        }
+        return "_".join(f"{name}{value}" for name, value in parts.items())
 
 
 MASKING_PRESETS = {
@@ -207,7 +221,8 @@ def draw_block_lengths(
     budget: np.ndarray, mean: np.ndarray, std: np.ndarray, max_blocks: np.ndarray, keys: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Lengths of the target blocks, as many as the budget of each view holds, at least one.
+    Lengths of the target blocks: of each view as many as fill its budget, the last one shrunk to what is left, or its
+    first `max_blocks`.
 
     Args:
         budget (int [num_views]): tokens that may become targets, at least 1.
@@ -219,7 +234,7 @@ def draw_block_lengths(
         `(lengths, num_blocks)`: int [total blocks], ordered by view, and int [num_views].
     """
     fixed_length = np.minimum(mean, budget).astype(np.int64)
-    draws = np.minimum(max_blocks, np.where(std > 0, budget, budget // np.maximum(fixed_length, 1)))
+    draws = np.minimum(max_blocks, np.where(std > 0, budget, -(-budget // fixed_length)))  # rounded up
     view = np.repeat(np.arange(len(budget)), draws)
     lengths = fixed_length[view]
     varies = std[view] > 0
@@ -230,10 +245,10 @@ def draw_block_lengths(
         normal = radius * np.cos(2.0 * np.pi * uniform(key, counter + 1))
         drawn = np.rint(mean[view[varies]] + std[view[varies]] * normal)
         lengths[varies] = np.clip(drawn, 1, budget[view[varies]]).astype(np.int64)
-    total = np.cumsum(lengths)
-    before_view = np.repeat((total - lengths)[np.cumsum(draws) - draws], draws)
-    fits = total - before_view <= budget[view]
-    return lengths[fits], np.bincount(view[fits], minlength=len(budget))
+    before = np.cumsum(lengths) - lengths
+    left = budget[view] - (before - np.repeat(before[np.cumsum(draws) - draws], draws))
+    taken = left > 0
+    return np.minimum(lengths, left)[taken], np.bincount(view[taken], minlength=len(budget))
 
 
 def draw_block_starts(
@@ -343,8 +358,15 @@ def draw_views(
         values = [getattr(s, name) for s in strategies]
         return np.array([default if value is None else value for value in values], dtype=np.float64)[strategy]
 
-    first = np.minimum(np.ceil(n * parameter("max_target_mask_start_ratio")).astype(np.int64), n - 1)
-    budget = np.maximum(1, np.floor(n * parameter("max_target_mask_ratio")).astype(np.int64))
+    def floor_of_share(tokens: np.ndarray, name: str) -> np.ndarray:
+        """floor(tokens * ratio) of each view, exact for the decimal that was written: 50 * 0.58 is 29, not 28.99."""
+        ratios = [Fraction(str(getattr(s, name))) for s in strategies]
+        # Python's integers, because those of numpy overflow at a ratio of many digits
+        numerator, denominator = np.array([[r.numerator, r.denominator] for r in ratios], dtype=object).T
+        return (tokens.astype(object) * numerator[strategy] // denominator[strategy]).astype(np.int64)
+
+    first = np.minimum(-floor_of_share(-n, "max_target_mask_start_ratio"), n - 1)  # rounded up
+    budget = np.maximum(1, floor_of_share(n, "max_target_mask_ratio"))
     budget = np.minimum(budget, np.minimum(n - 1, n - first))  # one token stays for the context
     whole = np.array([s.target_block_size_mean is None for s in strategies])[strategy]
     max_blocks = np.where(whole, 1, np.minimum(parameter("target_block_num", np.inf), budget)).astype(np.int64)
@@ -377,12 +399,11 @@ def draw_views(
             not_copied[visible_places[np.searchsorted(visible_places, view_starts[emptied])]] = True
         visible = not_copied
 
-    max_context_ratio = parameter("max_context_ratio")
-    if (max_context_ratio < 1).any():
+    if (parameter("max_context_ratio") < 1).any():
         place_view = np.repeat(np.arange(num_views), n)[visible]
         position = ragged_arange(n)[visible]
         order = np.argsort(place_view + uniform(hash_keys(view_key, CONTEXT_SAMPLE)[place_view], position))
-        max_context = np.maximum(1, np.floor(n * max_context_ratio).astype(np.int64))
+        max_context = np.maximum(1, floor_of_share(n, "max_context_ratio"))
         num_visible = np.bincount(place_view, minlength=num_views)
         dropped = order[ragged_arange(num_visible) >= max_context[place_view]]
         visible[np.flatnonzero(visible)[dropped]] = False

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -69,8 +70,8 @@ def test_blocks_and_context(documents, strategies, seed):
     for document, strategy, context, blocks in views:
         n = len(document)
         targets = [position for block in blocks.values() for position in block]
-        budget = max(1, math.floor(n * strategy.max_target_mask_ratio))
-        first = min(math.ceil(n * strategy.max_target_mask_start_ratio), n - 1)
+        budget = max(1, math.floor(n * Fraction(str(strategy.max_target_mask_ratio))))
+        first = min(math.ceil(n * Fraction(str(strategy.max_target_mask_start_ratio))), n - 1)
         assert len(set(targets)) == len(targets) <= budget  # no overlap, within the budget
         assert targets and context  # at least one of each
         assert min(targets) >= first and max(targets) < n
@@ -78,16 +79,18 @@ def test_blocks_and_context(documents, strategies, seed):
         for block in blocks.values():
             assert block == list(range(block[0], block[0] + len(block)))  # contiguous
         assert context == sorted(set(context)) and not set(context) & set(targets)
-        assert len(context) <= max(1, math.floor(n * strategy.max_context_ratio))
-        if strategy.target_block_num is not None:
-            assert len(blocks) <= strategy.target_block_num
+        assert len(context) <= max(1, math.floor(n * Fraction(str(strategy.max_context_ratio))))
+        usable, lengths = min(budget, n - 1, n - first), [len(block) for block in blocks.values()]
+        if strategy.target_block_num is None or len(blocks) < strategy.target_block_num:
+            assert sum(lengths) == usable  # the last block takes what is left
+        else:
+            assert len(blocks) == strategy.target_block_num
         if strategy.target_block_size_mean is None:
-            assert len(blocks) == 1
+            assert lengths == [usable]
         elif strategy.target_block_size_std is None:
-            usable = min(budget, n - 1, n - first)
             length = min(strategy.target_block_size_mean, usable)  # shrinks rather than vanishes
-            expected = min(usable // length, strategy.target_block_num or usable)
-            assert [len(block) for block in blocks.values()] == [length] * expected
+            expected = [length] * (usable // length) + [usable % length] * (usable % length > 0)
+            assert lengths == expected[: strategy.target_block_num]
 
 
 @settings(max_examples=100, deadline=None)
@@ -129,6 +132,71 @@ def test_ul2_preset_in_order():
     assert values == [(3, 0.25), (8, 0.25), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5), (None, 0.25)]
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(2, 600), min_size=1, max_size=6),
+    st.integers(1, 100),
+    st.one_of(st.none(), st.floats(0.0, 40.0)),
+    st.integers(1, 100),
+    seeds,
+)
+def test_the_share_of_targets_is_nominal_at_every_length(lengths, mean, std, percent, seed):
+    strategy = MaskingStrategy(mean, std, percent / 100)
+    for document, _, context, _ in draw_one_by_one([np.zeros(n, dtype=int) for n in lengths], [strategy], seed):
+        n = len(document)
+        assert n - len(context) == min(max(1, n * percent // 100), n - 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "values", "num_targets", "first"),
+    [
+        (50, {"max_target_mask_ratio": 0.58}, 29, 0),  # 28.999999999999996 in floating point
+        (100, {"max_target_mask_ratio": 1.0, "max_target_mask_start_ratio": 0.55}, 45, 55),  # 55.00000000000001
+        (4000, {"max_target_mask_ratio": 0.12345678901234567}, 493, 0),  # more digits than fit into int64
+    ],
+)
+def test_budget_and_first_position_are_exact(n, values, num_targets, first):
+    strategy = MaskingStrategy(target_block_size_mean=None, **values)
+    ((_, _, _, blocks),) = draw_one_by_one([np.zeros(n, dtype=int)], [strategy])
+    assert len(blocks[1]) == num_targets and blocks[1][0] >= first
+    if first:
+        assert blocks[1] == list(range(first, n))
+
+
+def test_the_context_ratio_is_exact():
+    strategy = MaskingStrategy(target_block_size_mean=1, max_target_mask_ratio=0.1, max_context_ratio=0.58)
+    ((_, _, context, _),) = draw_one_by_one([np.zeros(50, dtype=int)], [strategy])
+    assert len(context) == 29
+
+
+def test_names_tell_strategies_apart_and_those_of_the_preset_stay():
+    assert [strategy.name for strategy in MASKING_PRESETS["ul2"]] == [
+        "block3_ratio0.25",
+        "block8_ratio0.25",
+        "block3_ratio0.5",
+        "block8_ratio0.5",
+        "block64_ratio0.15",
+        "block64_ratio0.5",
+        "blockall_ratio0.25_start0.75",
+    ]
+    others = [
+        {"target_block_size_std": 2},
+        {"target_block_size_std": 2.5},
+        {"target_block_num": 3},
+        {"max_context_ratio": 0.5},
+        {"max_target_mask_ratio": 0.25000001},
+        {"max_target_mask_start_ratio": 0.5},
+    ]
+    names = [MaskingStrategy(target_block_size_mean=8, **values).name for values in [{}, *others]]
+    assert len(set(names)) == len(names)
+    assert names[1:5] == [
+        "block8_std2_ratio0.25",
+        "block8_std2.5_ratio0.25",
+        "block8_ratio0.25_num3",
+        "block8_ratio0.25_context0.5",
+    ]
+
+
 @pytest.mark.parametrize(("mean", "ratio"), [(3, 0.25), (8, 0.5), (3, 0.8), (64, 0.5)])
 def test_every_position_can_be_a_target_and_the_share_is_nominal(mean, ratio):
     n, num_documents = 256, 3000
@@ -136,7 +204,7 @@ def test_every_position_can_be_a_target_and_the_share_is_nominal(mean, ratio):
     views = draw_views([np.zeros(n, dtype=int)] * num_documents, hash_keys(1, np.arange(num_documents)), [strategy])
     counts = np.bincount(views.slot_token % n, minlength=n)
     assert counts.min() > 0
-    assert counts.sum() / (n * num_documents) == pytest.approx(ratio, abs=0.02)
+    assert counts.sum() / (n * num_documents) == pytest.approx(ratio, abs=0.004)
 
 
 def test_arrangements_are_equally_likely():

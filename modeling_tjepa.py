@@ -171,7 +171,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
 
         hidden_states = self.dropout(inputs_embeds)
         rotary_angles = self.rotary_embedding(position_ids)
-        for layer in self.layers:
+        for layer in self.layers if hidden_states.shape[1] > 0 else ():  # an empty text: attention refuses no tokens
             hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
@@ -422,12 +422,14 @@ class TJEPAPooling(nn.Module):
             raise ValueError(
                 f"Pooling needs an attention_mask of shape [batch, length], got {list(attention_mask.shape)}."
             )
+        if hidden_states.shape[1] == 0:  # empty texts have the vector 0, as beside longer ones in a batch
+            return hidden_states.sum(dim=1)
         if self.pooling == "first":  # of the real tokens: not the first entry where padding is on the left
             rows = torch.arange(len(hidden_states), device=hidden_states.device)
             return hidden_states[rows, is_token.int().argmax(dim=1)]
         if self.pooling == "attention":
             scores = self.score(hidden_states).squeeze(-1).float()
-            weights = scores.masked_fill(~is_token, torch.finfo(torch.float32).min).softmax(dim=-1)
+            weights = scores.masked_fill(~is_token, torch.finfo(torch.float32).min).softmax(dim=-1) * is_token
         else:
             weights = is_token / is_token.sum(dim=1, keepdim=True).clamp(min=1)
         return torch.einsum("bl,bld->bd", weights.to(hidden_states.dtype), hidden_states)

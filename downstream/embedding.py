@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedConfig
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..corpus.tokenizers import text_reader
 
@@ -113,6 +113,15 @@ def reads_special_tokens(config: PreTrainedConfig) -> bool:
     other encoder, one that T-JEPA went on pretraining included, was.
     """
     return config.model_type != "tjepa" or getattr(config, "encoder", None) is not None
+
+
+def as_text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer, which from now on, and when it is loaded from where it is saved, reads "</s>" in a text as these
+    characters. For the folder of a model that reads texts and fills no mask.
+    """
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+    return tokenizer
 
 
 def _encode(

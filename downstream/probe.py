@@ -63,6 +63,7 @@ def as_array(features: Tensor) -> np.ndarray:
 
 
 def best_logistic_regression(
+    model: LogisticRegression,
     train: tuple[Any, Any],
     validation: tuple[Any, Any],
     test: tuple[Any, Any],
@@ -73,6 +74,7 @@ def best_logistic_regression(
     Logistic regression at each strength, the best on the validation part judged on the test part.
 
     Args:
+        model: how it is fitted; its C is set here.
         train, validation, test: features `[num_texts, width]`, an array or sparse, and labels `[num_texts]` of each.
         strengths: values of scikit-learn's C, from strong to weak regularisation.
         max_strength_step: the search ends so many times beyond the best strength so far.
@@ -80,7 +82,6 @@ def best_logistic_regression(
     Returns:
         `ProbeResult`. Of equally good strengths the one that regularises most.
     """
-    model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True)
     best = None
     for strength in strengths:
         if best is not None and strength > max_strength_step * best.strength:
@@ -121,7 +122,8 @@ def linear_probe(
     # For two classes scikit-learn has one vector of weights where a softmax has two, each half as long: twice the C
     # penalises them alike, so that a strength means the same for any number of classes.
     scale = 2 if train_labels.unique().numel() == 2 else 1
-    probe = best_logistic_regression(*parts, [scale * strength for strength in STRENGTHS], MAX_STRENGTH_STEP)
+    model = LogisticRegression(max_iter=1000, tol=1e-6, warm_start=True)
+    probe = best_logistic_regression(model, *parts, [scale * strength for strength in STRENGTHS], MAX_STRENGTH_STEP)
     return probe._replace(strength=probe.strength / scale)
 
 
@@ -305,7 +307,8 @@ def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0
             )
             validation = vectorizer.transform(validation_texts), validation_labels
             test = vectorizer.transform(parts["test"][0]), parts["test"][1]
-            probe = best_logistic_regression(train, validation, test, STRENGTHS)
+            model = LogisticRegression(max_iter=1000)
+            probe = best_logistic_regression(model, train, validation, test, STRENGTHS)
             per_seed.append({f"{task.name}/linear_probe": probe.accuracy})
             if task.kind == "classification":
                 voters = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(train[1])), metric="cosine")

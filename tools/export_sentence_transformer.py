@@ -12,10 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..corpus.arguments import start
+from ..corpus.tokenizers import without_special_tokens
+from ..downstream.embedding import as_text_only
 
 
 def export_sentence_transformer(
@@ -53,7 +54,7 @@ def export_sentence_transformer(
     max_length = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     model.save_pretrained(output_folder)
-    without_special_tokens(tokenizer, max_length).save_pretrained(output_folder)
+    sentence_tokenizer(tokenizer, max_length).save_pretrained(output_folder)
     # The names that modules and options have had since sentence-transformers 2: newer versions read them as well.
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][: 3 if normalize else 2]
     files = {
@@ -78,23 +79,17 @@ def export_sentence_transformer(
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def without_special_tokens(tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer with nothing added to a text. Of the general class: BERT's own would add its tokens again."""
+def sentence_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer with nothing added to a text and nothing special read in one, and with a token to pad with."""
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer, and only those are written here.")
-    backend = tokenizer.backend_tokenizer
-    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-    special_tokens = dict(tokenizer.special_tokens_map)
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, and only those are written here.")
+    tokenizer = as_text_only(without_special_tokens(tokenizer))
     if tokenizer.pad_token is None:  # whichever: what stands at a padded position is never looked at
-        special_tokens["pad_token"] = tokenizer.eos_token or tokenizer.unk_token
-        if special_tokens["pad_token"] is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
             raise ValueError("The tokenizer has no padding token and none that could stand in for it: give it one.")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
-        **special_tokens,
-    )
+    tokenizer.model_max_length = max_length
+    return tokenizer
 
 
 def main():

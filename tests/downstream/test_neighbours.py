@@ -24,6 +24,7 @@ from transformers import (
 
 from helpers import make_tiny_config
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
+from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream.embedding import embed_texts
 from tjepa.tools.export_sentence_transformer import export_sentence_transformer
 
@@ -116,6 +117,21 @@ def test_classification_pipelines(folder, tokenizer, tmp_path, task, auto_class)
             close([row["score"] for row in predictions], scores)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first", "attention"])
+def test_an_empty_text_is_classified_and_read(tmp_path, pooling):
+    """Nothing is added to a text, so an empty one has no token: no crash, alone, in a batch, or in a list."""
+    tokenizer = train_tokenizer(["the fox sees a hen"] * 20, vocab_size=300, model_max_length=MAX_LENGTH)
+    config = make_tiny_config(vocab_size=300, pad_token_id=tokenizer.pad_token_id, classifier_pooling=pooling)
+    TJEPAForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classify, extract = (pipeline(task, str(tmp_path)) for task in ("text-classification", "feature-extraction"))
+    alone = classify([""])[0]
+    assert 0.5 <= alone["score"] <= 1 and alone == classify(["", "a fox"])[0]
+    if pooling != "first":  # whose first token is padding in a batch
+        assert pipeline("text-classification", str(tmp_path), batch_size=2)(["", "a fox"])[0] == alone
+    assert extract("") == [[]]
+
+
 # --- sentence-transformers -------------------------------------------------------------------------------------------
 
 
@@ -130,6 +146,22 @@ def test_sentence_transformer_is_the_mean_over_the_tokens(folder, tokenizer, tmp
     close(model.encode(TEXTS, batch_size=4), expected)
     similarity = F.cosine_similarity(expected[:1], expected)
     close(model.similarity(model.encode(TEXTS[:1]), model.encode(TEXTS))[0], similarity)
+
+
+def test_sentence_transformer_reads_empty_texts_and_special_tokens_as_text(tmp_path):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    tokenizer = train_tokenizer(["the fox sees a hen"] * 20, vocab_size=300, model_max_length=MAX_LENGTH)
+    encoder = TJEPAModel(make_tiny_config(vocab_size=300, max_position_embeddings=MAX_LENGTH))
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    export_sentence_transformer(tmp_path / "encoder", tmp_path / "exported")
+    model = library.SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+    for texts in ([""], ["", ""], ["", "a fox"]):
+        assert not model.encode(texts)[0].any()
+    literal = "a </s> and a <mask>"
+    close(model.encode([literal]), F.normalize(embed_texts(encoder, tokenizer, [literal], MAX_LENGTH)))
+    assert tokenizer.eos_token_id in tokenizer(literal)["input_ids"]
+    assert tokenizer.eos_token_id not in model.tokenizer(literal)["input_ids"]
 
 
 def test_sentence_transformer_in_a_clean_process(folder, tokenizer, tmp_path):

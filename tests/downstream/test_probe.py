@@ -1,12 +1,17 @@
 """The probe: pooling against a plain loop, whitening and regression against their definitions and scikit-learn."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from helpers import make_tiny_config
+from tjepa import TJEPAModel
 from tjepa.downstream.embedding import embed_texts, embed_words
 from tjepa.downstream.probe import (
     STRENGTHS,
@@ -73,6 +78,28 @@ def test_embedding_restores_every_training_flag_and_can_be_trained_on(model, tok
     head = torch.nn.Linear(16, 2)
     head(features).sum().backward()  # an inference-mode tensor would refuse
     assert head.weight.grad is not None
+
+
+def test_special_tokens_are_those_of_the_pretraining_and_literal_ones_are_text(model):
+    """BERT's tokenizer adds [CLS] and [SEP]: BERT reads them, T-JEPA does not. In a text they are characters."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", "word1", "word2", "[", "]", "SEP"]
+    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    ours = TJEPAModel(make_tiny_config()).eval()
+    for encoder, ids in ((model.eval(), [1, 3, 5, 7, 6, 4, 2]), (ours, [3, 5, 7, 6, 4])):
+        with torch.no_grad():
+            states = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+        close(embed_texts(encoder, tokenizer, ["word1 [SEP] word2"], max_length=9)[0], states.mean(0))
+        features, places = embed_words(encoder, tokenizer, [["word1", "[SEP]", "word2"]], max_length=9)
+        close(features, states[[ids.index(first) for first in (3, 5, 4)]])
+        assert places.tolist() == [[0, 0], [0, 1], [0, 2]]
 
 
 def test_embedding_refuses_a_text_without_tokens(model, tokenizer):

@@ -18,6 +18,20 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_tjepa.TJEPAForMaskedLM",
 }
 
+# Sizes that follow from others, of this list those before them, where they are left at None.
+DERIVED_SIZES = {
+    "intermediate_size": lambda config: 4 * config.hidden_size,
+    # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.
+    "rotary_dim": lambda config: min(32, config.hidden_size // max(1, config.num_attention_heads)),
+    "predictor_hidden_size": lambda config: config.hidden_size,
+    "predictor_num_hidden_layers": lambda config: config.num_hidden_layers,
+    "predictor_num_attention_heads": lambda config: config.num_attention_heads,
+    "predictor_intermediate_size": lambda config: 4 * config.predictor_hidden_size,
+    "predictor_rotary_dim": lambda config: min(
+        config.rotary_dim, config.predictor_hidden_size // max(1, config.predictor_num_attention_heads)
+    ),
+}
+
 
 @strict
 class TJEPAConfig(PreTrainedConfig):
@@ -154,22 +168,9 @@ class TJEPAConfig(PreTrainedConfig):
         # its name in folders saved before there was `predictor_type`
         if kwargs.pop("predictor_cross_attention", False):
             self.predictor_type = "cross_attention"
-        # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.rotary_dim is None:
-            self.rotary_dim = min(32, self.hidden_size // max(1, self.num_attention_heads))
-        if self.predictor_hidden_size is None:
-            self.predictor_hidden_size = self.hidden_size
-        if self.predictor_num_hidden_layers is None:
-            self.predictor_num_hidden_layers = self.num_hidden_layers
-        if self.predictor_num_attention_heads is None:
-            self.predictor_num_attention_heads = self.num_attention_heads
-        if self.predictor_intermediate_size is None:
-            self.predictor_intermediate_size = 4 * self.predictor_hidden_size
-        if self.predictor_rotary_dim is None:
-            predictor_head_dim = self.predictor_hidden_size // max(1, self.predictor_num_attention_heads)
-            self.predictor_rotary_dim = min(self.rotary_dim, predictor_head_dim)
+        for name, derive in DERIVED_SIZES.items():
+            if getattr(self, name) is None:
+                setattr(self, name, derive(self))
         super().__post_init__(**kwargs)
         # Every saved folder names every class, so that AutoModel finds the encoder in a pretraining folder too.
         if getattr(self, "auto_map", None) is None:
@@ -221,6 +222,10 @@ class TJEPAConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+
+    def derived_sizes(self) -> list[str]:
+        """The optional sizes that have the value which they would have by themselves, given the others."""
+        return [name for name, derive in DERIVED_SIZES.items() if getattr(self, name) == derive(self)]
 
     def predictor_config(self) -> "TJEPAConfig":
         """The configuration of the predictor's blocks: this one, with the predictor's sizes for the encoder's."""

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -52,6 +53,8 @@ logger = logging.get_logger(__name__)
 
 # What a pretraining folder holds beside the encoder that was asked for, so that loading does not warn.
 OTHER_PRETRAINING_WEIGHTS = [r"^target_encoder\.", r"^context_encoder\.", r"^predictor\."]
+# Arguments of `from_pretrained` that say where files come from, and so count for config.json, too.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class TJEPAPreTrainedModel(TJEPAModule):
@@ -72,31 +75,51 @@ class TJEPAPreTrainedModel(TJEPAModule):
                 head hold only one: for them leave it out.
 
         Raises:
-            ValueError: for another `encoder`, or for `"context"` where the folder has no context encoder; for
-                `use_safetensors=False`.
+            ValueError: for another `encoder`, or for `"context"` where the folder has no context encoder; for the
+                folder of another architecture, or without an encoder's weights; for `use_safetensors=False`.
             OSError: if there are no safetensors files.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("T-JEPA weights are safetensors files only: leave out use_safetensors=False.")
-        kwargs["use_safetensors"] = True
         if encoder not in ("target", "context"):
             raise ValueError(f"encoder must be 'target' (the moving average) or 'context', got {encoder!r}.")
-        if not hasattr(cls, "encoder_weights"):  # a class that has no encoder to choose
-            if encoder != "target":
-                raise ValueError(f"{cls.__name__} holds both encoders: leave out encoder={encoder!r}.")
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        name = pretrained_model_name_or_path
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            model_type = PreTrainedConfig.get_config_dict(kwargs.get("config") or name, **hub)[0].get("model_type")
+            if model_type != cls.config_class.model_type:
+                raise ValueError(
+                    f"{name} holds {f'a {model_type} model' if model_type else 'no model that names its type'}, and "
+                    f"{cls.__name__} loads T-JEPA models only; for others there is AutoModel of transformers."
+                )
+        wants_info = kwargs.pop("output_loading_info", False)
+        has_choice = hasattr(cls, "encoder_weights")
+        if has_choice:
+            renaming = {rf"^{encoder}_encoder\.": cls.encoder_weights, **(kwargs.pop("key_mapping", None) or {})}
+            kwargs["key_mapping"] = renaming
+        elif encoder != "target":
+            raise ValueError(f"{cls.__name__} holds both encoders: leave out encoder={encoder!r}.")
+        model, info = super().from_pretrained(
+            name, *model_args, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+        if has_choice:
+            # transformers would undo the renaming when it saves; what we save is an encoder or a head with its names.
+            conversions = model.__dict__.pop("_weight_conversions", None) or []
+            if encoder == "context" and not any(conversion.was_used() for conversion in conversions):
+                raise ValueError(
+                    f"{name} has no context encoder: only folders of TJEPAForPreTraining have one. Leave out "
+                    "encoder='context' to load the encoder that is there."
+                )
+        cls._complete(model, info, name)
+        return (model, info) if wants_info else model
 
-        renaming = {rf"^{encoder}_encoder\.": cls.encoder_weights, **(kwargs.pop("key_mapping", None) or {})}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, key_mapping=renaming, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        # transformers would undo the renaming when it saves; what we save is an encoder or a head under its own names.
-        conversions = model.__dict__.pop("_weight_conversions", None) or []
-        if encoder == "context" and not any(conversion.was_used() for conversion in conversions):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no context encoder: only folders of TJEPAForPreTraining have "
-                "one. Leave out encoder='context' to load the encoder that is there."
-            )
-        return loaded
+    @classmethod
+    def _complete(cls, model: "TJEPAPreTrainedModel", info: dict, name: str) -> None:
+        """Refuses a folder that has no weights of the encoder: what came of it would be random."""
+        weights = model.base_model.state_dict()
+        prefix = "" if model.base_model is model else f"{cls.base_model_prefix}."
+        if {prefix + key for key in weights} <= set(info["missing_keys"]):
+            raise ValueError(f"{name} has none of the weights of a T-JEPA encoder.")
 
 
 class TJEPAModel(TJEPAPreTrainedModel):
@@ -228,6 +251,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
         self.token_head = TJEPATokenHead(config) if predicts_tokens else None
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # the encoders' own, of folders like this one, do not apply
         self.train(self.training)
         self.update_target_encoder(0.0)  # training starts with both encoders equal
 
@@ -238,22 +262,25 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """As in transformers. From the folder of an encoder both encoders start equal to it, as untrained ones do."""
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+    def _complete(cls, model: "TJEPAForPreTraining", info: dict, name: str) -> None:
+        """From the folder of an encoder both encoders start equal to it, as untrained ones do. A head is refused."""
+        missing = set(info["missing_keys"])
+        context, target = (
+            {f"{part}.{key}" for key in getattr(model, part).state_dict()}
+            for part in ("context_encoder", "target_encoder")
         )
-        missing, context_keys = (
-            set(info["missing_keys"]),
-            {f"context_encoder.{k}" for k in model.context_encoder.state_dict()},
-        )
-        if context_keys <= missing and not any(key.startswith("target_encoder.") for key in missing):
-            model.context_encoder.load_state_dict(model.target_encoder.state_dict())
-            info["missing_keys"] = type(info["missing_keys"])(missing - context_keys)
-            logger.warning(
-                f"{pretrained_model_name_or_path} holds one encoder: the context encoder starts equal to it."
+        if not context <= missing:
+            return
+        if target <= missing:
+            raise ValueError(
+                f"{name} has no weights that {cls.__name__} could go on with. If it holds a head with its encoder, "
+                'save the encoder by itself: python -c "from transformers import AutoModel; AutoModel.from_pretrained('
+                f"'{name}', trust_remote_code=True).save_pretrained('{name}-encoder')\"; then pretrain with "
+                f"--model_name_or_path {name}-encoder --tokenizer_name {name}."
             )
-        return (model, info) if output_loading_info else model
+        model.context_encoder.load_state_dict(model.target_encoder.state_dict())
+        info["missing_keys"] = type(info["missing_keys"])(missing - context)
+        logger.warning(f"{name} holds one encoder: the context encoder starts equal to it.")
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.context_encoder.get_input_embeddings()

@@ -20,10 +20,8 @@ import datasets
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -33,6 +31,7 @@ from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
+from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import (
     DataCollatorForTJEPA,
@@ -43,7 +42,7 @@ from tjepa.data_collator_tjepa import (
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
-from tjepa.training.loading import parse_config_overrides
+from tjepa.training.loading import load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.publishing import create_publisher
@@ -58,7 +57,7 @@ QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(HubArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretraining folder or Hub model to start from. Default: from scratch."}
     )
@@ -66,7 +65,8 @@ class ModelArguments:
         default=None, metadata={"help": "Configuration to train from scratch, if not the default one."}
     )
     config_overrides: str | None = field(
-        default=None, metadata={"help": "Overrides of the configuration: hidden_size=128,num_hidden_layers=4"}
+        default=None,
+        metadata={"help": "Overrides of the configuration, added to a YAML file's: hidden_size=128,use_bias=false"},
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer on the Hub or in a folder. Default: that of the model or the data."}
@@ -75,9 +75,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "sdpa, flex_attention, eager, ... Default: flex_attention on a GPU, sdpa elsewhere."},
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of model_name_or_path."})
-    token: str | None = field(default=None, metadata={"help": "Access token for the Hub, if not logged in."})
     model_license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
 
 
@@ -120,19 +118,36 @@ def main():
         model_args.model_name_or_path = find_weights_to_evaluate(model_args, training_args, checkpoint)
         training_args.push_to_hub = False
     publisher = create_publisher(training_args, model_args.token)
+    config = load_pretraining_config(
+        model_args.model_name_or_path,
+        model_args.config_name,
+        model_args.config_overrides,
+        revision=model_args.model_revision,
+        **model_args.for_hub(),
+    )
     set_seed(training_args.seed)
 
     # Text -> tokens
     is_quickstart = data_args.dataset_name == QUICKSTART
     with training_args.main_process_first(desc="preparing the documents"):
         documents = load_documents(data_args, model_args.cache_dir, model_args.token)
-        tokenizer = load_tokenizer(model_args, data_args, documents)
+        tokenizer = choose_tokenizer(model_args, data_args, documents, config)
         if not training_args.do_train:
             documents.pop("train")
         datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Model
-    model = load_model(model_args, data_args, tokenizer, training_args)
+    model = load_pretraining_model(
+        config,
+        tokenizer,
+        data_args.max_length,
+        model_args.config_overrides,
+        model_args.model_name_or_path,
+        model_args.attn_implementation or ("flex_attention" if training_args.device.type == "cuda" else "sdpa"),
+        revision=model_args.model_revision,
+        **model_args.for_hub(),
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
     untrained_encoder = copy.deepcopy(model.target_encoder) if is_quickstart else None
     logger.info(f"{model.num_parameters(only_trainable=True):,} trainable parameters")
 
@@ -195,25 +210,27 @@ def main():
         sys.exit(3)
 
 
-def load_tokenizer(
-    model_args: ModelArguments, data_args: DataArguments, documents: datasets.DatasetDict
+def choose_tokenizer(
+    model_args: ModelArguments, data_args: DataArguments, documents: datasets.DatasetDict, config: TJEPAConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for, else the model's, else the prepared dataset's; the quickstart trains one."""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
+    """
+    The tokenizer asked for, else the model's, else the prepared dataset's; the quickstart trains one. It adds no
+    special tokens, because the encoder is trained without.
+    """
+    name, flag, revision = model_args.tokenizer_name, "--tokenizer_name", "main"
+    if name is None and model_args.model_name_or_path is not None:
+        name, flag, revision = model_args.model_name_or_path, "--model_name_or_path", model_args.model_revision
     if name is None and data_args.dataset_name is not None:
         if data_args.dataset_name == QUICKSTART:
-            overrides = parse_config_overrides(model_args.config_overrides)
-            return train_tokenizer(documents["train"]["text"], overrides["vocab_size"], data_args.max_length)
+            return train_tokenizer(documents["train"]["text"], config.vocab_size, data_args.max_length)
         if (Path(data_args.dataset_name) / "tokenizer_config.json").is_file():
-            name = data_args.dataset_name
+            name, flag = data_args.dataset_name, "--dataset_name"
     if name is None:
         raise ValueError(
-            "Which tokenizer? Pass --tokenizer_name (a name on the Hub or a folder), or make one of your own with "
-            "train_tokenizer.py."
+            "Which tokenizer? Pass --tokenizer_name (a folder, or a name on the Hub); `tjepa tokenizer` makes one of "
+            "your own texts."
         )
-    return AutoTokenizer.from_pretrained(
-        name, cache_dir=model_args.cache_dir, token=model_args.token, revision=model_args.model_revision
-    )
+    return without_special_tokens(load_tokenizer(name, flag, revision=revision, **model_args.for_hub()))
 
 
 def tokenize_splits(
@@ -262,39 +279,6 @@ def make_stream(
             f"reads all of them, and tokenizes one document in {num_shares}. {num_shares} files or more are faster."
         )
     return stream, stream_tokenizer
-
-
-def load_model(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    training_args: TrainingArguments,
-) -> TJEPAForPreTraining:
-    overrides = parse_config_overrides(model_args.config_overrides)
-    attn_implementation = model_args.attn_implementation or (
-        "flex_attention" if training_args.device.type == "cuda" else "sdpa"
-    )
-    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
-    if model_args.model_name_or_path is not None:
-        model = TJEPAForPreTraining.from_pretrained(
-            model_args.model_name_or_path, attn_implementation=attn_implementation, **hub, **overrides
-        )
-    else:
-        given = {"vocab_size": len(tokenizer), "max_position_embeddings": data_args.max_length}
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            given[name] = getattr(tokenizer, name)
-        if model_args.config_name is not None:
-            config = TJEPAConfig.from_pretrained(model_args.config_name, **hub, **overrides)
-        else:
-            config = TJEPAConfig(**{**given, **overrides})
-        config._attn_implementation = attn_implementation
-        model = TJEPAForPreTraining(config)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's embedding {model.config.vocab_size}: set "
-            f"--config_overrides vocab_size={len(tokenizer)}, or use the tokenizer that belongs to the model."
-        )
-    return model
 
 
 def find_weights_to_evaluate(

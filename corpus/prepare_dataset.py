@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset
-from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments, start
@@ -23,10 +22,11 @@ from .atomic_writes import replacing_folder
 from .documents import DataArguments, load_documents
 from .files import without_query
 from .tokenization import ENCODED_FEATURES, DocumentCounts, _encode, _keep
+from .tokenizers import HubArguments, load_tokenizer
 
 
 @dataclass(kw_only=True)
-class PreparationArguments(DataArguments):
+class PreparationArguments(HubArguments, DataArguments):
     """The arguments of `prepare_dataset.py`."""
 
     output_dir: str = HfArg(help="The folder to write: train, validation and the tokenizer.")
@@ -80,11 +80,11 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
         ValueError, FileNotFoundError: As `load_documents` and `tokenize_documents`.
     """
     with _new_folder(args.output_dir, args.overwrite_output_dir) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+        tokenizer = load_tokenizer(args.tokenizer_name, **args.for_hub())
         seen_hashes = set() if args.deduplicate else None
         splits, counts = DatasetDict(), {}
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as stream_cache:
-            for name, documents in load_documents(args).items():
+            for name, documents in load_documents(args, args.cache_dir, args.token).items():
                 encoded = _encode(documents, tokenizer, args, name)
                 if isinstance(encoded, IterableDataset):
                     encoded = Dataset.from_generator(
@@ -93,7 +93,7 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
                 splits[name], counts[name] = _keep(encoded, name, seen_hashes)
             splits.save_to_disk(folder)
         tokenizer.save_pretrained(folder)
-        arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items()}
+        arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items() if k != "token"}
         record = {"arguments": arguments, "counts": {name: count.to_dict() for name, count in counts.items()}}
         (folder / "preparation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return counts

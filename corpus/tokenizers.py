@@ -74,9 +74,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def extends(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
-    """Whether `tokenizer` has every token of `base` under the same id, and so fits the embeddings made for it."""
-    return base.get_vocab().items() <= tokenizer.get_vocab().items()
+def same_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """
+    Whether the tokens that both have, have the same ids, so that embeddings made for one fit the other. It holds where
+    tokens were added to one of them, and where unused ones got a name.
+    """
+    ids, other_ids = tokenizer.get_vocab(), other.get_vocab()
+    shared = ids.keys() & other_ids.keys()
+    return bool(shared) and all(ids[token] == other_ids[token] for token in shared)
 
 
 def without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fault_injection import Fault, InjectedError
 from helpers import REPOSITORY, TINY, arguments, run, run_elsewhere
 from tjepa import run_pretraining
+from tjepa.training.loading import load_pretraining_config
 
 
 def test_launched_end_to_end_then_loaded_elsewhere(inputs, tmp_path):
@@ -191,7 +192,7 @@ def test_shipped_configs_parse(path):
         types = (run_pretraining.ModelArguments, run_pretraining.DataArguments)
         types += (run_pretraining.MaskingArguments, run_pretraining.PretrainingArguments)
         model_args, *_ = parse_arguments(types, [str(path)])
-        run_pretraining.parse_config_overrides(model_args.config_overrides)
+        load_pretraining_config(overrides=model_args.config_overrides)
 
 
 def test_a_compiled_run_is_the_same_run(inputs, tmp_path):

@@ -1,20 +1,276 @@
-"""The configuration of a run, as flags change it."""
+"""Configurations and models as flags ask for them: read, changed, checked, and fitted to their tokenizer."""
 
-import yaml
+import ast
+import difflib
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_tjepa import TJEPAConfig
+from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
+from ..corpus.tokenizers import load_tokenizer, same_ids, vocabulary_size
+from ..modeling_tjepa import TJEPAForPreTraining
 
 
-def parse_config_overrides(overrides: str | None) -> dict:
-    """`"hidden_size=128,use_bias=false"` as a mapping with typed values."""
-    if not overrides:
-        return {}
-    pairs = [pair.split("=", 1) for pair in overrides.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"--config_overrides is a list such as hidden_size=128,num_hidden_layers=4, got {overrides!r}."
-        )
-    values = {name.strip(): yaml.safe_load(value) for name, value in pairs}
-    if unknown := sorted(set(values) - set(TJEPAConfig().to_dict())):
-        raise ValueError(f"--config_overrides: TJEPAConfig has no {unknown}; see configuration_tjepa.py.")
+logger = logging.getLogger(__name__)
+
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+# ---- configurations ----
+
+
+def parse_config_overrides(overrides: str | None) -> dict[str, Any]:
+    """
+    `"hidden_size=128,use_bias=false"` as a mapping; of a name that occurs twice the last value counts.
+
+    Returns:
+        Values as Python reads them (`1e-6` is a number), with `true`, `false`, `none` and `null` in any case; all else
+        is text.
+
+    Raises:
+        ValueError: if it is not a list of `name=value`.
+    """
+    values = {}
+    for pair in (overrides or "").split(","):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not pair.strip():
+            continue
+        if not equals or not name:
+            raise ValueError(
+                f"--config_overrides is a list such as hidden_size=128,num_hidden_layers=4, got {overrides!r}."
+            )
+        try:
+            values[name] = WORDS[value.lower()] if value.lower() in WORDS else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
     return values
+
+
+def apply_overrides(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """
+    A configuration of the same class with other values, checked as a new one is. Sizes of a T-JEPA configuration that
+    follow from others (`intermediate_size` from `hidden_size`, ...) go on doing so, unless they were set apart.
+
+    Raises:
+        ValueError: for a name that the configuration does not have, or a value that it refuses.
+    """
+    if not overrides:
+        return config
+    values = config.to_dict()
+    names = {name: config.attribute_map.get(name, name) for name in overrides}
+    if unknown := sorted(name for name, attribute in names.items() if attribute not in values):
+        known = sorted(name for name in {*values, *config.attribute_map} if not name.startswith("_"))
+        close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        hint = f"Did you mean {' and '.join(close)}?" if close else f"It has {', '.join(known)}."
+        raise ValueError(f"--config_overrides: {type(config).__name__} has no {unknown}. {hint}")
+    if isinstance(config, TJEPAConfig):
+        values.update(dict.fromkeys(config.derived_sizes()))
+    values.update({names[name]: value for name, value in overrides.items()})
+    try:
+        changed = type(config).from_dict(values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        given = ",".join(f"{name}={value}" for name, value in overrides.items())
+        reason = str(error.__cause__ or error)
+        raise ValueError(f"--config_overrides {given}: {reason}") from error
+    changed.name_or_path, changed._attn_implementation = config.name_or_path, config._attn_implementation
+    return changed
+
+
+def load_config(
+    name: str, overrides: str | None = None, flag: str = "--model_name_or_path", **for_hub
+) -> PreTrainedConfig:
+    """
+    The configuration of a folder or a name on the Hub, which is also the check that there is a model at all.
+
+    Args:
+        name (`str`): the folder or name.
+        overrides (`str`, *optional*): as `parse_config_overrides` takes it.
+        flag (`str`): the argument that `name` was given for, for messages.
+        for_hub: what `HubArguments.for_hub` returns, and `revision`.
+
+    Raises:
+        FileNotFoundError: if `name` is a path that is not there.
+        ValueError: if there is no configuration, or for `overrides` that it refuses.
+    """
+    check_exists(name, flag)
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.iterdir())[:NUM_NAMES_LISTED]
+        raise ValueError(
+            f"{flag} {name} is not the folder of a model: it has no config.json, only {files}. Give one that "
+            "pretraining wrote, or one that save_pretrained made."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **for_hub})
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{flag} {name}: the model has code of its own; pass --trust_remote_code if you trust its source."
+            ) from error
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"{flag} {name}: no model could be found there ({reason}). {hint_at_nearest(name)}".strip()
+        ) from error
+    return apply_overrides(config, parse_config_overrides(overrides))
+
+
+def load_pretraining_config(
+    model_name_or_path: str | None = None,
+    config_name: str | None = None,
+    overrides: str | None = None,
+    revision: str = "main",
+    **for_hub,
+) -> TJEPAConfig:
+    """
+    The configuration to pretrain with: that of a model to continue, a named one, or the default, each with
+    `overrides`. Needs no data and no tokenizer, so that a mistake costs a second.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config`; for a model of another architecture.
+    """
+    if model_name_or_path is None and config_name is None:
+        return apply_overrides(TJEPAConfig(), parse_config_overrides(overrides))
+    flag = "--config_name" if model_name_or_path is None else "--model_name_or_path"
+    name = model_name_or_path or config_name
+    config = load_config(name, None, flag, revision=revision, **for_hub)
+    if not isinstance(config, TJEPAConfig):
+        raise ValueError(
+            f"{flag} {name} is a {config.model_type} model; T-JEPA pretrains its own architecture only: name a T-JEPA "
+            f"folder, or leave out {flag} to train from scratch."
+        )
+    return apply_overrides(config, parse_config_overrides(overrides))
+
+
+# ---- models ----
+
+
+def load_pretraining_model(
+    config: TJEPAConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overrides: str | None = None,
+    model_name_or_path: str | None = None,
+    attn_implementation: str | None = None,
+    revision: str = "main",
+    **for_hub,
+) -> TJEPAForPreTraining:
+    """
+    The model to train, in float32 whatever dtype its folder has, with an embedding for every id of the tokenizer.
+
+    Args:
+        config (`TJEPAConfig`): what `load_pretraining_config` returned.
+        tokenizer (`PreTrainedTokenizerBase`): may have more tokens than the model that is continued, whose embeddings
+            then grow.
+        max_length (`int`): tokens of the longest document of this run. The configuration states the longest that the
+            model was trained on: this, or what the model came with.
+        overrides (`str`, *optional*): those of `config`; what they set is not changed here.
+        model_name_or_path (`str`, *optional*): folder or name of the model to continue. Default: from scratch.
+        attn_implementation (`str`, *optional*): the attention backend.
+        revision, for_hub: as for `load_config`.
+
+    Raises:
+        ValueError: if tokenizer and model do not belong together, or weights do not have the sizes of `config`.
+    """
+    given = parse_config_overrides(overrides)
+    num_tokens = vocabulary_size(tokenizer)
+    if model_name_or_path is None:
+        facts = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        facts["max_position_embeddings"] = max_length
+        if not config.name_or_path:  # the default configuration; a named one has a vocabulary of its own
+            facts["vocab_size"] = num_tokens
+        for name in facts.keys() - given.keys():
+            setattr(config, name, facts[name])
+        if num_tokens > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {num_tokens} tokens (highest id + 1), the model's embedding {config.vocab_size}: "
+                f"pass --config_overrides vocab_size={num_tokens}, or the tokenizer that belongs to the configuration."
+            )
+        config._attn_implementation = attn_implementation
+        return TJEPAForPreTraining(config)
+
+    check_tokenizer(tokenizer, model_name_or_path, revision=revision, **for_hub)
+    model, info = TJEPAForPreTraining.from_pretrained(
+        model_name_or_path,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        revision=revision,
+        **for_hub,
+    )
+    parts = ("context_encoder.", "target_encoder.", *(() if "predictor_type" in given else ("predictor.",)))
+    check_weights(model, info, parts, model_name_or_path, overrides)
+    if num_tokens > model.config.vocab_size:
+        logger.warning(
+            f"The tokenizer has {num_tokens - model.config.vocab_size} tokens more than {model_name_or_path}: both "
+            f"encoders' embeddings and the token head grow from {model.config.vocab_size} to {num_tokens} rows; new "
+            "rows are drawn around the mean of the others"
+        )
+        model.resize_token_embeddings(num_tokens)
+    if "max_position_embeddings" not in given:
+        model.config.max_position_embeddings = max(max_length, model.config.max_position_embeddings)
+    return model
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, **for_hub) -> None:
+    """
+    Raises:
+        ValueError: if the model's folder has a tokenizer that gives a token of this one another id.
+    """
+    try:
+        of_model = load_tokenizer(model_name_or_path, "--model_name_or_path", **for_hub)
+    except ValueError:
+        return  # none to compare with
+    if not same_ids(tokenizer, of_model):
+        raise ValueError(
+            f"{model_name_or_path} was trained with another tokenizer: tokens that both have differ in their ids. "
+            "Leave out --tokenizer_name to go on with its own (text must be tokenized with it, too), or train from "
+            f"scratch with --config_name {model_name_or_path} --config_overrides "
+            f"vocab_size={vocabulary_size(tokenizer)} in place of --model_name_or_path."
+        )
+
+
+def check_weights(
+    model: PreTrainedModel, info: dict, parts: tuple[str, ...], name: str, overrides: str | None = None
+) -> None:
+    """
+    What a folder has of these parts of a model must fit the configuration in every size and number of layers.
+
+    Args:
+        model: the model that was loaded, with `ignore_mismatched_sizes=True`.
+        info: the `output_loading_info`.
+        parts: the prefixes of the weights that count. A part of which the folder has nothing is not checked.
+        name, overrides: of the model, for the message.
+
+    Raises:
+        ValueError: naming the weights, and their sizes in the folder and by the configuration.
+    """
+
+    def layer(name: str) -> str:
+        return re.sub(r"\.\d+\.", ".*.", name)
+
+    names = list(model.state_dict())
+    absent = tuple(part for part in parts if {n for n in names if n.startswith(part)} <= set(info["missing_keys"]))
+    parts = tuple(part for part in parts if part not in absent)
+    layers = {layer(weight) for weight in names if weight.startswith(parts)}
+    problems = [
+        f"{weight} is {list(there)} there and {list(here)} by the configuration"
+        for weight, there, here in info["mismatched_keys"]
+        if weight.startswith(parts)
+    ]
+    for key, problem in (("missing_keys", "is not there"), ("unexpected_keys", "is a layer too many there")):
+        found = {weight if weight.startswith(parts) else parts[0] + weight for weight in info[key]} if parts else ()
+        problems += [f"{weight} {problem}" for weight in found if "*" in layer(weight) and layer(weight) in layers]
+    if problems:
+        given = f"; --config_overrides is {overrides}" if overrides else ""
+        raise ValueError(
+            f"The weights in {name} do not fit the configuration, and only a head may be replaced: "
+            f"{'; '.join(sorted(problems)[:3])}{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}{given}."
+        )

@@ -15,7 +15,7 @@ from helpers import make_texts
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.paths import check_exists
 from tjepa.corpus.tokenization import StreamTokenizer, tokenize_documents
-from tjepa.corpus.tokenizers import extends, load_tokenizer, text_reader, vocabulary_size, without_special_tokens
+from tjepa.corpus.tokenizers import load_tokenizer, same_ids, text_reader, vocabulary_size, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
 
 
@@ -140,11 +140,11 @@ def test_size_is_the_highest_id_plus_one():
     assert vocabulary_size(tokenizer) == max(words.values()) + 1 > len(tokenizer)
 
 
-def test_extends():
+def test_same_ids():
     base, larger = make_bert(), make_bert()
     larger.add_tokens(["foxhen"])
-    assert extends(larger, base) and extends(base, base) and not extends(base, larger)
-    assert not extends(make_bytes(), base)
+    assert same_ids(larger, base) and same_ids(base, larger)
+    assert not same_ids(make_bytes(), base) and not same_ids(make_words(), make_unigram())
 
 
 def test_a_missing_folder_is_named_with_its_neighbour(tmp_path, monkeypatch):

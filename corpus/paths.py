@@ -28,17 +28,21 @@ def check_exists(name: str | Path, flag: str) -> None:
 
 
 def hint_at_nearest(name: str | Path) -> str:
-    """A sentence that names the existing path nearest to `name`, else what its last existing parent holds, else ''."""
+    """A sentence that names the existing path nearest to `name`, or what its last existing folder holds; else ''."""
     path = Path(name).expanduser()
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
-        if (found / part).exists():
-            found /= part
-            continue
-        names = sorted(entry.name for entry in found.iterdir()) if found.is_dir() else []
-        close = difflib.get_close_matches(part, names, n=1)
-        if not close:
-            listed = ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
-            return f"{found} holds: {listed or 'nothing'}." if found.parts else ""
-        found /= close[0]
-    return f"Did you mean {found}?"
+        if not (found / part).exists():
+            names = [entry.name for entry in found.iterdir()] if found.is_dir() else []
+            close = difflib.get_close_matches(part, names, n=1)
+            if not close:
+                return _list_folder(found) if found.parts else ""
+            part = close[0]
+        found /= part
+    return _list_folder(found) if found == path else f"Did you mean {found}?"
+
+
+def _list_folder(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    listed = ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
+    return f"{folder} holds: {listed or 'nothing'}."

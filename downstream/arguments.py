@@ -7,13 +7,14 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..corpus.documents import SourceArguments
+from ..corpus.tokenizers import HubArguments
 
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 @dataclass(kw_only=True)
-class ModelArguments:
+class ModelArguments(HubArguments):
     model_name_or_path: str = HfArg(
         help="The encoder to start from, on the Hub or in a folder: one that run_pretraining.py wrote, one of an "
         "encoder or of a fine-tuned model, or another encoder of transformers."
@@ -29,12 +30,7 @@ class ModelArguments:
         default=None,
         help="Overrides of the configuration: classifier_pooling=attention,classifier_dropout=0.1",
     )
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run the code that lies beside a model on the Hub. Not needed for T-JEPA itself."
-    )
-    cache_dir: str | None = HfArg(default=None, help="Where downloads are kept.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of model_name_or_path.")
-    token: str | None = HfArg(default=None, help="Access token for the Hub, if not logged in.")
     model_license: str | None = HfArg(
         default=None, help="Licence of the weights, for the model card. Default: none is named."
     )

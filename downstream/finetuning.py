@@ -8,7 +8,6 @@ Without training nothing but figures and predictions is written.
 import json
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any, NamedTuple
 
 import evaluate
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,8 +31,11 @@ from transformers import (
 from ..corpus.arguments import parse_arguments
 from ..corpus.documents import SPLIT_SEED, limit_datasets
 from ..corpus.files import load_files
+from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
+from ..corpus.tokenizers import vocabulary_size
 from ..training.checkpoints import find_checkpoint
-from ..training.loading import parse_config_overrides
+from ..training.loading import check_weights
+from ..training.loading import load_config as load_any_config
 from ..training.loop import train
 from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
@@ -278,29 +279,17 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
     Raises:
         ValueError: if the folder holds no model, or `--encoder context` does not apply to it.
     """
-    folder = Path(args.model_name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is not the folder of a model: it has no config.json, only "
-            f"{sorted(path.name for path in folder.iterdir())[:10]}. Give one that run_pretraining.py wrote, or one "
-            "that save_pretrained made."
-        )
-    overrides = parse_config_overrides(args.config_overrides)
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **hub_arguments(args), **overrides)
+    config = load_any_config(args.model_name_or_path, args.config_overrides, **hub_arguments(args))
     if args.encoder == "context" and config.model_type != "tjepa":
         raise ValueError(
-            f"--encoder context is for T-JEPA pretraining folders; {folder} is a {config.model_type} model."
+            f"--encoder context is for T-JEPA pretraining folders; {args.model_name_or_path} is a {config.model_type} "
+            "model."
         )
     return config
 
 
 def hub_arguments(args: ModelArguments) -> dict:
-    return {
-        "cache_dir": args.cache_dir,
-        "token": args.token,
-        "revision": args.model_revision,
-        "trust_remote_code": args.trust_remote_code,
-    }
+    return {"revision": args.model_revision, **args.for_hub()}
 
 
 def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, for_pairs: bool = False) -> PreTrainedTokenizerBase:
@@ -311,12 +300,9 @@ def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, for_pairs: bo
         ValueError: if there is none, or it has no special token that could do that.
     """
     name = args.tokenizer_name or args.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub_arguments(args))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} has no tokenizer; pass --tokenizer_name with the one the model was trained on."
-        ) from error
+    where = args.for_hub() if args.tokenizer_name else hub_arguments(args)
+    flag = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
+    tokenizer = load_any_tokenizer(name, flag, **where)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -388,19 +374,20 @@ def load_model(
     model, info = auto_class.from_pretrained(
         args.model_name_or_path,
         config=config,
+        dtype=torch.float32,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **which,
         **hub_arguments(args),
     )
-    check_sizes(model, info, args)
+    check_weights(model, info, (f"{model.base_model_prefix}.",), args.model_name_or_path, args.config_overrides)
     if needs_head and (new := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})):
         raise ValueError(
             f"--do_train False evaluates a model as it is, but {args.model_name_or_path} has no head for these "
             f"labels: {', '.join(new)} would be drawn at random. Name the folder of a fine-tuned model as "
             "--model_name_or_path, or one of its checkpoints as --resume_from_checkpoint."
         )
-    num_embeddings, num_needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    num_embeddings, num_needed = model.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
     if num_needed > num_embeddings:
         raise ValueError(
             f"The tokenizer has tokens up to the id {num_needed - 1}, the model {num_embeddings} embeddings: pass "
@@ -411,36 +398,6 @@ def load_model(
     num_parameters, num_trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     logger.info(f"{type(model).__name__}: {num_parameters:,} parameters, {num_trained:,} of them trained")
     return model
-
-
-def check_sizes(model: PreTrainedModel, info: dict, args: ModelArguments) -> None:
-    """
-    Only the head may be new. What else is of another size in the folder, or a layer too many or too few, is an error.
-
-    Raises:
-        ValueError: naming the weights, and their sizes in the folder and by the configuration.
-    """
-    prefix = f"{model.base_model_prefix}."
-
-    def layer(name: str) -> str:
-        return re.sub(r"\.\d+\.", ".*.", name)
-
-    layers = {layer(name) for name in model.state_dict() if name.startswith(prefix)}
-    problems = [
-        f"{name} is {list(there)} there and {list(here)} by the configuration"
-        for name, there, here in info["mismatched_keys"]
-        if name.startswith(prefix)
-    ]
-    for keys, problem in (("missing_keys", "is not there"), ("unexpected_keys", "is a layer too many there")):
-        names = (name if name.startswith(prefix) else prefix + name for name in info[keys])
-        problems += [f"{name} {problem}" for name in names if "*" in layer(name) and layer(name) in layers]
-    if problems:
-        overrides = f"; --config_overrides is {args.config_overrides}" if args.config_overrides else ""
-        raise ValueError(
-            f"The weights in {args.model_name_or_path} do not fit the configuration, and only a head may be replaced: "
-            f"{'; '.join(sorted(problems)[:3])}{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}"
-            f"{overrides}."
-        )
 
 
 def freeze_encoder(model: PreTrainedModel) -> None:

@@ -32,7 +32,7 @@ from ..corpus.arguments import parse_arguments
 from ..corpus.documents import SPLIT_SEED, limit_datasets
 from ..corpus.files import load_files
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
-from ..corpus.tokenizers import vocabulary_size
+from ..corpus.tokenizers import text_reader, vocabulary_size, without_special_tokens
 from ..training.checkpoints import find_checkpoint
 from ..training.loading import check_weights
 from ..training.loading import load_config as load_any_config
@@ -41,6 +41,7 @@ from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
 from ..training.setup import set_up_logging, use_all_cores
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
+from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
 from .tasks import HubMetric, TextTask, WordTask
 
@@ -92,14 +93,15 @@ def finetune(task_class: type[TextTask] | type[WordTask], description: str | Non
         task.check_labels({split: part.labels for split, part in rows.items() if part.labels})
         tokenizer = load_tokenizer(model_args, config, for_pairs=len(task.columns) == 2)
         max_length = find_max_length(data_args.max_length, tokenizer, config)
+        reader = text_reader(tokenizer)
         encoded = {
-            split: task.encode(splits[split].select(part.judged), part.labels, tokenizer, max_length, split)
+            split: task.encode(splits[split].select(part.judged), part.labels, reader, max_length, split)
             for split, part in rows.items()
             if part.judged
         }
         unjudged = None
         if args.do_predict and "test" in rows and rows["test"].unjudged:
-            unjudged = task.encode(splits["test"].select(rows["test"].unjudged), None, tokenizer, max_length, "test")
+            unjudged = task.encode(splits["test"].select(rows["test"].unjudged), None, reader, max_length, "test")
     for split, dataset in encoded.items():
         report_truncation(dataset["num_tokens"][:], max_length, split, counts)
         task.report_encoded(dataset, rows[split].labels, split, counts)
@@ -294,7 +296,8 @@ def hub_arguments(args: ModelArguments) -> dict:
 
 def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, for_pairs: bool = False) -> PreTrainedTokenizerBase:
     """
-    The tokenizer, able to pad and, with `for_pairs`, to put something between the texts of a pair.
+    The tokenizer, able to pad and, with `for_pairs`, to put something between the texts of a pair. It adds to a text
+    what the encoder was pretrained with, and from now on, saved with the model, reads "</s>" in a text as text.
 
     Raises:
         ValueError: if there is none, or it has no special token that could do that.
@@ -310,6 +313,9 @@ def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, for_pairs: bo
         logger.info(f"The tokenizer has no padding token: {tokenizer.pad_token!r} takes its place")
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
+    if not reads_special_tokens(config):
+        tokenizer = without_special_tokens(tokenizer)
+    as_text_only(tokenizer)
     if for_pairs and tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add():
         separator = tokenizer.sep_token or tokenizer.eos_token
         if separator is None or not tokenizer.is_fast:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast, pipeline
 
 from fault_injection import Fault, InjectedError
-from finetuning_helpers import COLOURS, arguments, make_rows, run, write
+from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, run, write
+from helpers import make_tiny_config
+from tjepa import TJEPAModel
 from tjepa.downstream import run_token_classification
 
 
@@ -85,6 +85,44 @@ def test_predictions_of_words(folder, tmp_path, monkeypatch):
     assert [len(line["prediction"]) for line in lines] == [2, 40, 2]
     assert lines[1]["prediction"][0] is not None and lines[1]["prediction"][-1] is None  # beyond 32 tokens
     assert all(0.5 <= share <= 1 for share in lines[0]["probabilities"])
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.parametrize("is_pair", [True, False])
+def test_pipelines_read_texts_as_fine_tuning_does(tmp_path, monkeypatch, is_ours, is_pair):
+    """With BERT's tokenizer: T-JEPA gets no [CLS] and [SEP], BERT does, and in a text they are text for both."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[", "]", "cls", "sep", *WORDS, *COLOURS]
+    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.normalizer = normalizers.Lowercase()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=24, **names)
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=24, **sizes))
+    if is_ours:
+        encoder = TJEPAModel(make_tiny_config(vocab_size=len(pieces), max_position_embeddings=24, pad_token_id=0))
+    encoder.save_pretrained(tmp_path / "model")
+    columns = ("sentence1", "sentence2") if is_pair else ("text",)
+    rows = [
+        {name: f"[SEP] {row['text']} [CLS]" for name in columns} | {"label": row["label"]} for row in make_rows(30)
+    ]
+    train = write(tmp_path / "train.jsonl", rows)
+    options = {"model_name_or_path": tmp_path / "model", "train_file": train, "test_file": train, "max_steps": 20}
+    run(monkeypatch, arguments(tmp_path, tmp_path / "out", **options, cache_dir=tmp_path / "cache"))
+
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    num_added = {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[is_ours, is_pair]
+    assert saved.num_special_tokens_to_add(pair=is_pair) == num_added
+    assert saved.tokenize("[SEP] hen") == ["[", "sep", "]", "hen"]
+    texts = [{"text": row[columns[0]], **({"text_pair": row[columns[1]]} if is_pair else {})} for row in rows[:5]]
+    classify = pipeline("text-classification", str(tmp_path / "out"), top_k=None)
+    for text, line in zip(texts, read_predictions(tmp_path / "out"), strict=False):
+        shares = {answer["label"]: answer["score"] for answer in classify(text, truncation=True, max_length=24)}
+        assert shares == pytest.approx(line["probabilities"], abs=1e-5)
 
 
 # --- Figures that are undefined, labels that are hidden --------------------------------------------------------------

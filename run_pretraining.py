@@ -46,6 +46,7 @@ from tjepa.training.loading import load_pretraining_config, load_pretraining_mod
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.publishing import create_publisher
+from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
 from tjepa.training.trainer import TJEPATrainer
 
@@ -117,6 +118,8 @@ def main():
     if not training_args.do_train:
         model_args.model_name_or_path = find_weights_to_evaluate(model_args, training_args, checkpoint)
         training_args.push_to_hub = False
+    elif checkpoint is not None and training_args.max_steps > 0:
+        plan_extension(training_args, checkpoint, training_args.max_steps)  # an error comes before the work
     publisher = create_publisher(training_args, model_args.token)
     config = load_pretraining_config(
         model_args.model_name_or_path,

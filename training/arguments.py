@@ -9,7 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .health import COLLAPSE_PATIENCE
-from .schedules import LR_SCHEDULES
+from .schedules import EXTENSIONS, LR_SCHEDULES
 
 
 @dataclass
@@ -53,6 +53,14 @@ class PretrainingArguments(TrainingArguments):
         metadata={
             "help": "Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
             "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130."
+        },
+    )
+    extend_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a checkpoint goes on whose run had another number of steps. warm_up_again: from its last "
+            "rate through a new warm-up and decay; weight decay and momentum begin anew, too. decay_again: from the "
+            "last checkpoint before the decay of --lr_scheduler_type warmup_stable_decay, which is always kept.",
         },
     )
     stop_on_collapse: bool = field(
@@ -101,6 +109,8 @@ class PretrainingArguments(TrainingArguments):
                     f"{getattr(self, name)} with --learning_rate {self.learning_rate}. Lower --{name}, or leave it "
                     "out: then it follows the learning rate."
                 )
+        if self.extend_schedule not in (None, *EXTENSIONS):
+            raise ValueError(f"--extend_schedule is {self.extend_schedule!r}; allowed are {', '.join(EXTENSIONS)}.")
         if self.lr_scheduler_type.value not in LR_SCHEDULES:
             raise ValueError(
                 f"--lr_scheduler_type {self.lr_scheduler_type.value}: the learning rate goes from start_lr over "

@@ -121,13 +121,15 @@ class CheckpointCallback(TrainerCallback):
     `save_total_limit`. (The Trainer would delete them before other processes have finished writing, and would count
     torn ones.)
 
-    Kept whatever the limit: the best checkpoint, the newest that can be resumed, and while the latest evaluations of
-    a T-JEPA run found a collapse, the newest checkpoint from before it. After a collapse that ended the run nothing is
-    saved. Must come after the Trainer's own callbacks, which decide whether to save.
+    Kept whatever the limit: the best checkpoint, the newest that can be resumed, the newest from before the decay of a
+    schedule that has a stable part (where one is saved in any case), and while the latest evaluations of a T-JEPA run
+    found a collapse, the newest checkpoint from before it. Must come after the Trainer's own callbacks, which decide
+    whether to save.
     """
 
     def __init__(self):
         self.save_total_limit = None
+        self.last_step_before_decay = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if args.save_total_limit is not None:  # `None` at a second beginning (--auto_find_batch_size)
@@ -144,18 +146,19 @@ class CheckpointCallback(TrainerCallback):
                 )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        scheduler = kwargs.get("lr_scheduler")
+        self.last_step_before_decay = getattr(scheduler, "last_step_before_decay", None)
+        if state.global_step == self.last_step_before_decay and args.save_strategy != SaveStrategy.NO:
+            control.should_save = True
+        self._unmark(args, state, control)
+
+    def _unmark(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         may_save = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
         if (control.should_save or may_save) and state.is_world_process_zero:
             # a checkpoint that is being overwritten is not complete, whatever it was before
             remove_mark(_checkpoint_folder(args, state))
 
-    on_evaluate = on_step_end
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        patience = getattr(args, "collapse_patience", 0) if getattr(args, "stop_on_collapse", False) else 0
-        if patience and control.should_training_stop and len(collapsed_evaluations(state)) >= patience:
-            control.should_save = False  # the end of the epoch that the verdict cut short, with --save_strategy epoch
-        self.on_step_end(args, state, control)
+    on_epoch_end = on_evaluate = _unmark
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         PartialState().wait_for_everyone()  # until every process has written its part
@@ -175,6 +178,8 @@ class CheckpointCallback(TrainerCallback):
         kept |= set([step for step in marked if not has_weights_only(checkpoints[step])][-1:])
         if state.best_model_checkpoint is not None:
             kept |= {step for step, path in checkpoints.items() if path == Path(state.best_model_checkpoint)}
+        if self.last_step_before_decay is not None:
+            kept |= set([step for step in marked if step <= self.last_step_before_decay][-1:])
         if collapsed := collapsed_evaluations(state):
             kept |= set([step for step in marked if step < collapsed[0]][-1:])
         for step, path in checkpoints.items():
@@ -264,7 +269,11 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     return None
 
 
+def count_steps(trainer: Trainer) -> int:
+    """Optimizer steps of a whole run, by the arguments and the data of this start."""
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
 def is_finished(trainer: Trainer, checkpoint: str) -> bool:
     """Whether a checkpoint lies at the last step. (The Trainer would do another step from there.)"""
-    num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= num_steps
+    return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= count_steps(trainer)

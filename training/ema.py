@@ -59,9 +59,11 @@ class EMACallback(TrainerCallback):
         self.schedule_stretch = schedule_stretch
         self.schedule = EMA_SCHEDULES[schedule]
         self.anneal_ratio = anneal_ratio
+        self.first_step = 0  # of the schedule, where a run went on for more steps
 
     def at(self, step: int, max_steps: int) -> float:
-        progress = step / (self.schedule_stretch * self.anneal_ratio * max_steps)
+        num_steps = self.schedule_stretch * self.anneal_ratio * (max_steps - self.first_step)
+        progress = (step - self.first_step) / num_steps
         return self.schedule(self.momentum, self.final_momentum, progress)
 
     def on_optimizer_step(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerState
 
-from .checkpoints import CheckpointCallback, explain_failed_save, is_finished
+from .checkpoints import CheckpointCallback, count_steps, explain_failed_save, is_finished
 from .publishing import HubPublisher
+from .resuming import plan_extension
 from .signals import StopOnSignalCallback
 
 
@@ -23,7 +24,14 @@ def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | No
     Raises:
         SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
         OSError: if a checkpoint could not be written.
+        ValueError: if the checkpoint's run had another number of steps, and it is not said what the schedules do then.
     """
+    if checkpoint is not None:
+        checkpoint, schedule_start, note = plan_extension(trainer.args, checkpoint, count_steps(trainer))
+        if note is not None:
+            logger.info(note)
+        if schedule_start is not None:
+            trainer.new_schedule_start = schedule_start
     if checkpoint is not None and is_finished(trainer, checkpoint):
         logger.info(f"{checkpoint} is the end of training already")
         weights = type(trainer.model).from_pretrained(checkpoint, dtype=torch.float32).state_dict()

@@ -40,6 +40,9 @@ LR_SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
+EXTENSIONS = ("decay_again", "warm_up_again")  # --extend_schedule
+
+
 class WarmupThenDecay(LRScheduler):
     """
     Linear from `start_lr` to the optimizer's rate over the warm-up, then to `final_lr` at
@@ -54,10 +57,12 @@ class WarmupThenDecay(LRScheduler):
         schedule_stretch (`float`): I-JEPA's ipe_scale.
         kind (`str`): one of `LR_SCHEDULES`.
         num_decay_steps (`int`, *optional*): for `"warmup_stable_decay"`; by default a tenth of the steps.
+        first_step (`int`): of a run that went on for more steps, where the present schedule begins. What else counts
+            steps here counts from there.
     """
 
     SETTINGS = ("learning_rate", "start_lr", "final_lr", "kind", "num_training_steps", "num_warmup_steps")
-    SETTINGS += ("num_decay_steps", "schedule_stretch")
+    SETTINGS += ("num_decay_steps", "schedule_stretch", "first_step")
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class WarmupThenDecay(LRScheduler):
         schedule_stretch: float = 1.0,
         kind: str = "cosine",
         num_decay_steps: int | None = None,
+        first_step: int = 0,
     ):
         if kind not in LR_SCHEDULES:
             raise ValueError(f"The learning rate's schedule must be one of {', '.join(LR_SCHEDULES)}, got {kind!r}.")
@@ -79,6 +85,7 @@ class WarmupThenDecay(LRScheduler):
         self.num_training_steps = num_training_steps
         self.num_warmup_steps = num_warmup_steps
         self.schedule_stretch = schedule_stretch
+        self.first_step = first_step
         end = schedule_stretch * num_training_steps
         if num_decay_steps is None and kind == "warmup_stable_decay":
             num_decay_steps = max(1, round(0.1 * end))
@@ -91,17 +98,28 @@ class WarmupThenDecay(LRScheduler):
 
     def factor(self, step: int) -> float:
         """The rate of optimizer step `step` = 0, 1, ... as a share of the highest one."""
+        step = max(0, step - self.first_step)
         start, final = self.start_lr / self.learning_rate, self.final_lr / self.learning_rate
         if step < self.num_warmup_steps:
             return linear_schedule(start, 1.0, step / self.num_warmup_steps)
         progress = max(0.0, (step - self._decay_start) / self._decay_length)
         return LR_SCHEDULES[self.kind](1.0, final, progress)
 
+    @property
+    def last_step_before_decay(self) -> int | None:
+        """After so many optimizer steps the rate is still the highest one; `None` if it always decays, or never."""
+        return self.first_step + int(self._decay_start) if self.kind == "warmup_stable_decay" else None
+
     def get_lr(self) -> list[float]:
         return [base_lr * self.factor(self.last_epoch) for base_lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_epoch": self.last_epoch, "settings": {name: getattr(self, name) for name in self.SETTINGS}}
+        return {
+            "last_epoch": self.last_epoch,
+            "_last_lr": self.get_last_lr(),
+            "last_step_before_decay": self.last_step_before_decay,
+            "settings": {name: getattr(self, name) for name in self.SETTINGS},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -156,9 +174,11 @@ class WeightDecayCallback(TrainerCallback):
         self.weight_decay = weight_decay
         self.final_weight_decay = final_weight_decay
         self.schedule_stretch = schedule_stretch
+        self.first_step = 0
 
     def at(self, step: int, max_steps: int) -> float:
-        return cosine_schedule(self.weight_decay, self.final_weight_decay, step / (self.schedule_stretch * max_steps))
+        progress = (step - self.first_step) / (self.schedule_stretch * (max_steps - self.first_step))
+        return cosine_schedule(self.weight_decay, self.final_weight_decay, progress)
 
     def on_step_begin(self, args, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs):
         for group in optimizer.param_groups:

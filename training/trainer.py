@@ -13,7 +13,7 @@ from itertools import chain, islice, repeat
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env, reduce
+from accelerate.utils import DistributedType, parse_flag_from_env, reduce
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
@@ -22,6 +22,7 @@ from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import PretrainingArguments
 from .ema import EMACallback
 from .health import HealthMonitor
+from .resuming import ResumeStateCallback, ScheduleStart, saved_schedule_start
 from .schedules import WarmupThenDecay, WeightDecayCallback
 
 
@@ -154,7 +155,10 @@ class TJEPATrainer(Trainer):
             )
             self.add_callback(self.ema)
         self.weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.schedule_stretch)
-        for callback in (self.weight_decay, EpochCallback(), ResumeStateCallback(self)):
+        self.resume_state = ResumeStateCallback(self)
+        self.schedule_start = ScheduleStart()
+        self.new_schedule_start: ScheduleStart | None = None  # for the next start of training (`plan_extension`)
+        for callback in (self.weight_decay, EpochCallback(), self.resume_state):
             self.add_callback(callback)
 
     # The accelerator and the model on it
@@ -208,14 +212,18 @@ class TJEPATrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
+        start = self.schedule_start = self.new_schedule_start or saved_schedule_start(self.state)
+        self.ema.first_step = self.weight_decay.first_step = start.first_step
+        num_schedule_steps = num_training_steps - start.first_step
         self.lr_scheduler = self._given_scheduler or WarmupThenDecay(
             self.optimizer if optimizer is None else optimizer,
-            num_training_steps,
-            args.get_warmup_steps(num_training_steps),
-            args.start_lr,
+            num_schedule_steps,
+            args.get_warmup_steps(num_schedule_steps),
+            args.start_lr if start.start_lr is None else start.start_lr,
             args.final_lr,
             args.schedule_stretch,
             args.lr_scheduler_type.value,
+            first_step=start.first_step,
             **(args.lr_scheduler_kwargs or {}),
         )
         # a checkpoint holds the intervals of the run that wrote it
@@ -308,6 +316,11 @@ class TJEPATrainer(Trainer):
             statistics.update(outputs, inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.resume_state.unlogged_loss += loss
+        return loss
+
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         value = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
@@ -318,6 +331,7 @@ class TJEPATrainer(Trainer):
         """Adds to a line about training what T-JEPA knows of the step that it is about."""
         self.health.raise_if_not_finite()
         if "loss" in logs:
+            logs["loss"] = self.resume_state.take_loss()  # that of a checkpoint's steps included
             step, max_steps = self.state.global_step - 1, self.state.max_steps
             logs["ema_momentum"] = self.ema.at(step, max_steps)
             logs["weight_decay"] = self.weight_decay.at(step, max_steps)
@@ -361,62 +375,10 @@ class TJEPATrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.health.raise_if_not_finite()
+        if _internal_call:
+            self.resume_state.collect()
         if self.is_fsdp_enabled:
             # FSDP2 derives a class of its own from the model's; a checkpoint is to name ours and to hold its code
             for name in ("__name__", "__module__"):
                 setattr(type(self.model), name, getattr(TJEPAForPreTraining, name))
         super().save_model(output_dir, _internal_call)
-
-
-class ResumeStateCallback(TrainerCallback):
-    """
-    Keeps in `trainer_state.json` what the Trainer forgets between two starts: the loss summed up since the last log
-    line, and how far every worker of every process has read a streaming dataset. Must come after the Trainer's own
-    callbacks, which decide whether to log and to save.
-    """
-
-    KEY = "ResumeState"
-
-    def __init__(self, trainer: Trainer):
-        self._trainer = trainer
-        self._stream = None
-
-    def on_train_begin(self, args, state: TrainerState, control, train_dataloader=None, **kwargs):
-        saved = state.stateful_callbacks.get(self.KEY)
-        if saved is not None and saved["unlogged_steps"]:
-            self._trainer._globalstep_last_logged -= saved["unlogged_steps"]
-            self._trainer._tr_loss += saved["unlogged_loss"]
-            self._trainer._total_loss_scalar -= saved["unlogged_loss"]  # train_loss is that of this start only
-        dataset = train_dataloader.dataset
-        is_sharded = isinstance(dataset, IterableDatasetShard)  # reads the documents of all processes, keeps its own
-        self._stream = dataset.dataset if is_sharded else dataset
-        if hasattr(self._stream, "remember_positions"):
-            batch_size = state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
-            self._stream.remember_positions(
-                num_workers=args.dataloader_num_workers,
-                documents_per_batch=batch_size * (dataset.num_processes if is_sharded else 1),
-                num_batches=(args.dataloader_prefetch_factor or 2) + 2,  # how far a worker may be ahead
-            )
-            num_skipped = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
-            self._batches_before = num_skipped - state.global_step * args.gradient_accumulation_steps
-            if saved is not None:
-                self._stream.load_state_dict(saved["streams"], num_skipped)
-
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs):
-        if not (control.should_save or control.should_evaluate):
-            return
-        loss, num_steps, streams = 0.0, 0, [None]
-        if not control.should_log:  # else the sum starts anew before the checkpoint is written
-            num_steps = state.global_step - self._trainer._globalstep_last_logged
-            loss = self._trainer.accelerator.gather(self._trainer._tr_loss).mean().item()
-        if hasattr(self._stream, "state_dict"):
-            # a stream is one endless epoch
-            num_batches = self._batches_before + state.global_step * args.gradient_accumulation_steps
-            streams = gather_object([self._stream.state_dict(num_batches)])
-        state.stateful_callbacks[self.KEY] = {
-            "unlogged_steps": num_steps,
-            "unlogged_loss": loss,
-            "streams": streams,
-        }
-
-    on_epoch_end = on_step_end

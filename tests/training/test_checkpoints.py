@@ -132,22 +132,6 @@ def test_a_second_beginning(tmp_path):
     assert args.save_total_limit == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("stop_on_collapse", [True, False])
-def test_no_checkpoint_after_the_verdict(tmp_path, stop_on_collapse):
-    """The end of the epoch that a verdict cuts short is not a reason to save, with --save_strategy epoch."""
-    args = PretrainingArguments(
-        output_dir=str(tmp_path), save_strategy="epoch", stop_on_collapse=stop_on_collapse, collapse_patience=2
-    )
-    collapsed = {"eval_target_std": 0.01, "eval_cosine": 0.9, "eval_mean_target_cosine": 0.5}
-    state = TrainerState(global_step=24, log_history=[{**collapsed, "step": 22}, {**collapsed, "step": 24}])
-    control = TrainerControl(should_save=True, should_training_stop=True)
-    CheckpointCallback().on_epoch_end(args, state, control)
-    assert control.should_save != stop_on_collapse
-    control = TrainerControl(should_save=True)  # the verdict is not out yet
-    CheckpointCallback().on_epoch_end(args, state, control)
-    assert control.should_save
-
-
 def test_checkpoints_of_a_plain_trainer(tmp_path):
     """As fine-tuning uses it: any model, any TrainingArguments. Stopped and resumed with `last` it ends the same."""
 

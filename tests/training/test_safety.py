@@ -88,7 +88,7 @@ def test_resuming_runs_nothing(inputs, marker, monkeypatch, file):
     (output_dir / "checkpoint-2" / "checkpoint_complete.json").unlink()  # it knows the size of the real file
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         run(
-            monkeypatch, arguments(inputs, output_dir, max_steps=4, resume_from_checkpoint=output_dir / "checkpoint-2")
+            monkeypatch, arguments(inputs, output_dir, **longer, resume_from_checkpoint=output_dir / "checkpoint-2")
         )
 
 
@@ -97,7 +97,7 @@ def test_pickled_arguments_are_never_read(inputs, marker, monkeypatch):
     run(monkeypatch, arguments(inputs, output_dir, max_steps=2))
     torch.save(Payload(marker), output_dir / "checkpoint-2" / "training_args.bin")
     (output_dir / "checkpoint-2" / "checkpoint_complete.json").unlink()  # it knows the size of the real file
-    run(monkeypatch, arguments(inputs, output_dir, max_steps=4, resume_from_checkpoint=output_dir / "checkpoint-2"))
+    run(monkeypatch, arguments(inputs, output_dir, **longer, resume_from_checkpoint=output_dir / "checkpoint-2"))
     assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 4
 
 

@@ -26,6 +26,7 @@ SHIPPED = sorted(
     for path in REPOSITORY.rglob("*.py")
     if path.relative_to(REPOSITORY).parts[0] not in ("tests", "build", ".venv")
 )
+LONGER = {"max_steps": 4, "extend_schedule": "warm_up_again"}  # than the two steps before
 SECRETS = ("hf_secretinthecommandline", "hf_secretforpushing", "hf_secretoftheenvironment")
 
 
@@ -87,9 +88,7 @@ def test_resuming_runs_nothing(inputs, marker, monkeypatch, file):
     torch.save(Payload(marker), output_dir / "checkpoint-2" / file)
     (output_dir / "checkpoint-2" / "checkpoint_complete.json").unlink()  # it knows the size of the real file
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        run(
-            monkeypatch, arguments(inputs, output_dir, **longer, resume_from_checkpoint=output_dir / "checkpoint-2")
-        )
+        run(monkeypatch, arguments(inputs, output_dir, **LONGER, resume_from_checkpoint=output_dir / "checkpoint-2"))
 
 
 def test_pickled_arguments_are_never_read(inputs, marker, monkeypatch):
@@ -97,7 +96,7 @@ def test_pickled_arguments_are_never_read(inputs, marker, monkeypatch):
     run(monkeypatch, arguments(inputs, output_dir, max_steps=2))
     torch.save(Payload(marker), output_dir / "checkpoint-2" / "training_args.bin")
     (output_dir / "checkpoint-2" / "checkpoint_complete.json").unlink()  # it knows the size of the real file
-    run(monkeypatch, arguments(inputs, output_dir, **longer, resume_from_checkpoint=output_dir / "checkpoint-2"))
+    run(monkeypatch, arguments(inputs, output_dir, **LONGER, resume_from_checkpoint=output_dir / "checkpoint-2"))
     assert json.loads((output_dir / "trainer_state.json").read_text())["global_step"] == 4
 
 

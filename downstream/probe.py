@@ -25,6 +25,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from .embedding import embed_texts, embed_words
+from .labels import IGNORED
 
 
 # C, the inverse of the penalty, in half decades. From strong to weak, so that each fit starts near its optimum.
@@ -184,7 +185,7 @@ class ProbeTask:
         splits: `"train"` and `"test"`, and where the data set has one `"validation"`, each with the columns
             `classification`: `text` (`list[str]`) and `label` (`list[int]`, from 0 up);
             `similarity`, only `"test"`: `sentence1`, `sentence2` (`list[str]`) and `score` (`list[float]`);
-            `tagging`: `tokens` (`list[list[str]]`) and `tags` (`list[list[int]]`, from 0 up).
+            `tagging`: `tokens` (`list[list[str]]`) and `tags` (`list[list[int]]`, from 0 up; -100: not judged).
     """
 
     name: str
@@ -246,7 +247,8 @@ def embed_task(
         if task.kind == "tagging":
             features, places = embed_words(model, tokenizer, columns["tokens"], *options)
             labels = torch.tensor([columns["tags"][sentence][place] for sentence, place in places.tolist()])
-            embedded[split] = LabelledFeatures(features, labels, places[:, 0])
+            is_judged = labels != IGNORED
+            embedded[split] = LabelledFeatures(features[is_judged], labels[is_judged], places[is_judged, 0])
             continue
         texts, labels = columns.get("text"), columns.get("label")
         if task.kind == "similarity":
@@ -339,7 +341,7 @@ def _texts_and_labels(task: ProbeTask, columns: dict[str, list]) -> tuple[np.nda
     if task.kind == "classification":
         texts, labels, groups = columns["text"], columns["label"], range(len(columns["text"]))
     else:
-        texts = [word for words in columns["tokens"] for word in words]
-        labels = [tag for tags in columns["tags"] for tag in tags]
-        groups = [sentence for sentence, words in enumerate(columns["tokens"]) for _ in words]
+        sentences = enumerate(zip(columns["tokens"], columns["tags"], strict=True))
+        judged = [(word, tag, i) for i, row in sentences for word, tag in zip(*row, strict=True) if tag != IGNORED]
+        texts, labels, groups = zip(*judged, strict=True)
     return np.array(texts, dtype=object), np.array(labels), torch.tensor(list(groups))

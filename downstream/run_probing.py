@@ -32,6 +32,7 @@ from ..corpus.arguments import parse_arguments, start
 from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS
 from .embedding import reads_special_tokens
+from .labels import IGNORED, flatten
 from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
 
 
@@ -212,6 +213,8 @@ def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[st
     columns, notes = {}, []
     for split, dataset in splits.items():
         rows = list(zip(*(dataset[column][:] for column in (*inputs, answer)), strict=True))
+        if kind == "classification" and any(isinstance(row[-1], list) for row in rows):
+            raise ValueError(f"{name}: {answer} of {split} holds lists; a probe takes one class for each text.")
         usable = [row for row in rows if is_usable(kind, row)]
         if not usable:
             raise ValueError(f"{name}: none of the {len(rows)} rows of {split} has both text and {answer}.")
@@ -220,7 +223,7 @@ def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[st
         columns[split] = dict(zip((*inputs, answer), map(list, zip(*usable, strict=True)), strict=True))
 
     if kind != "similarity":
-        labels = {split: {label for row in c[answer] for label in as_list(row)} for split, c in columns.items()}
+        labels = {split: set(flatten(c[answer])) - {IGNORED} for split, c in columns.items()}
         classes = sorted(set.union(*labels.values()), key=str)
         if any(isinstance(label, float) for label in classes) or len(labels["train"]) < 2:
             raise ValueError(
@@ -232,7 +235,7 @@ def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[st
         for split, content in columns.items():
             values = content.pop(answer)
             if kind == "tagging":
-                columns[split]["tags"] = [[ids[tag] for tag in tags] for tags in values]
+                columns[split]["tags"] = [[ids.get(tag, IGNORED) for tag in tags] for tags in values]
             else:
                 columns[split]["label"] = [ids[label] for label in values]
     task = ProbeTask(name, kind, columns)
@@ -247,16 +250,13 @@ def is_usable(kind: str, row: tuple) -> bool:
     *texts, answer = row
     if kind == "similarity":
         has_answer = isinstance(answer, (int, float)) and math.isfinite(answer)
-    else:
-        has_answer = bool(as_list(answer)) and all(label not in (None, MISSING_LABEL) for label in as_list(answer))
-    if kind == "tagging":
+    elif kind == "tagging":
         (words,) = texts
+        has_answer = bool(answer) and not {None, MISSING_LABEL} & set(answer) and set(answer) != {IGNORED}
         return has_answer and len(words or []) == len(answer) and all(isinstance(word, str) for word in words)
+    else:
+        has_answer = answer not in (None, "", MISSING_LABEL, IGNORED)
     return has_answer and all(find_fault(text) is None for text in texts)
-
-
-def as_list(answer) -> list:
-    return answer if isinstance(answer, list) else [answer]
 
 
 def count_rows(task: ProbeTask, split: str) -> int:
@@ -329,7 +329,7 @@ def probe_encoder(
         if task.kind != "tagging":
             features_of_texts.append(embedded["test"].features)
             continue
-        num_words = sum(len(words) for columns in task.splits.values() for words in columns["tokens"])
+        num_words = sum(tag != IGNORED for columns in task.splits.values() for tag in flatten(columns["tags"]))
         if num_left_out := num_words - sum(len(part.labels) for part in embedded.values()):
             logger.info(f"    without {num_left_out:,} of {num_words:,} words, which have no token before the cut")
     if features_of_texts:

@@ -8,7 +8,15 @@ import pytest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from fault_injection import Fault, InjectedError
 from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, run, write
@@ -201,6 +209,20 @@ def test_only_the_head_of_another_encoder_is_replaced(folder, tmp_path, monkeypa
     options = {"model_name_or_path": tmp_path / "bert", "max_length": 20, "max_steps": 1}
     with pytest.raises(ValueError, match="only a head may be replaced: bert"):
         run(monkeypatch, arguments(folder, tmp_path / "out", **options, config_overrides=overrides))
+
+
+def test_overrides_are_those_of_the_model_at_hand(folder, tmp_path, monkeypatch):
+    """DistilBERT has an attention_dropout; T-JEPA calls it otherwise."""
+    sizes = {"dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
+    config = DistilBertConfig(vocab_size=320, max_position_embeddings=32, **sizes)
+    DistilBertModel(config).save_pretrained(tmp_path / "distilbert")
+    AutoTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(tmp_path / "distilbert")
+    options = {"config_overrides": "attention_dropout=0.2,seq_classif_dropout=1e-1", "max_steps": 1}
+    run(monkeypatch, arguments(folder, tmp_path / "out", model_name_or_path=tmp_path / "distilbert", **options))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["attention_dropout"], config["seq_classif_dropout"]) == (0.2, 0.1)
+    with pytest.raises(ValueError, match="TJEPAConfig has no .'attention_dropout'"):
+        run(monkeypatch, arguments(folder, tmp_path / "ours", **options))
 
 
 def test_without_training_a_head_must_be_there(folder, tmp_path, monkeypatch):

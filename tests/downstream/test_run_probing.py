@@ -15,7 +15,7 @@ from helpers import make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream import run_probing
-from tjepa.downstream.probe import probe_tasks, probe_tasks_with_tfidf
+from tjepa.downstream.probe import embed_task, probe_tasks, probe_tasks_with_tfidf
 from tjepa.downstream.run_probing import choose_max_length, find_files, load_tasks, require_packages, short_names
 
 
@@ -179,6 +179,18 @@ def test_every_column_of_tags_is_a_task_and_words_are_limited(tmp_path, caplog):
     assert "3 of the 10 rows of train are used" in caplog.text and "1 rows of train dropped" in caplog.text
 
 
+def test_tags_of_minus_100_are_neither_learned_nor_judged(models, tmp_path):
+    rows = [{"tokens": ["a", "fox", "b"], "x_tags": [-100, 3, 5]}, {"tokens": ["a"], "x_tags": [-100]}] * 6
+    for split in ("train", "test"):
+        write(tmp_path / f"t-{split}.jsonl", rows, ("tokens", "x_tags"))
+    (task,) = load_tasks(None, str(tmp_path))
+    assert task.splits["train"]["tags"] == [[-100, 0, 1]] * 6
+    encoder, tokenizer = AutoModel.from_pretrained(models / "ours"), AutoTokenizer.from_pretrained(models / "ours")
+    embedded = embed_task(encoder, tokenizer, task, max_length=16)
+    assert embedded["test"].labels.tolist() == [0, 1] * 6
+    assert probe_tasks_with_tfidf([task], seeds=(0,)) == {"t/linear_probe": 1.0}
+
+
 def test_samples_are_limited_and_the_same_for_a_seed(data):
     first, again, other = (load_tasks(["kinds"], str(data), max_samples=10, seed=seed)[0] for seed in (0, 0, 1))
     assert first.splits == again.splits != other.splits
@@ -191,6 +203,7 @@ def test_samples_are_limited_and_the_same_for_a_seed(data):
         ([{"sentence": "a", "label": 0}], "What is mine for.*columns.*'label', 'sentence'.*Needed are text and label"),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "integers or strings"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "two classes or more"),
+        ([{"text": "a", "label": [0, 1]}, {"text": "b", "label": [1]}], "label of train holds lists"),
         ([{"text": "a", "label": -1}], "none of the 1 rows of train has both text and label"),
     ],
 )

@@ -25,12 +25,14 @@ import evaluate
 import torch
 import transformers
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments, start
 from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS
+from ..corpus.tokenizers import HubArguments, load_tokenizer
+from ..training.loading import load_config
 from .embedding import reads_special_tokens
 from .labels import IGNORED, flatten
 from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
@@ -48,7 +50,7 @@ MAX_QUALITY_TEXTS = 4096  # uniformity takes all pairs
 
 
 @dataclass(kw_only=True)
-class ProbingArguments:
+class ProbingArguments(HubArguments):
     """The arguments of `run_probing.py`."""
 
     model_name_or_path: list[str] = HfArg(help="Folders or Hub names of encoders, one or several.")
@@ -63,7 +65,6 @@ class ProbingArguments:
     encoder: Literal["target", "context"] = HfArg(
         default="target", help="Which encoder of T-JEPA pretraining folders; others have only one."
     )
-    trust_remote_code: bool = HfArg(default=False, help="Run the code that comes with a model.")
     max_length: int | None = HfArg(
         default=None,
         help=f"Tokens of a text that are read. Default: what the model is made for, at most {MAX_DEFAULT_LENGTH}.",
@@ -94,6 +95,8 @@ def main():
     transformers.utils.logging.set_verbosity_error()  # a head that is left out is no news here
     transformers.utils.logging.disable_progress_bar()
     seeds = range(args.seed, args.seed + args.num_seeds)
+    for name in args.model_name_or_path:  # a mistyped one costs a second, not the time of all before it
+        load_config(name, **args.for_hub())
     tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)
 
     results = {}
@@ -105,7 +108,8 @@ def main():
     print(f"\n{format_table(results)}\n")
     if args.output:
         sizes = {task.name: {split: count_rows(task, split) for split in task.splits} for task in tasks}
-        content = {"arguments": asdict(args), "rows": sizes, "results": results}
+        arguments = {name: value for name, value in asdict(args).items() if name != "token"}
+        content = {"arguments": arguments, "rows": sizes, "results": results}
         Path(args.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot(results, args.plot)
@@ -286,9 +290,8 @@ def probe_model(
     name: str, column: str, tasks: Sequence[ProbeTask], args: ProbingArguments, seeds: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     """The figures of an encoder, and of encoders that were only initialised with its configuration, one per seed."""
-    trusted = {"trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(name, **trusted)
-    tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
+    config = load_config(name, **args.for_hub())
+    tokenizer = load_tokenizer(name, "--model_name_or_path", **args.for_hub())
     chosen = {"encoder": args.encoder} if config.model_type == "tjepa" else {}
     adds_special_tokens = args.add_special_tokens
     if adds_special_tokens is None:
@@ -303,13 +306,13 @@ def probe_model(
         f"with{'' if options['add_special_tokens'] else 'out'} special tokens"
     )
     report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **trusted)
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
     results = {column: probe_encoder(model, tokenizer, tasks, seeds, options)}
     untrained = []
     for seed in seeds:
         logger.info(f"{column} untrained, seed {seed}")
         torch.manual_seed(seed)
-        model = AutoModel.from_config(config, dtype=torch.float32, **trusted)
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
         untrained.append(probe_encoder(model, tokenizer, tasks, [seed], options))
     results[f"{column} untrained"] = mean_and_std(untrained)
     return results

@@ -12,11 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from ..corpus.arguments import start
-from ..corpus.tokenizers import without_special_tokens
+from ..corpus.tokenizers import load_tokenizer, without_special_tokens
 from ..downstream.embedding import as_text_only
+from ..training.loading import load_config
 
 
 def export_sentence_transformer(
@@ -41,16 +42,18 @@ def export_sentence_transformer(
 
     Raises:
         FileExistsError: if the output folder holds files.
+        FileNotFoundError: if the model is a path that is not there.
         ValueError: if the model is no T-JEPA model, or the tokenizer is not a fast one or can not pad.
     """
     output_folder = Path(output_folder)
     if output_folder.exists() and any(output_folder.iterdir()):
         raise FileExistsError(f"{output_folder} holds files already: choose another folder, or empty it.")
-    model_type = AutoConfig.from_pretrained(model_name_or_path).model_type
+    flag = "model_name_or_path"
+    model_type = load_config(str(model_name_or_path), flag=flag).model_type
     if model_type != "tjepa":
         raise ValueError(f"{model_name_or_path} is a {model_type} model; only T-JEPA models are exported here.")
     model = AutoModel.from_pretrained(model_name_or_path, encoder=encoder)
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    tokenizer = load_tokenizer(str(model_name_or_path), flag)
     max_length = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
     model.save_pretrained(output_folder)

@@ -285,8 +285,9 @@ def stream_of_rows(rows):
 
 
 def test_prepared_folder_is_whole_and_self_sufficient(tmp_path, stories_file, tokenizer):
-    counts = prepare_dataset(preparation(tmp_path, tokenizer, train_file=stories_file))
+    counts = prepare_dataset(preparation(tmp_path, tokenizer, train_file=stories_file, token="hf_secret"))
     folder = tmp_path / "prepared"
+    assert not any(b"hf_secret" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert sorted(os.listdir(tmp_path)) == ["cache", "prepared", "stories.jsonl", "tokenizer"]
     assert {name: len(split) for name, split in load_from_disk(folder).items()} == {"train": 19, "validation": 1}
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()

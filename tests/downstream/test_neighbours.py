@@ -196,6 +196,13 @@ print(json.dumps(model.encode(texts).tolist()))
     close(json.loads(result.stdout.splitlines()[-1]), F.normalize(expected))
 
 
+def test_export_names_a_missing_folder_and_its_neighbour(folder, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=rf"{folder}x: there is no such file or folder. Did you mean {folder}\?"
+    ):
+        export_sentence_transformer(f"{folder}x", tmp_path / "out")
+
+
 def test_export_refuses_what_it_can_not_do(folder, tokenizer, tmp_path):
     with pytest.raises(FileExistsError, match="choose another folder"):
         export_sentence_transformer(folder, folder)

@@ -84,10 +84,11 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     arguments = ["--model_name_or_path", models / "ours", models / "bert", "--data_dir", data, "--num_seeds", 2]
     arguments += ["--output", tmp_path / "out.json", "--plot", tmp_path / "out.png", "--max_length", 10]
-    monkeypatch.setattr(sys, "argv", ["run_probing.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["run_probing.py", "--token=hf_secret", *map(str, arguments)])
     caplog.set_level(logging.INFO)
     run_probing.main()
 
+    assert "hf_secret" not in (tmp_path / "out.json").read_text()
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert list(results) == ["ours", "ours untrained", "bert", "bert untrained", "TF-IDF"]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -143,6 +144,13 @@ def test_context_encoder_is_probed_when_asked(models, data, monkeypatch, tmp_pat
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_is_named_before_any_data_is_read(models, monkeypatch):
+    name = models / "ours"
+    monkeypatch.setattr(sys, "argv", ["run_probing.py", "--model_name_or_path", f"{name}x", "--dataset=a=none.jsonl"])
+    with pytest.raises(FileNotFoundError, match=f"--model_name_or_path {name}x: there is no such file or folder"):
+        run_probing.main()
 
 
 def test_rows_that_can_not_be_used_are_dropped_and_counted(tmp_path, caplog):

@@ -110,10 +110,13 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
     Reads a reference folder (tensors with `weights_only=True`), writes ours, and returns the model.
 
     Raises:
+        FileExistsError: if the output folder holds files.
         FileNotFoundError: naming the files that the folder lacks.
         RuntimeError: naming every tensor that is missing, left over or of another shape.
     """
     reference_folder, output_folder = Path(reference_folder), Path(output_folder)
+    if output_folder.exists() and any(output_folder.iterdir()):
+        raise FileExistsError(f"{output_folder} holds files already: choose another folder, or empty it.")
     parts = ("context_encoder", "target_encoder", "predictor")
     needed = [f"{part}.pt" for part in parts] + ["encoder_config.json", "predictor_config.json"]
     if missing := [name for name in needed if not (reference_folder / name).is_file()]:

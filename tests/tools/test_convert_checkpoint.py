@@ -126,3 +126,10 @@ def test_reference_strategies_are_translated(converted):
     strategies = load_masking_strategies(converted / "masking_strategies.json")
     assert [s.target_block_size_mean for s in strategies] == [3, 8, 3, 8, 64, 64, 64]
     assert strategies[-1].max_target_mask_start_ratio == 0.75 and strategies[-1].target_block_num == 1
+
+
+def test_nothing_is_written_over_a_folder_that_holds_files(reference_folder, converted):
+    before = {path: path.read_bytes() for path in converted.iterdir()}
+    with pytest.raises(FileExistsError, match="holds files already"):
+        convert_checkpoint(reference_folder, converted)
+    assert before == {path: path.read_bytes() for path in converted.iterdir()}

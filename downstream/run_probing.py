@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from ..corpus.arguments import parse_arguments, start
 from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS
-from ..corpus.tokenizers import HubArguments, load_tokenizer
+from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from .embedding import reads_special_tokens
 from .labels import IGNORED, flatten
@@ -360,7 +360,7 @@ def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, ad
         for columns in task.splits.values():
             texts += [" ".join(words) for words in columns.get("tokens", [])]
             texts += [text for name in ("text", "sentence1", "sentence2") for text in columns.get(name, [])]
-        encoded = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        encoded = text_reader(tokenizer)(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         if num_cut := sum(len(ids) > max_length for ids in encoded):
             logger.info(f"  {task.name}: {num_cut:,} of {len(texts):,} texts are longer and cut")
 

@@ -165,9 +165,6 @@ class TJEPAConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
 
     def __post_init__(self, **kwargs):
-        # its name in folders saved before there was `predictor_type`
-        if kwargs.pop("predictor_cross_attention", False):
-            self.predictor_type = "cross_attention"
         for name, derive in DERIVED_SIZES.items():
             if getattr(self, name) is None:
                 setattr(self, name, derive(self))

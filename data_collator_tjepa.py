@@ -500,6 +500,7 @@ def pack_batch(
     entry_position = token_position[np.concatenate([views.context_token, views.slot_token])]
     entry_view = np.concatenate([views.context_view, views.slot_view])
     slot_strategy = views.strategy[views.slot_view]
+    in_order = np.argsort(slot_entry)  # the model takes the slots as they lie in the rows
     return {
         "input_ids": rows(document_shape, token_place, tokens, 0),
         "position_ids": rows(document_shape, token_place, token_position, 0),
@@ -510,9 +511,9 @@ def pack_batch(
         "prediction_position_ids": rows(prediction_shape, entries, entry_position, 0),
         "prediction_view_ids": rows(prediction_shape, entries, entry_view, -1),
         "prediction_block_ids": rows(prediction_shape, slot_entry, views.slot_block, 0),
-        "slot_indices": torch.from_numpy(slot_entry.astype(np.int32)),
-        "label_indices": torch.from_numpy(token_place[views.slot_token].astype(np.int32)),
-        "slot_strategy_ids": torch.from_numpy(slot_strategy.astype(np.int32)),
+        "slot_indices": torch.from_numpy(slot_entry[in_order].astype(np.int32)),
+        "label_indices": torch.from_numpy(token_place[views.slot_token[in_order]].astype(np.int32)),
+        "slot_strategy_ids": torch.from_numpy(slot_strategy[in_order].astype(np.int32)),
         "slots_per_strategy": torch.from_numpy(np.bincount(slot_strategy, minlength=num_strategies)),
     }
 

@@ -20,9 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import (
-    is_flash_attention_requested,
-)
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tjepa import TJEPAConfig
 
@@ -139,7 +137,7 @@ def packed_attention_mask(
         if block_ids is None:
             return None
         raise ValueError(
-            f"{config._attn_implementation} can not keep target blocks apart, so the predictor needs another backend: "
+            f"{config._attn_implementation} cannot keep target blocks apart, so the predictor needs another backend: "
             "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
         )
     if config._attn_implementation == "sdpa":

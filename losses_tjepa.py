@@ -35,9 +35,9 @@ def mean_over_strategies(
         The loss (scalar) and the loss per strategy [num_strategies], 0 where a strategy has no slot in the batch.
     """
     sums = loss_per_slot.new_zeros(len(slots_per_strategy)).index_add(0, slot_strategy_ids, loss_per_slot)
-    is_there = slots_per_strategy > 0
-    loss_per_strategy = sums / slots_per_strategy.masked_fill(~is_there, 1)
-    return loss_per_strategy.sum() / is_there.sum().clamp(min=1), loss_per_strategy
+    has_slots = slots_per_strategy > 0
+    loss_per_strategy = sums / slots_per_strategy.masked_fill(~has_slots, 1)
+    return loss_per_strategy.sum() / has_slots.sum().clamp(min=1), loss_per_strategy
 
 
 # LeJEPA's knots; fewer directions than there, because tokens are many and every call draws new ones

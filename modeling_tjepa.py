@@ -358,7 +358,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Stream 3, per view its context (`prediction_indices` points into stream 2, block 0) and behind it its
                 target slots (blocks 1, 2, ... ascending).
             slot_indices, label_indices, slot_strategy_ids (`torch.LongTensor` of shape `[num_slots]`):
-                For every target slot its index in stream 3, the index of its label in stream 1, and its strategy.
+                For every target slot its index in stream 3 (ascending), the index of its label in stream 1, and its
+                strategy.
             slots_per_strategy (`torch.Tensor` of shape `[num_strategies]`):
                 Number of slots of each strategy. Where this batch is one of several that make a step (on as many
                 processes, or one after the other), the mean over those batches: the mean of their losses is then the
@@ -464,12 +465,14 @@ class TJEPAPooling(nn.Module):
 
 class TJEPAHeadModel(TJEPAPreTrainedModel):
     """
-    What the heads share: an encoder. They load from a pretraining folder (the target encoder, or the context encoder
-    with `from_pretrained(..., encoder="context")`), from an encoder folder, and from their own.
+    What the heads share: an encoder, and the way from it to logits and a loss. They load from a pretraining folder
+    (the target encoder, or the context encoder with `from_pretrained(..., encoder="context")`), from an encoder
+    folder, and from their own.
     """
 
     encoder_weights = "encoder."
     _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
+    output_class: type[ModelOutput]
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
@@ -483,18 +486,13 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.encoder.set_input_embeddings(value)
 
+    def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden_states [batch, length, hidden_size], attention_mask [batch, length] -> logits."""
+        raise NotImplementedError
 
-class TJEPAForSequenceClassification(TJEPAHeadModel):
-    """Pooling, dropout and a linear layer: classes (one or several per text) or a regression."""
-
-    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
-
-    def __init__(self, config: TJEPAConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.pooling = TJEPAPooling(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Logits and labels as in the class's docstring, and what else `forward` was given -> scalar."""
+        return self.loss_function(logits, labels, self.config, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -505,19 +503,14 @@ class TJEPAForSequenceClassification(TJEPAHeadModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
+    ) -> ModelOutput:
         r"""
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`]; one text per row.
-            labels (`torch.Tensor`, *optional*):
-                `torch.LongTensor` of shape `[batch]` with classes below `config.num_labels`; for several classes per
-                text (`config.problem_type="multi_label_classification"`) `torch.FloatTensor` of shape
-                `[batch, num_labels]` with 0 and 1; for regression (`num_labels=1` or `problem_type="regression"`)
-                `torch.FloatTensor` of shape `[batch]` or `[batch, num_labels]`. Without a `problem_type` integers
-                are classes and floats are several classes per text.
+            labels (`torch.Tensor`, *optional*): see the class.
 
         Returns:
-            `SequenceClassifierOutput` with `logits` [batch, num_labels] and, with labels, `loss`.
+            The class's output, with `logits` and, with labels, `loss`.
         """
         outputs: BaseModelOutput = self.encoder(
             input_ids,
@@ -526,17 +519,51 @@ class TJEPAForSequenceClassification(TJEPAHeadModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.classifier(self.dropout(self.pooling(outputs.last_hidden_state, attention_mask)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        logits = self.compute_logits(outputs.last_hidden_state, attention_mask)
+        return self.output_class(
+            loss=None if labels is None else self.compute_loss(logits, labels, **kwargs),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
+class TJEPAForSequenceClassification(TJEPAHeadModel):
+    """
+    Pooling, dropout and a linear layer: `logits` [batch, num_labels] for classes (one or several per text) or a
+    regression.
+
+    `labels` are a `torch.LongTensor` of shape `[batch]` with classes below `config.num_labels`; for several classes
+    per text (`config.problem_type="multi_label_classification"`) a `torch.FloatTensor` of shape `[batch, num_labels]`
+    with 0 and 1; for regression (`num_labels=1` or `problem_type="regression"`) a `torch.FloatTensor` of shape
+    `[batch]` or `[batch, num_labels]`. Without a `problem_type` integers are classes and floats are several classes
+    per text.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
+    output_class = SequenceClassifierOutput
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.pooling = TJEPAPooling(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.classifier(self.dropout(self.pooling(hidden_states, attention_mask)))
+
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+
 class TJEPAForTokenClassification(TJEPAHeadModel):
-    """Dropout and a linear layer on every token: tagging."""
+    """
+    Dropout and a linear layer on every token, for tagging: `logits` [batch, length, num_labels]. `labels` are a
+    `torch.LongTensor` of shape `[batch, length]` with classes; -100 does not count.
+    """
+
+    output_class = TokenClassifierOutput
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
@@ -544,47 +571,23 @@ class TJEPAForTokenClassification(TJEPAHeadModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        r"""
-        Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`].
-            labels (`torch.LongTensor` of shape `[batch, length]`, *optional*): classes; -100 does not count.
-
-        Returns:
-            `TokenClassifierOutput` with `logits` [batch, length, num_labels] and, with labels, `loss`.
-        """
-        outputs: BaseModelOutput = self.encoder(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.classifier(self.dropout(hidden_states))
 
 
 class TJEPAForQuestionAnswering(TJEPAHeadModel):
     """Dropout and a linear layer on every token that scores it as the first and as the last of the answer."""
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
+    output_class = TokenClassifierOutput  # of which `forward` makes one with the names of this task
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.qa_outputs(self.dropout(hidden_states))  # [batch, length, 2]
 
     @can_return_tuple
     def forward(
@@ -601,24 +604,22 @@ class TJEPAForQuestionAnswering(TJEPAHeadModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`]; question and text in a row.
             start_positions, end_positions (`torch.LongTensor` of shape `[batch]`, *optional*):
-                First and last token of the answer; positions outside the row do not count.
+                First and last token of the answer; positions outside the row, -1 for example, do not count.
 
         Returns:
             `QuestionAnsweringModelOutput` with `start_logits`, `end_logits` [batch, length] and, with both positions,
             `loss`.
         """
-        outputs: BaseModelOutput = self.encoder(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # [batch, length, 2]
-        start_logits, end_logits = (part.squeeze(-1).contiguous() for part in logits.split(1, dim=-1))
+        kwargs["return_dict"] = True
+        outputs = super().forward(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        start_logits, end_logits = (part.contiguous() for part in outputs.logits.unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            length = start_logits.shape[
+                1
+            ]  # transformers' loss leaves this position out, and counts negative ones as 0
+            positions = (at.masked_fill(at < 0, length) for at in (start_positions, end_positions))
+            loss = self.loss_function(start_logits, end_logits, *positions)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -631,12 +632,14 @@ class TJEPAForQuestionAnswering(TJEPAHeadModel):
 class TJEPAForMaskedLM(TJEPAHeadModel):
     """
     Token prediction on the encoder's own output, for fine-tuning on a domain and for comparing against pretraining as
-    a masked language model. The head is that of the token prediction in pretraining, and starts from its weights where
-    the folder has them.
+    a masked language model: `logits` [batch, length, vocab_size]. The head is that of the token prediction in
+    pretraining, and starts from its weights where the folder has them. `labels` are a `torch.LongTensor` of shape
+    `[batch, length]` with token ids; -100 does not count.
     """
 
     _keys_to_ignore_on_load_unexpected = OTHER_PRETRAINING_WEIGHTS
     _tied_weights_keys = {"decoder.weight": "encoder.token_embedding.weight"}
+    output_class = MaskedLMOutput
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
@@ -653,38 +656,11 @@ class TJEPAForMaskedLM(TJEPAHeadModel):
         if len(new_embeddings.weight) != len(self.token_head.bias):
             self.token_head.resize(len(new_embeddings.weight))
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        r"""
-        Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in [`TJEPAModel`].
-            labels (`torch.LongTensor` of shape `[batch, length]`, *optional*): token ids; -100 does not count.
+    def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.token_head(hidden_states, self.decoder.weight)
 
-        Returns:
-            `MaskedLMOutput` with `logits` [batch, length, vocab_size] and, with labels, `loss`.
-        """
-        outputs: BaseModelOutput = self.encoder(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        logits = self.token_head(outputs.last_hidden_state, self.decoder.weight)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
 
 
 TJEPAConfig.register_for_auto_class()

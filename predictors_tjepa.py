@@ -6,9 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils.generic import (
-    is_flash_attention_requested,
-)
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tjepa import TJEPAConfig
 from .layers_tjepa import (
@@ -45,7 +43,10 @@ class TJEPAPredictorAttention(TJEPAAttention):
 
 
 class TJEPAPredictorLayer(TJEPALayer):
-    """With `slot_indices` only the target slots move: the context keeps its states, and costs keys and values."""
+    """
+    With `slot_indices` only the target slots move: the context keeps its states, and costs keys and values. What comes
+    back is then the slots alone, [1, num_slots, hidden_size].
+    """
 
     attention_class = TJEPAPredictorAttention
 
@@ -62,8 +63,7 @@ class TJEPAPredictorLayer(TJEPALayer):
         normed = self.attention_norm(hidden_states)
         attn_output, _ = self.attention(normed, rotary_angles, attention_mask, slot_indices)
         slots = hidden_states[:, slot_indices] + self.dropout(attn_output)
-        slots = slots + self.dropout(self.mlp(self.mlp_norm(slots)))
-        return hidden_states.index_copy(1, slot_indices, slots)
+        return slots + self.dropout(self.mlp(self.mlp_norm(slots)))
 
 
 class TJEPAPredictor(TJEPAModule):
@@ -118,7 +118,7 @@ class TJEPAPredictor(TJEPAModule):
             prediction_position_ids, prediction_view_ids, prediction_block_ids (as `prediction_indices`):
                 Position in the document, view (negative: padding) and block (0: context) of every entry.
             slot_indices (`torch.LongTensor` of shape `[num_slots]`):
-                Where the target slots lie in the flattened rows.
+                Where the target slots lie in the flattened rows, ascending.
 
         Returns:
             `torch.FloatTensor` of shape `[num_slots, hidden_size]`: the predictions.
@@ -130,23 +130,24 @@ class TJEPAPredictor(TJEPAModule):
 
         rotary_angles = self.rotary_embedding(prediction_position_ids)
         view_ids, block_ids = prediction_view_ids, prediction_block_ids
-        sorted_slots, queries = slot_indices.long().sort().values, None
+        slot_indices, queries = slot_indices.long(), None
         # Layers behind these move the target slots alone. With SDPA that is the last one, whose context states nobody
         # reads; with flex_attention it is like the others, because its rows keep their length.
         num_full_layers = len(self.layers) - (self.config._attn_implementation == "sdpa")
         if self.config.predictor_type == "cross_attention":
-            num_full_layers, queries = 0, sorted_slots
+            num_full_layers, queries = 0, slot_indices
             hidden_states = hidden_states.flatten(0, 1)[None]  # the slots of all rows are one row of queries
             view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
         attention_mask = packed_attention_mask(self.config, hidden_states, view_ids, block_ids, queries)
         for layer in self.layers[:num_full_layers]:
             hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
         hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
+        slot_states = None
         for layer in self.layers[num_full_layers:]:
-            hidden_states = layer(
-                hidden_states, rotary_angles, attention_mask=attention_mask, slot_indices=sorted_slots
-            )
-        slot_states = hidden_states[0].index_select(0, slot_indices)
+            if slot_states is not None:
+                hidden_states = hidden_states.index_copy(1, slot_indices, slot_states)
+            slot_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, slot_indices=slot_indices)
+        slot_states = hidden_states[0].index_select(0, slot_indices) if slot_states is None else slot_states[0]
         return self.out_proj(self.final_norm(slot_states))
 
 
@@ -158,7 +159,7 @@ class TJEPABoundaryPredictor(TJEPAModule):
 
         LayerNorm(W_2 LayerNorm(GELU(W_1 [l; r])))
 
-    It can not look further: what it needs from there, the encoder has to gather in the visible tokens' states.
+    It cannot look further: what it needs from there, the encoder has to gather in the visible tokens' states.
     """
 
     MAX_DISTANCE = 31  # in tokens; those further away share an embedding
@@ -186,19 +187,20 @@ class TJEPABoundaryPredictor(TJEPAModule):
         """As [`TJEPAPredictor.forward`]."""
         view_ids, position_ids = prediction_view_ids.flatten().long(), prediction_position_ids.flatten().long()
         num_positions = position_ids.max() + 1
-        places = view_ids * num_positions + position_ids  # ascending by view, in it by position
-        nowhere = torch.iinfo(places.dtype).max
+        flat_positions = view_ids * num_positions + position_ids  # ascending by view, in it by position
+        no_position = torch.iinfo(flat_positions.dtype).max
         is_context = (prediction_block_ids.flatten() == 0) & (view_ids >= 0)
-        context_places, order = places.masked_fill(~is_context, nowhere).sort()
-        slot_places = places[slot_indices].unsqueeze(-1)
-        behind = torch.searchsorted(context_places, slot_places)
-        neighbours = torch.cat([behind - 1, behind], dim=-1)  # [num_slots, 2]
-        found_places = context_places[neighbours.clamp(min=0)]  # behind the last is a slot, which counts as nowhere
-        is_there = (neighbours >= 0) & (found_places // num_positions == slot_places // num_positions)
+        context_positions, order = flat_positions.masked_fill(~is_context, no_position).sort()
+        slot_positions = flat_positions[slot_indices].unsqueeze(-1)
+        right_neighbour = torch.searchsorted(context_positions, slot_positions)
+        neighbours = torch.cat([right_neighbour - 1, right_neighbour], dim=-1)  # [num_slots, 2]
+        found = context_positions[neighbours.clamp(min=0)]  # right of the last stands a slot, which has no position
+        has_neighbour = (neighbours >= 0) & (found // num_positions == slot_positions // num_positions)
 
-        distances = (found_places - slot_places).clamp(-self.MAX_DISTANCE, self.MAX_DISTANCE).masked_fill(~is_there, 0)
-        entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]].masked_fill(~is_there, 0)
-        states = F.embedding(entries, context_states).masked_fill(~is_there.unsqueeze(-1), 0.0)
+        distances = (found - slot_positions).clamp(-self.MAX_DISTANCE, self.MAX_DISTANCE)
+        distances = distances.masked_fill(~has_neighbour, 0)
+        entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]].masked_fill(~has_neighbour, 0)
+        states = F.embedding(entries, context_states).masked_fill(~has_neighbour.unsqueeze(-1), 0.0)
         states = states + self.distance_embedding(distances % (2 * self.MAX_DISTANCE + 1))  # [slots, 2, hidden_size]
         hidden_states = self.norm(self.activation(self.up_proj(states.flatten(-2))))
         return self.final_norm(self.down_proj(hidden_states))

@@ -192,6 +192,13 @@ def test_question_answering():
     output = model(INPUT_IDS, attention_mask=ATTENTION_MASK, start_positions=start, end_positions=end)
     expected = (F.cross_entropy(output.start_logits, start) + F.cross_entropy(output.end_logits, end)) / 2
     torch.testing.assert_close(output.loss, expected)
+    for outside in (-1, 4):  # an answer that is not in the row
+        start[0] = end[0] = outside
+        output = model(INPUT_IDS, attention_mask=ATTENTION_MASK, start_positions=start, end_positions=end)
+        expected = F.cross_entropy(output.start_logits[1:], start[1:]) + F.cross_entropy(
+            output.end_logits[1:], end[1:]
+        )
+        torch.testing.assert_close(output.loss, expected / 2)
 
 
 # --- transformers' conventions ---------------------------------------------------------------------------------------

@@ -237,6 +237,7 @@ def test_masks_are_a_function_of_seed_epoch_and_document():
     def masks(examples, seed=5):
         batch = DataCollatorForTJEPA(seed=seed)(examples)
         tokens = batch["input_ids"].flatten()[batch["label_indices"]].tolist()
+        assert (batch["slot_indices"].diff() > 0).all()  # as they lie in the rows
         position = batch["prediction_position_ids"].flatten()[batch["slot_indices"]].tolist()
         view = batch["prediction_view_ids"].flatten()[batch["slot_indices"]]
         document = [len(examples[v // 7]["input_ids"]) for v in view.tolist()]

@@ -447,12 +447,6 @@ def test_impossible_configurations_are_refused(values, message):
         TJEPAConfig(**values)
 
 
-def test_a_folder_saved_before_predictor_type_loads_as_it_was():
-    assert TJEPAConfig(predictor_cross_attention=True).predictor_type == "cross_attention"
-    assert TJEPAConfig.from_dict({"predictor_cross_attention": False}).predictor_type == "self_attention"
-    assert "predictor_cross_attention" not in TJEPAConfig(predictor_cross_attention=True).to_dict()
-
-
 def test_predictor_sizes_follow_the_encoder():
     config = TJEPAConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
     assert (config.intermediate_size, config.predictor_hidden_size, config.predictor_intermediate_size) == (

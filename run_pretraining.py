@@ -29,6 +29,7 @@ from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.arguments import parse_arguments, start
 from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
+from tjepa.corpus.private import get_attention
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, without_special_tokens
@@ -157,7 +158,7 @@ def main():
     # Views and batches
     strategies = load_masking_strategies(masking_args.masking_strategies)
     row_length = masking_args.row_length
-    if row_length is None and model.config._attn_implementation == "flex_attention":
+    if row_length is None and get_attention(model.config) == "flex_attention":
         row_length = max(4096, data_args.max_length)
     collator = DataCollatorForTJEPA(
         strategies,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data_collator_tjepa import hash_keys
+from .private import has_shuffle_buffer
 
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,7 @@ class DocumentStream(torch.utils.data.IterableDataset):
 
     def _make_room(self) -> None:
         """For what this process's workers note: enough blocks of each share for a checkpoint to find one in time."""
-        if not self.repeat or has_shuffle_buffer(self.dataset._ex_iterable):
+        if not self.repeat or has_shuffle_buffer(self.dataset):
             return
         readers, shares = self._readers, self._shares or self._readers
         rows = [
@@ -360,10 +361,3 @@ def _in_shares(state: dict) -> dict:
 def first_position(epoch: int = 0) -> dict:
     """Of a `DocumentStream`: a share's first block (`source`: a state of `datasets.IterableDataset`)."""
     return {"epoch": epoch, "block": 0, "num_documents": 0, "source": None}
-
-
-def has_shuffle_buffer(iterable) -> bool:
-    """Whether a streaming dataset draws from a shuffle buffer, whose content `datasets` does not save."""
-    parents = [getattr(iterable, "ex_iterable", None), *getattr(iterable, "ex_iterables", [])]
-    is_buffer = type(iterable).__name__ == "BufferShuffledExamplesIterable"
-    return is_buffer or any(has_shuffle_buffer(parent) for parent in parents if parent is not None)

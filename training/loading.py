@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ..configuration_tjepa import TJEPAConfig
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
+from ..corpus.private import get_attention, set_attention
 from ..corpus.tokenizers import load_tokenizer, same_ids, vocabulary_size
 from ..modeling_tjepa import TJEPAForPreTraining
 
@@ -78,7 +79,8 @@ def apply_overrides(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreT
         given = ",".join(f"{name}={value}" for name, value in overrides.items())
         reason = str(error.__cause__ or error)
         raise ValueError(f"--config_overrides {given}: {reason}") from error
-    changed.name_or_path, changed._attn_implementation = config.name_or_path, config._attn_implementation
+    changed.name_or_path = config.name_or_path
+    set_attention(changed, get_attention(config))
     return changed
 
 
@@ -191,7 +193,7 @@ def load_pretraining_model(
                 f"The tokenizer has {num_tokens} tokens (highest id + 1), the model's embedding {config.vocab_size}: "
                 f"pass --config_overrides vocab_size={num_tokens}, or the tokenizer that belongs to the configuration."
             )
-        config._attn_implementation = attn_implementation
+        set_attention(config, attn_implementation)
         return TJEPAForPreTraining(config)
 
     check_tokenizer(tokenizer, model_name_or_path, revision=revision, **for_hub)

@@ -9,15 +9,15 @@ needs `callbacks=[EMACallback()]` and nothing else, as long as one process makes
 
 import math
 from collections.abc import Iterator
-from itertools import chain, islice, repeat
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from accelerate.utils import DistributedType, parse_flag_from_env, reduce
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import DistributedType, parse_flag_from_env, reduce, send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
+from ..corpus.private import GradientNormHook, without_repeated_documents
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import PretrainingArguments
 from .ema import EMACallback
@@ -31,6 +31,11 @@ class EpochCallback(TrainerCallback):
     Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one
     process, but not through the batch sampler of several.)
     """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if isinstance(model, FSDPModule) and model.token_head is not None:
+            # the token head reads the input embedding after the encoder is done with it
+            model.get_input_embeddings().set_reshard_after_forward(False)
 
     def on_epoch_begin(self, args, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, "set_epoch"):
@@ -79,43 +84,7 @@ class SumOverProcesses(torch.autograd.Function):
         return reduce(gradient, reduction="sum")
 
 
-class UnpaddedBatchSamplerShard(BatchSamplerShard):
-    """
-    A process's batches of an epoch, as many on every process: where the last round has too few, an empty batch fills
-    the place. (accelerate fills it with documents of the epoch's beginning, which then count twice.)
-    """
-
-    def __len__(self) -> int:
-        batches = len(self.batch_sampler)
-        return batches // self.num_processes if self.drop_last else math.ceil(batches / self.num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = islice(self.batch_sampler, self.process_index, None, self.num_processes)
-        return islice(chain(share, repeat([])), len(self))
-
-
-class UnpaddedIterableDatasetShard(IterableDatasetShard):
-    """The same for a stream that all processes read: `None` fills a place for which there is no document."""
-
-    def __iter__(self) -> Iterator[dict | None]:
-        documents, first = iter(self.dataset), self.process_index * self.batch_size
-        while documents_of_round := list(islice(documents, self.num_processes * self.batch_size)):
-            missing = self.num_processes * self.batch_size - len(documents_of_round)
-            if missing and self.drop_last:
-                return
-            yield from (documents_of_round + [None] * missing)[first : first + self.batch_size]
-
-
-def without_repeated_documents(dataloader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
-    """Makes the above of accelerate's classes: torch lets nobody exchange a DataLoader's dataset or sampler."""
-    if isinstance(dataloader.batch_sampler, BatchSamplerShard):
-        dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard
-    elif isinstance(dataloader.dataset, IterableDatasetShard):
-        dataloader.dataset.__class__ = UnpaddedIterableDatasetShard
-    return dataloader
-
-
-class TJEPATrainer(Trainer):
+class TJEPATrainer(GradientNormHook, Trainer):
     """
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
@@ -185,13 +154,6 @@ class TJEPATrainer(Trainer):
         if self.is_fsdp_enabled:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled and self.model.token_head is not None:
-            # the token head reads the input embedding after the encoder is done with it
-            self.model.get_input_embeddings().set_reshard_after_forward(False)
-        return prepared
 
     def _prepare_model_for_evaluation(self) -> None:
         """FSDP2 shards a model only together with its optimizer, and an evaluation before any training has none."""
@@ -274,7 +236,7 @@ class TJEPATrainer(Trainer):
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # it may divide itself, unequally; to know makes a GPU wait once a step
             longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
-            batches += [self._prepare_inputs(self.data_collator([])) for _ in range(longest - len(batches))]
+            batches += [send_to_device(self.data_collator([]), device) for _ in range(longest - len(batches))]
         if batches:
             self._share_slot_counts(batches)
         else:
@@ -321,11 +283,9 @@ class TJEPATrainer(Trainer):
         self.resume_state.unlogged_loss += loss
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
+    def on_gradient_norm(self, norm: torch.Tensor | float) -> None:
         value = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
         self.health.watch("gradient", value, self.state.global_step + 1, is_fatal=self.accelerator.scaler is None)
-        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to a line about training what T-JEPA knows of the step that it is about."""
@@ -369,7 +329,7 @@ class TJEPATrainer(Trainer):
 
     def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+            return self.compute_loss(model, send_to_device(inputs, self.args.device)), None, None
 
     # Saving
 

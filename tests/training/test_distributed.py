@@ -19,11 +19,11 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer
 
 from helpers import REPOSITORY, TINY, arguments, make_examples, make_trainer, run
+from tjepa.corpus.private import UnpaddedBatchSamplerShard, UnpaddedIterableDatasetShard
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.losses_tjepa import variance_covariance_loss
 from tjepa.training.health import FeatureMoments
 from tjepa.training.setup import check_number_of_processes
-from tjepa.training.trainer import UnpaddedBatchSamplerShard, UnpaddedIterableDatasetShard
 
 
 ACCELERATE_CONFIGS = REPOSITORY / "configs" / "accelerate"

@@ -131,7 +131,7 @@ class DocumentStream(torch.utils.data.IterableDataset):
         seed (`int`, defaults to 0): of the order.
         rank, world_size (`int`, defaults to 0 and 1):
             This process and how many there are. With the defaults every process reads the whole stream and accelerate
-            drops the documents of the others; with any other, `EpochCallback` keeps accelerate from splitting again.
+            drops the documents of the others; with any other, `TJEPATrainer` keeps accelerate from splitting again.
         repeat (`bool`, defaults to `False`):
             Go on with the next epoch instead of ending. For training: no process ends before the others, whose shares
             are never equally long. The Trainer sees one endless epoch, and its count of batches says how far each

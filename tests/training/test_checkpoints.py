@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
-from helpers import REPOSITORY
+from helpers import REPOSITORY, make_trainer
 from kill_and_resume import write_inputs
 from tjepa.corpus.atomic_writes import replacing_files, replacing_folder
 from tjepa.training.arguments import PretrainingArguments
@@ -100,6 +100,15 @@ def test_weights_without_an_optimizer_are_not_complete(tmp_path):
         find_checkpoint(PretrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="last"))
     make_checkpoint(tmp_path, 2)
     assert find_last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_save_only_model(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, save_only_model=True, **options)
+    trainer.add_callback(CheckpointCallback())
+    trainer.train()
+    assert list(list_checkpoints(tmp_path)) == [2] and (tmp_path / "checkpoint-2" / WEIGHTS_MARK).is_file()
+    assert find_last_checkpoint(tmp_path) is None
 
 
 def test_rotation_of_weights_keeps_one_that_can_be_resumed(tmp_path):

@@ -56,6 +56,13 @@ def test_a_lasting_collapse_stops_the_run(tmp_path, caplog):
     assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"]  # not the one of the stop
 
 
+def test_the_epoch_that_a_verdict_cuts_short_is_not_saved(tmp_path):
+    """With `--save_strategy epoch`: `last` would take that checkpoint."""
+    trainer, health = run(tmp_path, Collapse(first=3), save_strategy="epoch")
+    assert trainer.state.global_step == 5 and health.must_stop
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_without_the_flag_it_is_only_said(tmp_path, caplog):
     trainer, health = run(tmp_path, Collapse(first=3), stop_on_collapse=False)
     assert trainer.state.global_step == 8 and not health.must_stop

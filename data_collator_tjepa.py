@@ -11,6 +11,7 @@ Words: a *view* is one document under one strategy, that is its context tokens a
 hidden position of one block. The collator does not know any model.
 """
 
+import bisect
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -281,51 +282,55 @@ def draw_block_starts(
     return first[view_of_block] + place[chosen] - ragged_arange(num_blocks) + lengths_before
 
 
-class WindowHashes:
+def find_recurring(
+    documents: list[np.ndarray],
+    document: np.ndarray,
+    block_view: np.ndarray,
+    block_start: np.ndarray,
+    block_length: np.ndarray,
+) -> np.ndarray:
     """
-    A hash of every window of the concatenated documents, for any length: differences of one running sum
-    sum_i h(token_i) * b^i (Karp and Rabin, 1987), modulo 2^64.
+    Which tokens belong to an occurrence of one of their view's target blocks of two tokens or more.
+
+    Equal windows of the documents get equal ranks by prefix doubling (Karp, Miller and Rosenberg, 1972): two windows
+    are equal if their first and their last 2^k tokens are, for the largest 2^k that fits. So time and memory grow with
+    the tokens of the views, not with the number of occurrences.
 
     Args:
-        tokens (int [num_tokens]): the concatenated documents; `document_starts` (int [num_documents + 1]) cuts them.
+        documents: token ids of each document.
+        document (int [num_views]): which document.
+        block_view, block_start, block_length (int [num_blocks]): view, position in the document, and tokens.
+
+    Returns:
+        bool [tokens of all views, one view after the other]: True in every occurrence, the blocks themselves included.
     """
+    lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
+    document_starts, num_tokens = np.cumsum(lengths) - lengths, lengths.sum()
+    shift = np.cumsum(lengths[document]) - lengths[document] - document_starts[document]  # from a token to the views'
+    tokens = np.unique(np.concatenate(documents), return_inverse=True)[1]
+    # the first ranks differ between documents, and so do all later ones
+    ranks, width = tokens + np.repeat(np.arange(len(documents)), lengths) * (tokens.max() + 1), 1
+    changes = np.zeros(lengths[document].sum() + 1, dtype=np.int64)  # +1 where an occurrence starts, -1 behind it
+    for length in np.unique(block_length[block_length >= 2]).tolist():
+        while 2 * width <= length:
+            ranks, width = np.unique(ranks[:-width] * num_tokens + ranks[width:], return_inverse=True)[1], 2 * width
+        view = block_view[block_length == length]
+        start = document_starts[document[view]] + block_start[block_length == length]
+        searched = np.unique(document[view])
+        num_windows = lengths[searched] - length + 1
+        window = np.repeat(document_starts[searched], num_windows) + ragged_arange(num_windows)
 
-    BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
-
-    def __init__(self, tokens: np.ndarray, document_starts: np.ndarray):
-        self.tokens, self.document_starts = tokens, document_starts
-        powers = np.cumprod(np.full(len(tokens), self.BASE, dtype=np.uint64))
-        self.inverse_powers = np.cumprod(np.full(len(tokens), pow(self.BASE, -1, 2**64), dtype=np.uint64))
-        self.sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(hash_keys(tokens) * powers)])
-
-    def __call__(self, starts: np.ndarray, length: int) -> np.ndarray:
-        return (self.sums[starts + length] - self.sums[starts]) * self.inverse_powers[starts]
-
-    def find_copies(self, block_start: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Where the token sequences of blocks occur again in their own documents.
-
-        Args:
-            block_start (int [num_blocks]): index of each block's first token.
-            length: of every block, in tokens.
-
-        Returns:
-            `(block, start)`: for each copy the block it repeats, and the index of its first token.
-        """
-        document_of = np.repeat(np.arange(len(self.document_starts) - 1), np.diff(self.document_starts))
-        starts = np.arange(len(self.tokens) - length + 1)
-        starts = starts[starts + length <= self.document_starts[document_of[starts] + 1]]
-        hashes = hash_keys(document_of[starts], self(starts, length))
-        order = np.argsort(hashes, kind="stable")
-        block_hashes = hash_keys(document_of[block_start], self(block_start, length))
-        low = np.searchsorted(hashes, block_hashes, side="left", sorter=order)
-        counts = np.searchsorted(hashes, block_hashes, side="right", sorter=order) - low
-        block = np.repeat(np.arange(len(block_start)), counts)
-        start = starts[order[np.repeat(low, counts) + ragged_arange(counts)]]
-        # the hash only finds candidates; comparing the tokens settles them
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
-        is_copy = (start != block_start[block]) & (windows[start] == windows[block_start[block]]).all(axis=1)
-        return block[is_copy], start[is_copy]
+        key, window_key = (ranks[at] * num_tokens + ranks[at + length - width] for at in (start, window))
+        order = np.lexsort((view, key))
+        key, view = key[order], view[order]
+        is_first = np.append(True, (np.diff(key) != 0) | (np.diff(view) != 0))  # a view's equal blocks count once
+        key, view = key[is_first], view[is_first]
+        low = np.searchsorted(key, window_key, side="left")
+        counts = np.searchsorted(key, window_key, side="right") - low
+        found = np.repeat(window, counts) + shift[view[np.repeat(low, counts) + ragged_arange(counts)]]
+        changes[found] += 1
+        changes[found + length] -= 1
+    return np.cumsum(changes[:-1]) > 0
 
 
 def draw_views(
@@ -384,15 +389,7 @@ def draw_views(
     visible[view_starts[slot_view] + slot_position] = False
 
     if mask_recurring_targets and num_views:
-        shift = view_starts - document_starts[document]  # from a token's index to its place in `visible`
-        window_hashes = WindowHashes(np.concatenate(documents), document_starts)
-        not_copied = visible.copy()
-        for length in np.unique(block_length[block_length >= 2]):
-            view = block_view[block_length == length]
-            start = document_starts[document[view]] + block_start[block_length == length]
-            copied_block, copy_start = window_hashes.find_copies(start, length)
-            copy_place = (copy_start + shift[view[copied_block]])[:, None] + np.arange(length)
-            not_copied[copy_place.reshape(-1)] = False
+        not_copied = visible & ~find_recurring(documents, document, block_view, block_start, block_length)
         emptied = np.add.reduceat(not_copied, view_starts) == 0
         if emptied.any():  # all that is visible repeats a target: the first of it stays
             visible_places = np.flatnonzero(visible)
@@ -447,17 +444,20 @@ def pack_rows(lengths: np.ndarray, row_length: int | None, order: np.ndarray) ->
             f"A sequence of {lengths.max()} tokens does not fit into rows of row_length={row_length}: raise it, or "
             f"truncate documents to max_length={row_length} when tokenizing."
         )
-    free = []  # tokens left in each row
-    for sequence in order:
-        fitting = [(space, row) for row, space in enumerate(free) if space >= lengths[sequence]]
-        if fitting:
-            space, row = min(fitting)
+    free = []  # (tokens left, row), ascending: the first that is large enough fits best
+    num_rows = 0
+    for sequence in order.tolist():
+        length = int(lengths[sequence])
+        at = bisect.bisect_left(free, (length,))
+        if at < len(free):
+            space, row = free.pop(at)
         else:
-            space, row = row_length, len(free)
-            free.append(row_length)
+            space, row = row_length, num_rows
+            num_rows += 1
         starts[sequence] = (row + 1) * row_length - space
-        free[row] = space - lengths[sequence]
-    return starts, (max(1, len(free)), row_length)
+        if space > length:
+            bisect.insort(free, (space - length, row))
+    return starts, (max(1, num_rows), row_length)
 
 
 def pack_batch(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -117,6 +118,21 @@ def test_recurring_targets_leave_the_context(documents, strategies, seed):
                         copies.update(range(start, start + len(sequence)))
         expected = sorted(set(context) - copies)
         assert remaining == (expected or context[:1])
+
+
+@pytest.mark.parametrize("strategies", [MASKING_PRESETS["ul2"], [MaskingStrategy(8, 3.0, 0.5)]])
+def test_repetition_costs_no_more_than_other_text(strategies):
+    """Memory and work grow with the length, also where every window repeats every block."""
+    keys, peaks = hash_keys(0, np.arange(1)), []
+    rng = np.random.default_rng(0)
+    for document in (rng.integers(0, 30000, size=4096), np.zeros(4096, dtype=int), np.zeros(16384, dtype=int)):
+        tracemalloc.start()
+        views = draw_views([document], keys, strategies, mask_recurring_targets=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert np.bincount(views.context_view).tolist() == [1] * len(strategies)  # all that is left of one token
+    assert peaks[1] < 2 * peaks[0] and peaks[2] < 5 * peaks[1]
+    assert peaks[1] < 20e6 * len(strategies)
 
 
 def test_s_denoising_is_exactly_the_last_quarter():

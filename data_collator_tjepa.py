@@ -17,6 +17,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -66,29 +67,24 @@ class MaskingStrategy:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 allowed = "a number or null" if optional else "a number"
                 raise ValueError(f"{field.name} must be {allowed}, got {value!r}.")
-        if self.target_block_size_mean is not None and self.target_block_size_mean < 1:
-            raise ValueError(f"target_block_size_mean must be at least 1 token, got {self.target_block_size_mean}.")
-        if self.target_block_size_std is not None:
-            if self.target_block_size_std < 0:
-                raise ValueError(f"target_block_size_std must not be negative, got {self.target_block_size_std}.")
-            if self.target_block_size_mean is None:
-                raise ValueError("target_block_size_std needs a target_block_size_mean to vary around.")
-        elif self.target_block_size_mean is not None and self.target_block_size_mean != int(
-            self.target_block_size_mean
-        ):
+        mean, std, number = self.target_block_size_mean, self.target_block_size_std, self.target_block_num
+        if mean is not None and mean < 1:
+            raise ValueError(f"target_block_size_mean must be at least 1 token, got {mean}.")
+        if std is not None and (std < 0 or mean is None):
             raise ValueError(
-                f"Without target_block_size_std every block has the mean length, so target_block_size_mean must be a "
-                f"whole number, got {self.target_block_size_mean}."
+                f"target_block_size_std must be 0 or more, and needs a target_block_size_mean, got {std}."
+            )
+        if not std and mean is not None and mean != int(mean):
+            raise ValueError(
+                f"Without target_block_size_std target_block_size_mean must be a whole number, got {mean}."
             )
         for name in ("max_target_mask_ratio", "max_context_ratio"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
         if not 0.0 <= self.max_target_mask_start_ratio < 1.0:
             raise ValueError(f"max_target_mask_start_ratio must be in [0, 1), got {self.max_target_mask_start_ratio}.")
-        if self.target_block_num is not None and (
-            self.target_block_num < 1 or self.target_block_num != int(self.target_block_num)
-        ):
-            raise ValueError(f"target_block_num must be a whole number of at least 1, got {self.target_block_num}.")
+        if number is not None and (number < 1 or number != int(number)):
+            raise ValueError(f"target_block_num must be a whole number of at least 1, got {number}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "MaskingStrategy":
@@ -115,12 +111,7 @@ class MaskingStrategy:
             "context": self.max_context_ratio if self.max_context_ratio < 1 else None,
         }
         # 15 digits tell apart any two numbers that somebody would write
-        parts = {
-            name: value if isinstance(value, str) else f"{value:.15g}"
-            for name, value in parts.items()
-            if value is not None
-        }
-        return "_".join(f"{name}{value}" for name, value in parts.items())
+        return "_".join(f"{k}{v if v == 'all' else format(v, '.15g')}" for k, v in parts.items() if v is not None)
 
 
 MASKING_PRESETS = {
@@ -321,10 +312,7 @@ def find_recurring(
         window = np.repeat(document_starts[searched], num_windows) + ragged_arange(num_windows)
 
         key, window_key = (ranks[at] * num_tokens + ranks[at + length - width] for at in (start, window))
-        order = np.lexsort((view, key))
-        key, view = key[order], view[order]
-        is_first = np.append(True, (np.diff(key) != 0) | (np.diff(view) != 0))  # a view's equal blocks count once
-        key, view = key[is_first], view[is_first]
+        key, view = np.unique(np.stack([key, view]), axis=1)  # by key; a view's equal blocks count once
         low = np.searchsorted(key, window_key, side="left")
         counts = np.searchsorted(key, window_key, side="right") - low
         found = np.repeat(window, counts) + shift[view[np.repeat(low, counts) + ragged_arange(counts)]]
@@ -421,33 +409,15 @@ def draw_views(
 # --- Packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack_rows(lengths: np.ndarray, row_length: int | None, order: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """
-    Places sequences in rows.
+LONGEST_ROW = 4096  # of the lengths that are chosen: the block mask of a row is built from (length / 128)^2 blocks
+ROW_STEP = 128  # flex_attention's blocks; and a compiled model sees few lengths
 
-    Args:
-        lengths (int [num_sequences]): in tokens.
-        row_length (int, *optional*):
-            `None`: one row, exactly as long as all sequences together. Otherwise rows of this length, filled by best
-            fit in the order given.
-        order (int [num_sequences]): the order in which sequences are placed.
 
-    Returns:
-        `(starts, (num_rows, row_length))`: where each sequence starts in the flattened rows, and their shape.
-    """
-    starts = np.zeros_like(lengths)
-    if row_length is None:
-        starts[order] = np.cumsum(lengths[order]) - lengths[order]
-        return starts, (1, max(1, int(lengths.sum())))
-    if lengths.max(initial=0) > row_length:
-        raise ValueError(
-            f"A sequence of {lengths.max()} tokens does not fit into rows of row_length={row_length}: raise it, or "
-            f"truncate documents to max_length={row_length} when tokenizing."
-        )
+def fill_rows(lengths: np.ndarray, row_length: int, order: np.ndarray) -> tuple[np.ndarray, int]:
+    """Best fit in the order given: where each sequence starts in the flattened rows, and the number of rows."""
+    starts, num_rows = np.zeros_like(lengths), 0
     free = []  # (tokens left, row), ascending: the first that is large enough fits best
-    num_rows = 0
-    for sequence in order.tolist():
-        length = int(lengths[sequence])
+    for sequence, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         at = bisect.bisect_left(free, (length,))
         if at < len(free):
             space, row = free.pop(at)
@@ -455,13 +425,48 @@ def pack_rows(lengths: np.ndarray, row_length: int | None, order: np.ndarray) ->
             space, row = row_length, num_rows
             num_rows += 1
         starts[sequence] = (row + 1) * row_length - space
-        if space > length:
-            bisect.insort(free, (space - length, row))
-    return starts, (max(1, num_rows), row_length)
+        bisect.insort(free, (space - length, row))
+    return starts, max(1, num_rows)
+
+
+def pack_rows(
+    lengths: np.ndarray, row_length: int | Literal["auto"] | None, order: np.ndarray
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """
+    Places sequences in rows.
+
+    Args:
+        lengths (int [num_sequences]): in tokens.
+        row_length (int or `"auto"`, *optional*):
+            `None`: one row, exactly as long as all sequences together. Otherwise rows of this length, filled by best
+            fit in the order given. `"auto"`: of the multiples of 128 up to 4,096 (or the longest sequence) one that
+            leaves little padding.
+        order (int [num_sequences]): the order in which sequences are placed.
+
+    Returns:
+        `(starts, (num_rows, row_length))`: where each sequence starts in the flattened rows, and their shape.
+    """
+    total, longest = int(lengths.sum()), int(lengths.max(initial=0))
+    if row_length is None:
+        row_length = max(1, total)
+    elif row_length == "auto":
+        # as few rows as can be, as equal as can be; some steps more where that leaves a remainder for one row more
+        limit = max(LONGEST_ROW, -(-longest // ROW_STEP) * ROW_STEP)
+        fewest_rows = max(1, math.ceil(total / limit))
+        shortest = max(1, math.ceil(max(longest, total / fewest_rows) / ROW_STEP)) * ROW_STEP
+        candidates = range(shortest, min(shortest + 3 * ROW_STEP, limit) + 1, ROW_STEP)
+        row_length = min(candidates, key=lambda candidate: fill_rows(lengths, candidate, order)[1] * candidate)
+    elif longest > row_length:
+        raise ValueError(
+            f"A sequence of {longest} tokens does not fit into rows of row_length={row_length}: raise it, or "
+            f"truncate documents to max_length={row_length} when tokenizing."
+        )
+    starts, num_rows = fill_rows(lengths, row_length, order)
+    return starts, (num_rows, row_length)
 
 
 def pack_batch(
-    documents: list[np.ndarray], views: Views, num_strategies: int, row_length: int | None = None
+    documents: list[np.ndarray], views: Views, num_strategies: int, row_length: int | Literal["auto"] | None = None
 ) -> dict[str, torch.Tensor]:
     """
     The three streams of packed rows that `TJEPAForPreTraining.forward` takes (see there for names and shapes).
@@ -527,9 +532,9 @@ class DataCollatorForTJEPA:
     Args:
         strategies (`list[MaskingStrategy]`, *optional*): the UL2 preset by default; every document under each of them.
         seed (`int`, defaults to 0): masks are a pure function of (seed, epoch, document index).
-        row_length (`int`, *optional*):
-            Rows of this many tokens, as `flex_attention` and `torch.compile` like them. By default each stream is one
-            row without any padding, which is best for `sdpa`.
+        row_length (`int` or `"auto"`, *optional*):
+            Rows of this many tokens, or of a length that suits the batch (`pack_rows`), as `flex_attention` and
+            `torch.compile` like them. By default each stream is one row without any padding, which is best for `sdpa`.
         mask_recurring_targets (`bool`, defaults to `False`):
             Hide from the context every other occurrence of a target block's tokens (two or more), so that the answer
             can not be copied.
@@ -540,7 +545,7 @@ class DataCollatorForTJEPA:
         self,
         strategies: list[MaskingStrategy] | None = None,
         seed: int = 0,
-        row_length: int | None = None,
+        row_length: int | Literal["auto"] | None = None,
         mask_recurring_targets: bool = False,
         views_per_document: int | None = None,
     ):
@@ -552,12 +557,9 @@ class DataCollatorForTJEPA:
                 f"views_per_document must be between 1 and the number of strategies ({len(self.strategies)}), got "
                 f"{views_per_document}."
             )
-        self.seed = seed
-        self.row_length = row_length
-        self.mask_recurring_targets = mask_recurring_targets
-        self.views_per_document = views_per_document
-        # shared memory: workers count too
-        self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.seed, self.row_length = seed, row_length
+        self.mask_recurring_targets, self.views_per_document = mask_recurring_targets, views_per_document
+        self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count too
 
     @property
     def num_dropped_documents(self) -> int:

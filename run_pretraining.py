@@ -94,7 +94,9 @@ class MaskingArguments:
     )
     row_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens per packed row. Default: one row without padding; with flex_attention 4096."},
+        metadata={
+            "help": "Tokens per packed row. Default: one row without padding; with flex_attention by the batch."
+        },
     )
 
 
@@ -159,7 +161,7 @@ def main():
     strategies = load_masking_strategies(masking_args.masking_strategies)
     row_length = masking_args.row_length
     if row_length is None and get_attention(model.config) == "flex_attention":
-        row_length = max(4096, data_args.max_length)
+        row_length = "auto"
     collator = DataCollatorForTJEPA(
         strategies,
         seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 import tracemalloc
 from fractions import Fraction
 
@@ -19,6 +20,7 @@ from tjepa.data_collator_tjepa import (
     draw_views,
     hash_keys,
     load_masking_strategies,
+    pack_rows,
     strategies_to_dicts,
 )
 
@@ -306,6 +308,50 @@ def test_epochs_and_drops_reach_workers(num_workers):
     second = [batch["label_indices"].tolist() for batch in loader]
     assert first == again and first != second
     assert collator.num_dropped_documents == 3
+
+
+# --- Packing ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=40), st.integers(40, 90))
+def test_rows_are_filled_by_best_fit(lengths, row_length):
+    lengths = np.array(lengths, dtype=np.int64)
+    order, free, expected = np.argsort(-lengths, kind="stable"), [], np.zeros_like(lengths)
+    for sequence in order:
+        fitting = [(space, row) for row, space in enumerate(free) if space >= lengths[sequence]]
+        space, row = min(fitting, default=(row_length, len(free)))
+        free[row:] = [space - lengths[sequence], *free[row + 1 :]]
+        expected[sequence] = (row + 1) * row_length - space
+    starts, shape = pack_rows(lengths, row_length, order)
+    assert starts.tolist() == expected.tolist() and shape == (max(1, len(free)), row_length)
+
+
+def test_many_rows_are_not_all_looked_at():
+    lengths = np.full(20000, 60)
+    started = time.process_time()
+    _, shape = pack_rows(lengths, 100, np.arange(20000))  # no two fit into one row
+    assert shape == (20000, 100)
+    assert time.process_time() - started < 2.0  # a scan of all rows for each sequence takes ten times as long
+
+
+@pytest.mark.parametrize(("num_documents", "most_padding"), [(4, 0.15), (8, 0.06), (16, 0.05), (64, 0.04)])
+def test_chosen_rows_pad_little_and_have_few_lengths(num_documents, most_padding):
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(8):
+        lengths = rng.integers(10, 600, size=num_documents)
+        examples = [{"input_ids": [1] * n, "document_index": index, "epoch": 0} for index, n in enumerate(lengths)]
+        batch = DataCollatorForTJEPA(row_length="auto")(examples)
+        views = [batch[name] for name in ("document_ids", "context_view_ids", "prediction_view_ids")]
+        assert all(ids.shape[1] % 128 == 0 and ids.shape[1] <= 4096 for ids in views)
+        shares.append([(ids < 0).float().mean() for ids in views])
+    assert np.mean(shares, axis=0).max() < most_padding
+    assert DataCollatorForTJEPA(row_length="auto")([])["input_ids"].shape == (1, 128)
+
+
+def test_a_document_longer_than_the_rows_gets_longer_rows():
+    batch = DataCollatorForTJEPA(row_length="auto")([{"input_ids": [1] * 5000, "document_index": 0, "epoch": 0}])
+    assert batch["input_ids"].shape == (1, 5120)
 
 
 # --- Strategy files and errors ---------------------------------------------------------------------------------------

@@ -116,18 +116,12 @@ class MaskingStrategy:
 
 MASKING_PRESETS = {
     "ul2": [
-        MaskingStrategy(target_block_size_mean=3, max_target_mask_ratio=0.25),  # R denoising
-        MaskingStrategy(target_block_size_mean=8, max_target_mask_ratio=0.25),
-        MaskingStrategy(target_block_size_mean=3, max_target_mask_ratio=0.5),  # X denoising
-        MaskingStrategy(target_block_size_mean=8, max_target_mask_ratio=0.5),
-        MaskingStrategy(target_block_size_mean=64, max_target_mask_ratio=0.15),
-        MaskingStrategy(target_block_size_mean=64, max_target_mask_ratio=0.5),
-        MaskingStrategy(  # S denoising: the last quarter from the rest
-            target_block_size_mean=None,
-            max_target_mask_start_ratio=0.75,
-            max_target_mask_ratio=0.25,
-            target_block_num=1,
+        *(  # R denoising, and X denoising by high rates and by long spans
+            MaskingStrategy(length, max_target_mask_ratio=ratio)
+            for length, ratio in ((3, 0.25), (8, 0.25), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))
         ),
+        # S denoising: the last quarter from the rest
+        MaskingStrategy(None, max_target_mask_ratio=0.25, max_target_mask_start_ratio=0.75, target_block_num=1),
     ],
     # for small encoders on short pieces of text (docs/learning.md)
     "single_tokens": [MaskingStrategy(target_block_size_mean=1, max_target_mask_ratio=0.3)],

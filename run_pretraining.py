@@ -30,8 +30,8 @@ from tjepa.corpus.arguments import parse_arguments, start
 from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
 from tjepa.corpus.private import get_attention
-from tjepa.corpus.streams import DocumentDataset, DocumentStream
-from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
+from tjepa.corpus.splits import tokenize_splits
+from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import (
@@ -237,54 +237,6 @@ def choose_tokenizer(
             "your own texts."
         )
     return without_special_tokens(load_tokenizer(name, flag, revision=revision, **model_args.for_hub()))
-
-
-def tokenize_splits(
-    documents: datasets.DatasetDict | datasets.IterableDatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    args: DataArguments,
-    training_args: PretrainingArguments,
-) -> tuple[dict[str, torch.utils.data.Dataset], dict[str, DocumentCounts | StreamTokenizer | str]]:
-    """Training and evaluation documents as token ids, wrapped for the collator, and what was kept and dropped."""
-    splits, counts = {}, {}
-    for split, dataset in documents.items():
-        if isinstance(dataset, datasets.IterableDataset) and split == "train":
-            splits[split], counts[split] = make_stream(dataset, tokenizer, args, training_args)
-            continue
-        if "input_ids" in (dataset.column_names or []):
-            counts[split] = f"  {len(dataset):,} rows, tokenized before (counts in preparation.json of the dataset)"
-        else:
-            dataset, counts[split] = tokenize_documents(dataset, tokenizer, args, desc=split)
-            logger.info(f"{split} documents:\n{counts[split]}")
-        splits[split] = DocumentDataset(dataset)
-    return splits, counts
-
-
-def make_stream(
-    documents: datasets.IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: DataArguments,
-    training_args: PretrainingArguments,
-) -> tuple[DocumentStream, StreamTokenizer]:
-    """Endless training documents, of which this process and its workers read their share, and what counts them."""
-    check_columns(documents, args.text_column_name, "train")
-    stream_tokenizer = StreamTokenizer(tokenizer, args)
-    stream = DocumentStream(
-        documents,
-        transform=stream_tokenizer,
-        shuffle_buffer_size=training_args.shuffle_buffer_size,
-        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-        rank=training_args.process_index,
-        world_size=training_args.world_size,
-        repeat=True,
-    )
-    num_shares = training_args.world_size * max(1, training_args.dataloader_num_workers)
-    if documents.num_shards < num_shares:
-        logger.warning(
-            f"The stream has {documents.num_shards} files for {num_shares} readers (processes times workers): each "
-            f"reads all of them, and tokenizes one document in {num_shares}. {num_shares} files or more are faster."
-        )
-    return stream, stream_tokenizer
 
 
 def find_weights_to_evaluate(

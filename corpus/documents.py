@@ -1,21 +1,50 @@
 """Where documents come from: the Hub, a folder, files, or the built-in corpus; and their splits."""
 
 import hashlib
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+import numpy as np
+import yaml
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetNotFoundError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.text.text import Text
 from transformers.hf_argparser import HfArg
 
+from .arguments import CONFIGS
 from .faults import find_fault
-from .files import load_files
+from .files import can_be_read, load_files, load_paths
+from .paths import check_exists, hint_at_nearest
+from .preparation import settle_with_preparation
 from .quickstart import load_quickstart_documents
 
 
+logger = logging.getLogger(__name__)
+
+
+SPLITS = ("train", "validation")
+PIECE_COLUMN = "piece"  # of prepared rows: 0 for the first piece of each document
 QUICKSTART = "quickstart"  # the --dataset_name of the docstrings that are installed with this project
 NUM_STREAMED_EVAL_DOCUMENTS = 1000
 SPLIT_SEED = 0
+DEFAULTS = {"max_length": 1024, "long_documents": "truncate", "min_tokens": 2}
+OF_PREPARED = "Of a prepared folder it is what it was prepared with."
 
 
 @dataclass
@@ -30,11 +59,15 @@ class SourceArguments:
     )
     train_file: str | None = HfArg(
         default=None,
-        help="A local file, or a glob in quotes: parquet, json, jsonl, csv or txt (one document per line), as it is "
-        "or compressed (.gz). Of a damaged file all that can be read is used, and what cannot is counted as "
-        "unreadable; with --streaming it ends the run.",
+        help="A local file, or a glob in quotes: parquet, json, jsonl, csv, tsv or txt (one document per line), as it "
+        "is or compressed (.gz, .bz2, .xz, .zst). Of a damaged file all that can be read is used, and what cannot is "
+        "counted as unreadable.",
     )
     validation_file: str | None = HfArg(default=None, help="The same for the validation split.")
+    train_split_name: str | None = HfArg(default=None, help="The split of --dataset_name to train on. Default: train.")
+    validation_split_name: str | None = HfArg(
+        default=None, help="The split of --dataset_name to evaluate on. Default: validation, where there is one."
+    )
     validation_split_percentage: float = HfArg(
         default=5,
         help="Percentage of the train documents, drawn at random with a fixed seed, that becomes the validation split "
@@ -42,10 +75,14 @@ class SourceArguments:
         "the first --max_eval_samples documents of the stream, and training leaves these texts out wherever they are.",
     )
     streaming: bool = HfArg(default=False, help="Read the dataset while it is used, without downloading it first.")
-    max_train_samples: int | None = HfArg(default=None, help="Read at most this many train documents. Default: all.")
+    max_train_samples: int | None = HfArg(
+        default=None,
+        help="Use at most this many train documents, drawn with a fixed seed; with --streaming the first ones. "
+        "Default: all.",
+    )
     max_eval_samples: int | None = HfArg(
         default=None,
-        help="Read at most this many validation documents. Default: all, "
+        help="The same for the validation documents. Default: all, "
         f"but {NUM_STREAMED_EVAL_DOCUMENTS} with --streaming.",
     )
     text_column_name: str = HfArg(default="text", help="The column that holds the text.")
@@ -56,6 +93,8 @@ class SourceArguments:
                 f"validation_split_percentage is {self.validation_split_percentage}; it must be at least 0, and less "
                 "than 100 so that documents to train on remain."
             )
+        if self.dataset_name is not None or self.train_file is not None:
+            self.check_source()
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -63,21 +102,36 @@ class SourceArguments:
                     f"{name} is {value}; it counts documents and must be at least 1, or left out for all."
                 )
 
+    def check_source(self) -> None:
+        """Raises a `ValueError` if not exactly one source was given, or a flag that goes with the other one."""
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise ValueError(
+                f"Pass either --dataset_name (given: {self.dataset_name}) or --train_file (given: {self.train_file})."
+            )
+        names = [field.name for field in fields(self)]
+        of_files = [name for name in names if name.endswith("_file")]
+        of_names = ["dataset_config_name", *(name for name in names if name.endswith("_split_name"))]
+        source, others = ("train_file", of_names) if self.dataset_name is None else ("dataset_name", of_files)
+        if misplaced := [f"--{name}" for name in others if getattr(self, name) is not None]:
+            raise ValueError(f"{', '.join(misplaced)}: not used with --{source}; leave it out.")
+
 
 @dataclass
 class DataArguments(SourceArguments):
     """Where documents come from and how they become token sequences."""
 
-    max_length: int = HfArg(default=1024, help="Tokens a sequence may have at most.")
-    long_documents: Literal["truncate", "split"] = HfArg(
-        default="truncate",
-        help="What happens beyond --max_length tokens: 'truncate' leaves the rest out, 'split' makes it "
-        "further sequences.",
+    max_length: int | None = HfArg(
+        default=None, help=f"Tokens a sequence may have at most. Default: {DEFAULTS['max_length']}. {OF_PREPARED}"
     )
-    min_tokens: int = HfArg(
-        default=2,
+    long_documents: Literal["truncate", "split"] | None = HfArg(
+        default=None,
+        help="What happens beyond --max_length tokens: 'truncate' leaves the rest out, 'split' makes it "
+        f"further sequences. Default: {DEFAULTS['long_documents']}. {OF_PREPARED}",
+    )
+    min_tokens: int | None = HfArg(
+        default=None,
         help="Documents of fewer tokens are dropped, and the last piece of a split document likewise. At least 2: "
-        "one token to see and one to predict.",
+        f"one token to see and one to predict. Default: {DEFAULTS['min_tokens']}. {OF_PREPARED}",
     )
     preprocessing_num_workers: int | None = HfArg(
         default=None, help="Processes that tokenize. Default: one, with the tokenizer's own threads."
@@ -86,6 +140,10 @@ class DataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        given = {name: getattr(self, name) for name in DEFAULTS}
+        column = {} if self.text_column_name == "text" else {"text_column_name": self.text_column_name}
+        for name, value in settle_with_preparation(self.dataset_name, {**given, **column}, DEFAULTS).items():
+            setattr(self, name, value)
         if self.long_documents not in ("truncate", "split"):
             raise ValueError(f"long_documents is {self.long_documents!r}; allowed are 'truncate' and 'split'.")
         if not 2 <= self.min_tokens <= self.max_length:
@@ -106,55 +164,169 @@ def load_documents(
         token (`str` or `bool`, *optional*): The access token for the Hub.
 
     Returns:
-        `DatasetDict` or, with `args.streaming`, `IterableDatasetDict`. A folder written by this script has the column
-        `input_ids` already and is never streamed: it is memory-mapped anyway. Local files with damaged parts, unless
-        they are streamed, come with the text column only and, in another column, why a text is missing.
+        `DatasetDict` or, with `args.streaming`, `IterableDatasetDict`. A folder written by `prepare_dataset` has the
+        column `input_ids` already and is never streamed: it is memory-mapped anyway. Files of text come with the text
+        column only and, in `FAULT_COLUMN`, why a text is missing.
 
     Raises:
         ValueError: If not exactly one source was given, a file has an unknown extension or is empty, or there is no
-            train split.
-        FileNotFoundError: If a file does not exist.
+            such split or column.
+        FileNotFoundError: If a file or folder does not exist.
     """
-    if (args.dataset_name is None) == (args.train_file is None):
-        raise ValueError(
-            f"Pass either --dataset_name (given: {args.dataset_name}) or --train_file (given: {args.train_file})."
-        )
-    if args.train_file is not None:
-        files = {"train": args.train_file, "validation": args.validation_file}
-        splits = {
-            name: load_files(f"{name}_file", pattern, args.streaming, cache_dir, args.text_column_name)
-            for name, pattern in files.items()
-            if pattern is not None
-        }
-    elif args.dataset_name == QUICKSTART:
+    args.check_source()
+    if args.dataset_name == QUICKSTART:
         splits = load_quickstart_documents(cache_dir)
-    elif (Path(args.dataset_name) / "dataset_dict.json").is_file():
-        splits = load_from_disk(args.dataset_name)
     else:
-        splits = load_dataset(
-            args.dataset_name, args.dataset_config_name, streaming=args.streaming, cache_dir=cache_dir, token=token
-        )
-    if "train" not in splits:
-        raise ValueError(f"{args.dataset_name} has no split 'train', only {sorted(splits)}.")
-
+        splits = load_splits(args, SPLITS, cache_dir, token, args.text_column_name, args.streaming)
     if isinstance(splits["train"], IterableDataset):
         return _limit_streams(splits, args)
     return limit_datasets(splits, args)
 
 
-def limit_datasets(splits: dict[str, Dataset], args: SourceArguments) -> DatasetDict:
-    """`train` and `validation`, drawn from `train` where there is none, both cut to their maximum."""
+def load_splits(
+    args: Any,
+    splits: tuple[str, ...],
+    cache_dir: str | None = None,
+    token: str | bool | None = None,
+    text_column_name: str | None = None,
+    streaming: bool = False,
+) -> dict[str, Dataset | IterableDataset]:
+    """
+    The splits of a source, as far as they exist, whole and as they are.
+
+    Args:
+        args: has `dataset_name`, `dataset_config_name`, and for each split `{split}_file` and `{split}_split_name`.
+        splits (`tuple`): which ones, such as `("train", "validation")`.
+        cache_dir, token, text_column_name, streaming: as for `load_paths`.
+
+    Raises:
+        ValueError: if a split that was asked for is not there; `train` must be.
+        FileNotFoundError: if a file or folder does not exist.
+    """
+    if args.train_file is not None:
+        given = {split: getattr(args, f"{split}_file") for split in splits}
+        return {
+            split: load_files(f"{split}_file", pattern, streaming, cache_dir, text_column_name)
+            for split, pattern in given.items()
+            if pattern is not None
+        }
+    found = _load_by_name(args, cache_dir, token, text_column_name, streaming)
+    names = {split: getattr(args, f"{split}_split_name") or split for split in splits}
+    for split, name in names.items():
+        if name not in found and (split == "train" or name != split):
+            raise ValueError(
+                f"{args.dataset_name} has no split {name!r}, only {sorted(found)}. Name one with --{split}_split_name."
+            )
+    if unused := sorted(set(found) - set(names.values())):
+        looks_like_validation = [name for name in unused if name.startswith(("val", "dev"))]
+        if looks_like_validation and "validation" in splits:
+            logger.warning(
+                f"{args.dataset_name}: the split(s) {looks_like_validation} lie unused; --validation_split_name "
+                "takes one of them as the validation split."
+            )
+        else:
+            logger.info(f"{args.dataset_name}: the split(s) {unused} are not used")
+    return {split: found[name] for split, name in names.items() if name in found}
+
+
+def _load_by_name(
+    args: Any, cache_dir: str | None, token: str | bool | None, text_column_name: str | None, streaming: bool
+) -> dict[str, Dataset | IterableDataset]:
+    name, folder = args.dataset_name, Path(args.dataset_name)
+    check_dataset_exists(name)
+    if (folder / "dataset_dict.json").is_file():
+        return load_from_disk(name)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {"train": load_from_disk(name)}
+    try:
+        builder = load_dataset_builder(name, args.dataset_config_name, cache_dir=cache_dir, token=token)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"--dataset_name {name}: there is no such folder (seen from {os.getcwd()}), and no dataset of that name "
+            f"could be loaded from the Hub ({next(iter(str(error).splitlines()), type(error).__name__)}). "
+            f"{hint_at_nearest(name)}".rstrip()
+        ) from error
+    if _is_plain_text(builder, text_column_name is not None):
+        return {
+            str(split): load_paths(name, list(paths), streaming, cache_dir, text_column_name, token)
+            for split, paths in builder.config.data_files.items()
+        }
+    return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
+
+
+def check_dataset_exists(name: str) -> None:
+    """
+    Refuses a folder that is not there before its name is taken for one on the Hub.
+
+    Raises:
+        FileNotFoundError: naming the command that prepares the folder, where one of our configs does, else the
+            nearest name.
+    """
+    if Path(name).exists():
+        return
+    for path in sorted(CONFIGS.glob("prepare_*.yaml")):
+        if Path(yaml.safe_load(path.read_text(encoding="utf-8"))["output_dir"]) == Path(name):
+            raise FileNotFoundError(
+                f"--dataset_name {name}: there is no such folder (seen from {os.getcwd()}) yet. "
+                f"Prepare it with: tjepa prepare configs/{path.name}"
+            )
+    check_exists(name, "--dataset_name")
+
+
+def _is_plain_text(builder: DatasetBuilder, needs_text_only: bool) -> bool:
+    """
+    Whether a dataset consists of files of text that are read as they are. `datasets` guesses what is in such files
+    from the first rows, and gives up on those that differ.
+    """
+    config = builder.config
+    paths = [path for files in (config.data_files or {}).values() for path in files]
+    if not isinstance(builder, Csv | Json | Text) or not can_be_read(paths):
+        return False
+    # "sep" is that of .tsv files, and the rest says how to find them
+    ignored = {"name", "version", "description", "data_dir", "data_files", "sep"}
+    if any(getattr(config, field.name) != field.default for field in fields(config) if field.name not in ignored):
+        return False
+    features = builder.info.features or {}
+    return needs_text_only or not any("ClassLabel" in str(feature) for feature in features.values())
+
+
+def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:
+    """
+    `train` and `validation`, drawn from `train` where there is none, both cut to their maximum. Drawn are documents:
+    the rows that one was split into stay together. The same seed in every run, and the documents stay in their order.
+    """
     train, validation = splits["train"], splits.get("validation")
-    if validation is None and args.validation_split_percentage > 0 and len(train) > 1:
-        num_validation = min(len(train) - 1, max(1, round(len(train) * args.validation_split_percentage / 100)))
-        parts = train.train_test_split(test_size=num_validation, seed=SPLIT_SEED)
-        train, validation = parts["train"], parts["test"]
-    limited = DatasetDict(train=train) if validation is None else DatasetDict(train=train, validation=validation)
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
-    for name, dataset in limited.items():
-        if limits[name] is not None and limits[name] < len(dataset):
-            limited[name] = dataset.select(range(limits[name]))
+    document_of_row = find_documents(train)
+    num_documents = int(document_of_row[-1]) + 1 if len(train) else 0
+    is_validation = np.zeros(num_documents, dtype=bool)
+    if validation is None and args.validation_split_percentage > 0 and num_documents > 1:
+        num_validation = round(num_documents * args.validation_split_percentage / 100)
+        order = np.random.default_rng(SPLIT_SEED).permutation(num_documents)
+        is_validation[order[: min(num_documents - 1, max(1, num_validation))]] = True
+        validation = train.select(np.flatnonzero(is_validation[document_of_row]))
+        train = train.select(np.flatnonzero(~is_validation[document_of_row]))
+    limited = DatasetDict(train=draw_documents(train, args.max_train_samples))
+    if validation is not None:
+        limited["validation"] = draw_documents(validation, args.max_eval_samples)
     return limited
+
+
+def draw_documents(dataset: Dataset, num_drawn: int | None) -> Dataset:
+    """`num_drawn` documents, drawn with a fixed seed, in their order; all of them if there are no more than that."""
+    document_of_row = find_documents(dataset)
+    num_documents = int(document_of_row[-1]) + 1 if len(dataset) else 0
+    if num_drawn is None or num_drawn >= num_documents:
+        return dataset
+    is_drawn = np.zeros(num_documents, dtype=bool)
+    is_drawn[np.random.default_rng(SPLIT_SEED).permutation(num_documents)[:num_drawn]] = True
+    return dataset.select(np.flatnonzero(is_drawn[document_of_row]))
+
+
+def find_documents(dataset: Dataset) -> np.ndarray:
+    """int64 [num_rows]: which document each row is of, counted from 0."""
+    if PIECE_COLUMN not in dataset.column_names:
+        return np.arange(len(dataset))
+    return np.cumsum(dataset.with_format("numpy", columns=[PIECE_COLUMN])[:][PIECE_COLUMN] == 0) - 1
 
 
 def _limit_streams(splits: dict[str, IterableDataset], args: SourceArguments) -> IterableDatasetDict:
@@ -171,10 +343,18 @@ def _limit_streams(splits: dict[str, IterableDataset], args: SourceArguments) ->
         # not train.skip, which skips other documents as soon as the stream is split between processes or workers
         train = train.filter(_is_not_in, fn_kwargs={"hashes": {*held_out} - {None}, "column": args.text_column_name})
     if args.max_train_samples is not None:
-        train = train.take(args.max_train_samples)
+        # not train.take, which takes a share of them from every file, as many as there are readers
+        beginning = {"documents": train, "num_documents": args.max_train_samples}
+        train = IterableDataset.from_generator(_take, train.features, beginning)
     if validation is None:
         return IterableDatasetDict(train=train)
     return IterableDatasetDict(train=train, validation=validation.take(num_validation))
+
+
+def _take(documents: IterableDataset, num_documents: int) -> Iterator[dict]:
+    """The first documents: as one file, whoever reads, so that they are the same however it is shared."""
+    for examples in islice(documents.iter(batch_size=1), num_documents):  # iter(documents) would share between workers
+        yield {name: values[0] for name, values in examples.items()}
 
 
 def _hash_if_valid(text: Any) -> int | None:

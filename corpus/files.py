@@ -1,137 +1,381 @@
-"""Local files to rows: which format, which files, and what is still readable in damaged ones."""
+"""Files to rows: which files, which format, and what is still readable in damaged ones.
 
+Notable: one reader takes every format, for datasets and for streams. It reads the columns that are asked for and no
+others, so that files may differ in the rest, and it guesses no types: a csv file holds text. What cannot be decoded is
+one unreadable document and is counted; a file that cannot be reached is an error.
+"""
+
+import bz2
 import csv
 import glob
+import gzip
 import io
 import json
 import logging
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-import fsspec
+import pyarrow
 from datasets import (
     Dataset,
+    DownloadConfig,
+    DownloadManager,
     Features,
     IterableDataset,
     Value,
-    load_dataset,
+    concatenate_datasets,
 )
+from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from pyarrow import ArrowException, parquet
+from datasets.utils.file_utils import xopen
+from pyarrow import parquet
 
-from .faults import DAMAGED, DROP_REASONS, KEPT, UNREADABLE, find_fault
+from .faults import DAMAGED, KEPT, UNREADABLE, find_fault
+from .paths import hint_at_nearest
 
 
 logger = logging.getLogger(__name__)
 
 
-FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+FILE_FORMATS = {
+    ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+}
+CODECS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda file: pyarrow.CompressedInputStream(file, "zstd"),
+}
 FAULT_COLUMN = "fault_found_when_read"
-DAMAGES = (ArrowException, csv.Error, EOFError, lzma.LZMAError, OSError, UnicodeError, ValueError, zlib.error)
+NUM_SAMPLED_BYTES = 4096  # from which the encoding is told
+NUM_SAMPLED_ROWS = 1000  # in which the text column must occur
+DECODING_ERRORS = (
+    EOFError,
+    UnicodeError,
+    csv.Error,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    pyarrow.ArrowInvalid,
+    zlib.error,
+)
+
+
+# ---- which files ----
 
 
 def load_files(
-    argument: str, pattern: str, streaming: bool, cache_dir: str | None, text_column_name: str | None = None
+    argument: str,
+    pattern: str,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    text_column_name: str | None = None,
 ) -> Dataset | IterableDataset:
     """
-    The rows of the files that match `pattern`; `argument` is what errors call the flag it came from. Damaged files are
-    read past the damage where `text_column_name` is the only column that is needed, and are an error elsewhere.
+    The rows of the files that match `pattern`.
+
+    Args:
+        argument (`str`): what errors call the flag that the pattern came from, without its dashes.
+        pattern (`str`): a path, a glob or a URL. A file of exactly that name wins over a glob.
+        streaming (`bool`): give an `IterableDataset` with the files as its shards.
+        cache_dir (`str`, *optional*): where `datasets` keeps its cache.
+        text_column_name (`str`, *optional*): the only column that is needed, see `load_paths`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the extension is unknown, the files are empty, or there is no such column.
     """
-    paths = [pattern] if "://" in pattern else sorted(glob.glob(pattern, recursive=True))
+    paths = find_paths(pattern)
     if not paths:
-        raise FileNotFoundError(f"--{argument}: no file {pattern!r} (seen from {os.getcwd()}).")
+        hint = "" if "://" in pattern else hint_at_nearest(pattern)
+        raise FileNotFoundError(
+            f"--{argument}: no file {without_query(pattern)!r} (seen from {os.getcwd()}). {hint}".rstrip()
+        )
     formats = {FILE_FORMATS.get(_extension(path)) for path in paths}
     if len(formats) > 1 or None in formats:
         raise ValueError(
             f"--{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
-            f"must be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(COMPRESSIONS)}). "
+            f"must be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(CODECS)}). "
             "A folder is given with --dataset_name."
         )
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
         raise ValueError(f"--{argument}: {pattern!r} is empty; it must hold at least one document.")
-    file_format = formats.pop()
-    load = {"data_files": {"train": paths}, "split": "train", "streaming": streaming, "cache_dir": cache_dir}
-    if streaming or "://" in pattern:
-        return load_dataset(file_format, **load)
-    try:
-        return load_dataset(file_format, **load)
-    except (DatasetGenerationError, *DAMAGES) as error:
-        if text_column_name is None:
-            raise ValueError(f"--{argument}: {pattern!r} cannot be read. {error.__cause__ or error}") from error
-        logger.warning(
-            f"--{argument} {pattern!r} cannot be read as a whole: {error.__cause__ or error}. "
-            "Reading it document by document, past what is damaged."
-        )
+    return load_paths(f"--{argument} {without_query(pattern)!r}", paths, streaming, cache_dir, text_column_name)
+
+
+def find_paths(pattern: str) -> list[str]:
+    """The files that a path, a glob or a URL means, in the order of their names."""
+    if "://" in pattern:  # a "?" begins a query
+        return list(DataFilesList.from_patterns([pattern])) if "*" in pattern else [pattern]
+    return [pattern] if os.path.isfile(pattern) else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+
+
+def can_be_read(paths: list[str]) -> bool:
+    """Whether all files have an extension that `load_paths` knows."""
+    return all(_extension(path) in FILE_FORMATS for path in paths)
+
+
+def load_paths(
+    source: str,
+    paths: list[str],
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    text_column_name: str | None = None,
+    token: str | bool | None = None,
+) -> Dataset | IterableDataset:
+    """
+    The rows of files, which may be URLs.
+
+    With `text_column_name` that column alone, and beside it why a text is missing (`FAULT_COLUMN`: an index into
+    `DROP_REASONS`, or `KEPT`). Otherwise every column that a row has, and a damaged file is an error.
+
+    Raises:
+        ValueError: if there is no such column; without `text_column_name` also if a file is damaged.
+    """
+    names = [without_query(path) for path in paths]
+    if any("://" in path for path in paths) and not streaming:
+        downloads = cache_dir and os.path.join(cache_dir, "downloads")
+        paths = DownloadManager(download_config=DownloadConfig(cache_dir=downloads, token=token)).download(paths)
+        token = None
+    if text_column_name is None:
+        return _load_all_columns(source, paths, names, cache_dir)
+    check_text_column(source, paths, names, text_column_name, token)
+    gen_kwargs = {"paths": paths, "names": names, "text_column_name": text_column_name, "token": token}
+    features = Features({text_column_name: Value("string"), FAULT_COLUMN: Value("int8")})
+    if streaming:
+        return IterableDataset.from_generator(read_documents, features, gen_kwargs)
     states = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
-    return Dataset.from_generator(
-        read_damaged_files,
-        gen_kwargs={"paths": paths, "file_format": file_format, "text_column_name": text_column_name},
-        features=Features({text_column_name: Value("string"), FAULT_COLUMN: Value("int8")}),
-        cache_dir=cache_dir,
-        fingerprint=Hasher.hash([paths, states, text_column_name, DROP_REASONS]),
-    )
+    rules = Path(__file__).read_bytes()
+    fingerprint = Hasher.hash([paths, names, states, text_column_name, rules])
+    return generate(read_documents, features, cache_dir, gen_kwargs=gen_kwargs, fingerprint=fingerprint)
 
 
-def read_damaged_files(paths: list[str], file_format: str, text_column_name: str) -> Iterator[dict]:
+def generate(*args, **kwargs) -> Dataset:
+    """`Dataset.from_generator`, with the generator's own errors."""
+    try:
+        return Dataset.from_generator(*args, **kwargs)
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
+def check_text_column(source: str, paths: list[str], names: list[str], column: str, token: Any = None) -> None:
+    """Raises a `ValueError` if there are no rows, or none of the first has the column."""
+    seen, has_rows = set(), False
+    for path, name in zip(paths, names, strict=True):
+        try:
+            for row in islice(read_rows(path, name, token=token), NUM_SAMPLED_ROWS):
+                has_rows = True
+                seen |= row.keys() if row is not DAMAGED else set()
+                if column in seen:
+                    return
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            has_rows = True
+    if not has_rows:
+        raise ValueError(f"{source} has no documents; it must hold at least one.")
+    if seen:
+        raise ValueError(
+            f"{source} has no column {column!r}; it has {sorted(map(str, seen))}. "
+            "Pass --text_column_name with the one that holds the text."
+        )
+
+
+def _load_all_columns(source: str, paths: list[str], names: list[str], cache_dir: str | None) -> Dataset:
+    """All columns, of types that hold every value: for files that fit into memory, as those of labelled texts do."""
+    parts = []
+    for path, name in zip(paths, names, strict=True):
+        try:
+            if _extension(name) == ".parquet":  # which says itself what types and classes it has
+                parts.append(Dataset.from_parquet(glob.escape(path), cache_dir=cache_dir))
+            else:
+                parts.append(list(read_rows(path, name)))
+        except Exception as error:
+            if not is_damage(error.__cause__ or error):
+                raise
+            raise ValueError(f"{source}: {name} cannot be read: {error.__cause__ or error}.") from error
+        if isinstance(parts[-1], list) and DAMAGED in parts[-1]:
+            raise ValueError(
+                f"{source}: row {parts[-1].index(DAMAGED) + 1} of {name} cannot be read: it is not a JSON object, or "
+                "has more fields than the first line names."
+            )
+    if not isinstance(parts[0], list):
+        return concatenate_datasets(parts)
+    rows = [row for part in parts for row in part]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    try:
+        return Dataset.from_dict({column: _column([row.get(column) for row in rows]) for column in columns})
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source} has a text that is not valid unicode: {error}.") from error
+
+
+def _column(values: list) -> pyarrow.Array:
+    """Values of one type as they are; where types are mixed, all as text."""
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+        return pyarrow.array(texts)
+
+
+# ---- rows ----
+
+
+def read_documents(
+    paths: list[str], names: list[str], text_column_name: str, token: str | bool | None = None
+) -> Iterator[dict]:
     """Reads the documents of files one by one, past those that are damaged.
 
-    A line that is no JSON is one unreadable document. Where a whole file cannot be read further (a truncated gzip
+    A line that is not JSON is one unreadable document. Where a whole file cannot be read further (a truncated gzip
     file, a parquet file without its footer), what came before is used and the rest counts as one unreadable document;
     the log names the file.
 
     Args:
-        paths (`list[str]`): Local files, as they are or compressed.
-        file_format (`str`): One of the values of `FILE_FORMATS`.
+        paths (`list[str]`): Files or URLs, as they are or compressed.
+        names (`list[str]`): What the files are called: tells format and compression, and stands in messages.
         text_column_name (`str`): The column that holds the text.
+        token (`str` or `bool`, *optional*): The access token for the Hub.
 
     Yields:
         `dict`: The text, or `None` where there is none to use; and why, as an index into `DROP_REASONS`, or `KEPT`.
+
+    Raises:
+        OSError: If a file cannot be reached.
     """
-    for path in paths:
+    for path, name in zip(paths, names, strict=True):
         try:
-            for text in _read_texts(path, file_format, text_column_name):
+            for row in read_rows(path, name, [text_column_name], token):
+                text = DAMAGED if row is DAMAGED else row.get(text_column_name)
                 fault = find_fault(text)
                 is_usable = fault is None
                 yield {text_column_name: text if is_usable else None, FAULT_COLUMN: KEPT if is_usable else fault}
-        except DAMAGES as error:
-            logger.warning(f"{path} is damaged, and what follows in it is left out: {error or type(error).__name__}")
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            logger.warning(f"{name} is damaged, and what follows in it is left out: {error or type(error).__name__}")
             yield {text_column_name: None, FAULT_COLUMN: UNREADABLE}
 
 
-def _read_texts(path: str, file_format: str, text_column_name: str) -> Iterator[Any]:
-    with fsspec.open(path, "rb", compression="infer") as file:
-        if file_format == "parquet":
-            for batch in parquet.ParquetFile(file).iter_batches(columns=[text_column_name]):
-                yield from batch[text_column_name].to_pylist()
+def is_damage(error: BaseException) -> bool:
+    """
+    Whether the bytes of a file cannot be decoded. Otherwise they could not be read, and may be at the next try: the
+    errors of the operating system have a number, those of bz2 and pyarrow are an `OSError` without one.
+    """
+    return isinstance(error, DECODING_ERRORS) or (type(error) is OSError and error.errno is None)
+
+
+def read_rows(
+    path: str, name: str, columns: list[str] | None = None, token: str | bool | None = None
+) -> Iterator[dict | Any]:
+    """The rows of one file, as mappings of column to value, or `DAMAGED`. Of a csv file every value is text."""
+    extension = _extension(name)
+    with _open(path, name, token) as file:
+        if extension == ".parquet":
+            yield from _read_parquet(file, columns)
             return
-        # bytes that are no UTF-8 become lone surrogates, which find_fault knows
-        lines = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="\n")
-        if file_format == "text":
-            yield from (line.rstrip("\r\n") for line in lines)
-        elif file_format == "csv":
+        encoding = find_encoding(file.peek(NUM_SAMPLED_BYTES))
+        # bytes that are not UTF-8 become lone surrogates, which find_fault knows
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+        newline = "" if FILE_FORMATS[extension] == "csv" else "\n"
+        lines = io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline)
+        if extension == ".txt":
+            yield from ({"text": line.rstrip("\r\n")} for line in lines)
+        elif extension == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from (row.get(text_column_name) for row in csv.DictReader(lines))
+            yield from _read_table(csv.reader(lines))
+        elif extension == ".tsv":
+            yield from _read_table([_unquote(f) for f in line.rstrip("\r\n").split("\t")] for line in lines)
         else:
-            for line in lines:
-                yield from _parse_json(line, text_column_name)
+            yield from _read_json(lines, is_one_value=extension == ".json")
 
 
-def _parse_json(line: str, text_column_name: str) -> Iterator[Any]:
-    if not line.strip():
-        return
+def find_encoding(sample: bytes) -> str:
+    """UTF-8, unless a byte-order mark says otherwise or every other byte is zero, as in UTF-16 of Latin script."""
+    if sample.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
+        return "utf-32"
+    if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    half = max(1, len(sample) // 2)
+    is_zero = [sample[start::2].count(0) / half for start in (0, 1)]
+    if max(is_zero) > 0.4 and min(is_zero) < 0.1:
+        return "utf-16-le" if is_zero[1] > is_zero[0] else "utf-16-be"
+    return "utf-8-sig"
+
+
+def _open(path: str, name: str, token: str | bool | None) -> io.BufferedReader:
+    # xopen tries again where a connection fails
+    file = xopen(path, "rb", download_config=DownloadConfig(token=token)) if "://" in path else open(path, "rb")
+    codec = CODECS.get(os.path.splitext(name)[1].lower())
+    return io.BufferedReader(file if codec is None else codec(file))
+
+
+def _read_parquet(file: BinaryIO, columns: list[str] | None) -> Iterator[dict]:
+    content = parquet.ParquetFile(file)
+    if columns is not None:
+        columns = [column for column in columns if column in content.schema_arrow.names]
+    for batch in content.iter_batches(columns=columns):
+        yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
+
+
+def _read_table(rows: Iterator[list[str]]) -> Iterator[dict | Any]:
+    """Rows of fields, of which the first names the columns; an empty or missing field is `None`."""
+    rows = iter(rows)
+    header = next(rows, [])
+    for fields in rows:
+        if not any(fields) and len(fields) < 2:
+            continue  # a blank line
+        if len(fields) > len(header):
+            yield DAMAGED  # a comma in a text without quotes, of which only a part would be read
+        else:
+            yield {column: field or None for column, field in zip_longest(header, fields)}
+
+
+def _unquote(field: str) -> str:
+    """A field of a tsv file, without the quotes that some programs put around it when they double those inside."""
+    inner = field[1:-1]
+    is_quoted = field[:1] == field[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if is_quoted else field
+
+
+def _read_json(lines: io.TextIOWrapper, is_one_value: bool) -> Iterator[dict | Any]:
+    """One value per line, or one list over many lines."""
+    first = next((line for line in lines if line.strip()), "")
+    value = _parse_json(first)
+    if value is DAMAGED and is_one_value:
+        content = first + lines.read()
+        value = _parse_json(content)
+        lines = [] if value is not DAMAGED else content.splitlines()[1:]
+    if first:
+        yield from _rows_of_json(value)
+    for line in lines:
+        if line.strip():
+            yield from _rows_of_json(_parse_json(line))
+
+
+def _parse_json(text: str) -> Any:
     try:
-        value = json.loads(line)
-    except ValueError:
-        yield DAMAGED
-        return
-    for row in value if isinstance(value, list) else [value]:  # a .json file may be one long list
-        yield row.get(text_column_name) if isinstance(row, dict) else DAMAGED
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return DAMAGED
+
+
+def _rows_of_json(value: Any) -> Iterator[dict | Any]:
+    for row in value if isinstance(value, list) else [value]:
+        yield row if isinstance(row, dict) else DAMAGED
+
+
+# ---- names ----
 
 
 def without_query(path_or_url: str) -> str:
@@ -144,4 +388,4 @@ def without_query(path_or_url: str) -> str:
 
 def _extension(path: str) -> str:
     stem, extension = os.path.splitext(without_query(path).lower())
-    return os.path.splitext(stem)[1] if extension in COMPRESSIONS else extension
+    return os.path.splitext(stem)[1] if extension in CODECS else extension

@@ -3,14 +3,11 @@
     tjepa prepare configs/prepare_tinystories.yaml --max_length 256
 
 Notable: no document disappears silently. Every row of the tokenized (and cached) data remembers why it was dropped and
-how long its document was, so the statistics are the same whether the work was just done or came from the cache. Files
-that `datasets` refuses as a whole because a part of them is damaged are read once more, document by document.
+how long its document was, so the statistics are the same whether the work was just done or came from the cache. The
+folder says what it was made with, and training on it follows that.
 """
 
-import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +16,10 @@ from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments, start
 from .atomic_writes import replacing_folder
-from .documents import DataArguments, load_documents
+from .documents import PIECE_COLUMN, DataArguments, load_documents
 from .files import without_query
-from .tokenization import ENCODED_FEATURES, DocumentCounts, _encode, _keep
+from .preparation import read_preparation, write_preparation
+from .tokenization import ENCODED_FEATURES, DocumentCounts, drop_and_count, encode_documents, warn_of_loss
 from .tokenizers import HubArguments, load_tokenizer
 
 
@@ -31,39 +29,25 @@ class PreparationArguments(HubArguments, DataArguments):
 
     output_dir: str = HfArg(help="The folder to write: train, validation and the tokenizer.")
     tokenizer_name: str = HfArg(help="A tokenizer on the Hub or in a local folder.")
-    min_tokens: int = HfArg(
+    min_tokens: int | None = HfArg(
         default=64, help="Documents of fewer tokens are dropped, and the last piece of a split document likewise."
     )
     deduplicate: bool = HfArg(
         default=False,
-        help="Drop documents whose text, apart from whitespace around it, came before; validation documents also "
-        "where it is in train.",
+        help="Drop documents whose text, apart from whitespace around it, came before, or the part of it that "
+        "--max_length leaves; validation documents also where it is in train.",
     )
     overwrite_output_dir: bool = HfArg(default=False, help="Replace the prepared dataset that is in --output_dir.")
 
     def __post_init__(self):
+        if read_preparation(self.dataset_name) is not None:
+            raise ValueError(f"{self.dataset_name} is prepared already; pass the documents that it was made of.")
         super().__post_init__()
         if self.streaming and self.max_train_samples is None:
             raise ValueError(
                 "--streaming prepares part of a dataset that is too large to download: "
                 "pass --max_train_samples, the number of documents to read."
             )
-
-
-# ---- the prepared folder ----
-
-
-@contextmanager
-def _new_folder(output_dir: str, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of `output_dir` that takes its place only when everything in it has been written."""
-    output = Path(output_dir).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir.")
-        if not (output / "dataset_dict.json").is_file():
-            raise FileExistsError(f"{output_dir} is no prepared dataset and is not overwritten; pass another folder.")
-    with replacing_folder(output) as folder:
-        yield folder
 
 
 def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
@@ -79,24 +63,41 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
         FileExistsError: If `args.output_dir` is not empty and may not be overwritten.
         ValueError, FileNotFoundError: As `load_documents` and `tokenize_documents`.
     """
-    with _new_folder(args.output_dir, args.overwrite_output_dir) as folder:
+    check_output_dir(args)
+    with replacing_folder(args.output_dir) as folder:
         tokenizer = load_tokenizer(args.tokenizer_name, **args.for_hub())
         seen_hashes = set() if args.deduplicate else None
+        # which rows are of one document, for whoever divides them later
+        columns = ("input_ids", PIECE_COLUMN) if args.long_documents == "split" else ("input_ids",)
         splits, counts = DatasetDict(), {}
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as stream_cache:
             for name, documents in load_documents(args, args.cache_dir, args.token).items():
-                encoded = _encode(documents, tokenizer, args, name)
+                encoded = encode_documents(documents, tokenizer, args, name)
                 if isinstance(encoded, IterableDataset):
                     encoded = Dataset.from_generator(
                         encoded.__iter__, features=ENCODED_FEATURES, cache_dir=stream_cache, fingerprint=name
                     )
-                splits[name], counts[name] = _keep(encoded, name, seen_hashes)
+                splits[name], counts[name] = drop_and_count(encoded, name, seen_hashes, columns)
+                warn_of_loss(counts[name], args, name)
             splits.save_to_disk(folder)
         tokenizer.save_pretrained(folder)
         arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items() if k != "token"}
-        record = {"arguments": arguments, "counts": {name: count.to_dict() for name, count in counts.items()}}
-        (folder / "preparation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_preparation(folder, arguments, {name: count.to_dict() for name, count in counts.items()}, tokenizer)
     return counts
+
+
+def check_output_dir(args: PreparationArguments) -> None:
+    """Raises a `FileExistsError` if the folder to write holds anything but a prepared dataset that may be replaced."""
+    output = Path(args.output_dir)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if not args.overwrite_output_dir:
+            raise FileExistsError(
+                f"{args.output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir."
+            )
+        if not (output / "dataset_dict.json").is_file():
+            raise FileExistsError(
+                f"{args.output_dir} is not a prepared dataset and is not overwritten; pass another folder."
+            )
 
 
 def main():

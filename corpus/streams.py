@@ -230,11 +230,16 @@ class DocumentStream(torch.utils.data.IterableDataset):
             # datasets shuffles the files in every epoch but 0
             shuffled_epoch = 1 + int(hash_keys(self.seed, epoch)[0] >> np.uint64(33))
             share.set_epoch(shuffled_epoch if self.shuffle_buffer_size else epoch)
-            if source is not None:
-                share.load_state_dict(source)
             # iter(share) would split it between the workers once more, share.iter does not
             rows = (np.asarray(batch["input_ids"][0], dtype=np.int32) for batch in share.iter(batch_size=1))
-            documents = list(islice(rows, block_size))
+            try:
+                if source is not None:
+                    share.load_state_dict(source)
+                documents = list(islice(rows, block_size))
+            except KeyError:  # noted by a version that read in other steps: the epoch is reread up to here
+                share.load_state_dict(None)
+                rows = (np.asarray(batch["input_ids"][0], dtype=np.int32) for batch in share.iter(batch_size=1))
+                documents = list(islice(rows, block * block_size, (block + 1) * block_size))
             if self.repeat and block == 0 and not documents:
                 raise ValueError(
                     f"{shares.world_size} processes with {shares.num_workers} workers each split the stream of "

@@ -17,6 +17,7 @@ from transformers.hf_argparser import HfArg
 from .arguments import parse_arguments, start
 from .documents import SourceArguments, load_documents
 from .faults import find_fault
+from .tokenization import check_columns
 
 
 # Pretraining itself needs none of these; batches of a downstream task are padded, masked language models need the
@@ -78,6 +79,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 def main():
     (args,) = parse_arguments(TokenizerArguments, description=__doc__)
     documents = load_documents(args)["train"]
+    check_columns(documents, args.text_column_name, "train")
     texts = (row[args.text_column_name] for row in documents)
     tokenizer = train_tokenizer(texts, args.vocab_size, args.model_max_length)
     tokenizer.save_pretrained(args.output_dir)

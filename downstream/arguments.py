@@ -48,6 +48,9 @@ class DataArguments(SourceArguments):
         help="A local file, or a glob in quotes: json, jsonl, csv, tsv or parquet, as it is or compressed.",
     )
     test_file: str | None = HfArg(default=None, help="The same for the test split.")
+    test_split_name: str | None = HfArg(
+        default=None, help="The split of --dataset_name to predict. Default: test, where there is one."
+    )
     validation_split_percentage: float = HfArg(
         default=10,
         help="Percentage of the train rows, drawn at random with a fixed seed, that becomes the validation split "
@@ -65,12 +68,7 @@ class DataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.dataset_name is None) == (self.train_file is None):
-            raise ValueError(
-                f"Pass either --dataset_name (given: {self.dataset_name}) or --train_file (given: {self.train_file})."
-            )
-        if self.train_file is None and (self.validation_file or self.test_file):
-            raise ValueError("--validation_file and --test_file go with --train_file; --dataset_name has its own.")
+        self.check_source()
         for name in ("max_length", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

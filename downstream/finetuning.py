@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import evaluate
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
@@ -29,8 +29,7 @@ from transformers import (
 )
 
 from ..corpus.arguments import parse_arguments
-from ..corpus.documents import SPLIT_SEED, limit_datasets
-from ..corpus.files import load_files
+from ..corpus.documents import SPLIT_SEED, limit_datasets, load_splits
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
 from ..corpus.tokenizers import text_reader, vocabulary_size, without_special_tokens
 from ..training.checkpoints import find_checkpoint
@@ -86,7 +85,7 @@ def finetune(task_class: type[TextTask] | type[WordTask], description: str | Non
     # Rows -> token ids and labels
     counts = {}
     with args.main_process_first(desc="preparing the rows"):
-        splits = load_splits(data_args, model_args)
+        splits = DatasetDict(load_splits(data_args, SPLITS, model_args.cache_dir, model_args.token))
         task = task_class(splits, data_args, config)
         splits, test_rows = limit_splits(splits, data_args)
         rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
@@ -165,34 +164,6 @@ def finetune(task_class: type[TextTask] | type[WordTask], description: str | Non
 
 
 # ---- splits and rows ----
-
-
-def load_splits(args: DataArguments, model_args: ModelArguments) -> DatasetDict:
-    """
-    The splits train, validation and test, as far as they exist, whole and as they are.
-
-    Raises:
-        ValueError: if there is no train split, or a file is empty or of an unknown format.
-        FileNotFoundError: if a file does not exist.
-    """
-    if args.train_file is not None:
-        files = {split: getattr(args, f"{split}_file") for split in SPLITS}
-        splits = {
-            split: load_files(f"{split}_file", pattern, streaming=False, cache_dir=model_args.cache_dir)
-            for split, pattern in files.items()
-            if pattern is not None
-        }
-    elif (Path(args.dataset_name) / "dataset_dict.json").is_file():
-        splits = load_from_disk(args.dataset_name)
-    else:
-        splits = load_dataset(
-            args.dataset_name, args.dataset_config_name, cache_dir=model_args.cache_dir, token=model_args.token
-        )
-    if "train" not in splits:
-        raise ValueError(f"{args.dataset_name} has no split 'train', only {sorted(splits)}.")
-    if others := sorted(set(splits) - set(SPLITS)):
-        logger.info(f"Not used: the splits {others}")
-    return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
 def limit_splits(splits: DatasetDict, args: DataArguments) -> tuple[DatasetDict, list[int]]:

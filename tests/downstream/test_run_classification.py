@@ -256,7 +256,7 @@ def test_dataset_in_a_folder(folder, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="tjepa"):
         results = run(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert results["train_samples"] == 30 and "eval_accuracy" in results and "test_accuracy" not in results
-    assert "texts in sentence" in caplog.text and "Not used: the splits ['unsupervised']" in caplog.text
+    assert "texts in sentence" in caplog.text and "the split(s) ['unsupervised'] are not used" in caplog.text
     assert (
         list(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label.values()) == COLOURS
     )
@@ -333,7 +333,7 @@ def test_label_sets_that_differ_are_refused(folder, tmp_path, monkeypatch):
         ({"tokenizer_name": "nothing"}, ValueError, "no tokenizer could be loaded .*Pass --tokenizer_name"),
         ({"config_overrides": "classifier_poling=mean"}, ValueError, "has no .'classifier_poling'"),
         ({"train_file": None}, ValueError, "either --dataset_name"),
-        ({"train_file": None, "dataset_name": "x", "test_file": "y"}, ValueError, "go with --train_file"),
+        ({"train_file": None, "dataset_name": "x", "test_file": "y"}, ValueError, "not used with --dataset_name"),
         ({"train_file": "missing.jsonl"}, FileNotFoundError, "--train_file: no file"),
         ({"validation_split_percentage": 100}, ValueError, "less than 100"),
         ({"validation_split_percentage": 0, "eval_strategy": "epoch"}, ValueError, "there is no validation split"),

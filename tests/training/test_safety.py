@@ -221,7 +221,7 @@ def test_preparing_writes_only_its_folder(inputs, monkeypatch):
         prepare_dataset.PreparationArguments(**files, output_dir="work/../prepared", text_column_name="text")
     )
     assert {path.split(os.sep)[0] for path in tree(inputs) - before} == {"prepared"}
-    with pytest.raises(FileExistsError, match="is no prepared dataset"):
+    with pytest.raises(FileExistsError, match="is not a prepared dataset"):
         prepare_dataset.prepare_dataset(
             prepare_dataset.PreparationArguments(**files, output_dir="prepared/..", overwrite_output_dir=True)
         )

@@ -1,0 +1,357 @@
+"""Files in all the shapes that people have: what is in them comes out, and what cannot be read is said."""
+
+import bz2
+import gzip
+import json
+import lzma
+import sys
+
+import datasets
+import pyarrow
+import pytest
+from datasets import Dataset, DatasetDict
+
+from helpers import make_texts
+from tjepa.corpus import files
+from tjepa.corpus import train_tokenizer as tokenizer_script
+from tjepa.corpus.documents import DataArguments, limit_datasets, load_documents, load_splits
+from tjepa.corpus.files import find_encoding, load_files
+from tjepa.corpus.streams import DocumentStream
+from tjepa.corpus.tokenization import StreamTokenizer, tokenize_documents
+from tjepa.corpus.train_tokenizer import train_tokenizer
+from tjepa.downstream.arguments import TextArguments
+
+
+TEXTS = make_texts(30)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=300, model_max_length=64)
+
+
+def to_jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def texts_of(pattern, streaming: bool = False, **arguments) -> list:
+    source = {"train_file": str(pattern), "validation_split_percentage": 0, "streaming": streaming, **arguments}
+    return [row["text"] for row in load_documents(DataArguments(**source))["train"]]
+
+
+def dropped_of(pattern, tokenizer, streaming: bool = False) -> tuple[int, dict[str, int]]:
+    args = DataArguments(train_file=str(pattern), validation_split_percentage=0, streaming=streaming)
+    _, counts = tokenize_documents(load_documents(args)["train"], tokenizer, args, "train")
+    return counts.num_kept, counts.dropped
+
+
+both = pytest.mark.parametrize("streaming", [False, True])
+
+
+# ---- which files ----
+
+
+@both
+def test_brackets_in_a_name(tmp_path, streaming):
+    """A path that a glob has found is not a glob."""
+    names = ["part[1].jsonl", "part[2].jsonl", "part1.jsonl"]
+    for name, text in zip(names, TEXTS, strict=False):
+        (tmp_path / name).write_bytes(to_jsonl([{"text": text}]))
+    assert sorted(texts_of(tmp_path / "part*.jsonl", streaming)) == sorted(TEXTS[:3])
+    assert texts_of(tmp_path / "part[1].jsonl", streaming) == TEXTS[:1]
+
+
+def test_brackets_in_the_name_of_a_labelled_file(tmp_path):
+    for name, label in (("part[1]", 1), ("part1", 2)):
+        Dataset.from_dict({"text": [name], "label": [label]}).to_parquet(tmp_path / f"{name}.parquet")
+    assert load_files("train_file", str(tmp_path / "*.parquet"))["label"][:] == [2, 1]
+
+
+def test_a_name_that_is_nearly_right(tmp_path):
+    (tmp_path / "stories.jsonl").write_bytes(to_jsonl([{"text": "x"}]))
+    with pytest.raises(FileNotFoundError, match="--train_file: no file .*storys.jsonl.*Did you mean .*stories.jsonl"):
+        texts_of(tmp_path / "storys.jsonl")
+
+
+# ---- columns ----
+
+
+@both
+def test_a_key_that_comes_late(tmp_path, streaming):
+    """After more than the 10 MB from which datasets guesses the columns."""
+    filler = "x" * 100_000
+    rows = [{"text": f"{number} {filler}"} for number in range(110)]
+    rows += [{"text": "the last", "note": {"deep": 1}}, {"text": "but one", "note": 3}]
+    (tmp_path / "train.jsonl").write_bytes(to_jsonl(rows))
+    found = texts_of(tmp_path / "train.jsonl", streaming)
+    assert len(found) == 112 and found[-2:] == ["the last", "but one"]
+
+
+@both
+@pytest.mark.parametrize("extension", ["jsonl", "csv", "parquet"])
+def test_files_that_differ_in_other_columns(tmp_path, streaming, extension):
+    for name, column, value in (("a", "title", "t"), ("b", "score", 1.5)):
+        table = Dataset.from_dict({column: [value], "text": [f"text of {name}"]})
+        save = {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[extension]
+        save(tmp_path / f"{name}.{extension}")
+    assert texts_of(tmp_path / f"*.{extension}", streaming) == ["text of a", "text of b"]
+
+
+@both
+def test_a_folder_of_such_files(tmp_path, streaming):
+    """--dataset_name reads the same way as --train_file."""
+    rows = [{"text": f"{number} {'x' * 100_000}"} for number in range(110)] + [{"text": "the last", "note": 1}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train[1].jsonl").write_bytes(to_jsonl(rows))
+    args = DataArguments(dataset_name=str(tmp_path / "data"), validation_split_percentage=0, streaming=streaming)
+    assert [row["text"] for row in load_documents(args)["train"]] == [row["text"] for row in rows]
+
+
+@both
+def test_a_wrong_column(tmp_path, streaming, monkeypatch):
+    for name in ("train.jsonl", "train.csv", "train.parquet"):
+        table = Dataset.from_dict({"story": TEXTS[:3], "title": ["a", "b", "c"]})
+        {"l": table.to_json, "v": table.to_csv, "t": table.to_parquet}[name[-1]](tmp_path / name)
+        with pytest.raises(ValueError, match=r"no column 'text'; it has \['story', 'title'\].*--text_column_name"):
+            texts_of(tmp_path / name, streaming)
+    command = ["train_tokenizer.py", f"--train_file={tmp_path / 'train.jsonl'}", f"--output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", [*command, f"--streaming={streaming}", "--text_column_name=body"])
+    with pytest.raises(ValueError, match=r"no column 'body'.*--text_column_name"):
+        tokenizer_script.main()
+
+
+# ---- csv and tsv hold text ----
+
+
+def test_nothing_in_a_csv_file_is_guessed(tmp_path):
+    """Names that pandas takes for a missing value, leading zeros, and a word far below numbers."""
+    classes = ["None", "NA", "nan", "007", "1e5", "", "true"]
+    numbers = [str(number % 3) for number in range(12_000)]
+    labels = [*classes, *numbers, "unknown"]
+    lines = [f"text {row},{label}" for row, label in enumerate(labels)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    expected = [label or None for label in labels]
+    assert load_files("train_file", str(folder / "train.csv"))["label"][:] == expected
+    args = TextArguments(dataset_name=str(folder))
+    assert load_splits(args, ("train", "validation", "test"))["train"]["label"][:] == expected
+    assert texts_of(folder / "train.csv")[:2] == ["text 0", "text 1"]
+
+
+@both
+def test_a_byte_order_mark_in_a_csv_file(tmp_path, streaming):
+    (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbf" + "text,title\ncafé at night,x\n".encode())
+    assert texts_of(tmp_path / "train.csv", streaming) == ["café at night"]
+
+
+def test_csv_fields_of_several_lines_and_rows_of_too_many_fields(tmp_path, tokenizer):
+    lines = ["title,text", 'a,"the fox\nsees ""a"" hen"', "b,the fox, and a hen", "", "c"]
+    (tmp_path / "train.csv").write_bytes("\r\n".join(lines).encode())
+    assert texts_of(tmp_path / "train.csv") == ['the fox\nsees "a" hen', None, None]
+    assert dropped_of(tmp_path / "train.csv", tokenizer) == (1, {"unreadable": 1, "null": 1})
+    with pytest.raises(ValueError, match="row 2 of .*train.csv cannot be read.*more fields than the first line"):
+        load_files("train_file", str(tmp_path / "train.csv"))
+
+
+def test_tsv_files(tmp_path):
+    """As shared tasks have them, quotes and all, and as pandas writes them."""
+    lines = ["text\tlabel", 'He said "no\tNone', '"Quoted"\t007', '"a ""b"" c"\t', "\tx"]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    expected = ['He said "no', '"Quoted"', 'a "b" c', None]
+    assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == expected
+    assert load_files("train_file", str(tmp_path / "train.tsv"))["label"][:] == ["None", "007", None, "x"]
+
+
+def test_labels_of_json_files_keep_their_types(tmp_path):
+    rows = [{"text": "a", "label": 1, "tags": ["x"]}, {"text": "b", "label": 2}, {"text": "c", "note": "late"}]
+    (tmp_path / "train.jsonl").write_bytes(to_jsonl(rows))
+    loaded = load_files("train_file", str(tmp_path / "train.jsonl"))
+    assert loaded["label"][:] == [1, 2, None] and loaded["tags"][:] == [["x"], None, None]
+    assert loaded["note"][:] == [None, None, "late"]
+    (tmp_path / "mixed.jsonl").write_bytes(to_jsonl([*rows * 5000, {"text": "d", "label": "unknown"}]))
+    assert load_files("train_file", str(tmp_path / "mixed.jsonl"))["label"][-4:] == ["1", "2", None, "unknown"]
+    (tmp_path / "torn.jsonl").write_bytes(to_jsonl(rows) + b'{"text": "d"')
+    with pytest.raises(ValueError, match="row 4 of .*torn.jsonl cannot be read"):
+        load_files("train_file", str(tmp_path / "torn.jsonl"))
+
+
+def test_json_over_several_lines(tmp_path):
+    rows = [{"text": text} for text in TEXTS]
+    (tmp_path / "train.json").write_text(json.dumps(rows, indent=2))
+    assert texts_of(tmp_path / "train.json") == texts_of(tmp_path / "train.json", True) == TEXTS
+
+
+# ---- encodings, compression, damage ----
+
+
+@both
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("extension", ["txt", "jsonl", "csv"])
+def test_text_in_other_encodings(tmp_path, streaming, encoding, extension):
+    texts = [f"café {text}" for text in TEXTS]
+    content = {
+        "txt": "\n".join(texts),
+        "jsonl": "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        "csv": "text\n" + "\n".join(texts),
+    }[extension]
+    (tmp_path / f"train.{extension}").write_bytes(content.encode(encoding))
+    assert texts_of(tmp_path / f"train.{extension}", streaming) == texts
+
+
+def test_what_is_not_another_encoding():
+    samples = [b"", b"a", b"\x00" * 100, b"the fox\x00\x00\x00", "日本語".encode(), b"the fox sees"]
+    assert {find_encoding(sample) for sample in samples} == {"utf-8-sig"}
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@both
+@pytest.mark.parametrize("extension", list(COMPRESS))
+def test_compressed_files_and_what_is_left_of_a_truncated_one(tmp_path, tokenizer, streaming, extension):
+    """Without any package but those that are required."""
+    texts = make_texts(8000)
+    whole = COMPRESS[extension](to_jsonl([{"text": text} for text in texts]))
+    path = tmp_path / f"train.jsonl{extension}"
+    path.write_bytes(whole)
+    assert texts_of(path, streaming) == texts
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    num_kept, dropped = dropped_of(path, tokenizer, streaming)
+    assert 0 < num_kept < 8000 and dropped == {"unreadable": 1}
+    (tmp_path / f"other.jsonl{extension}").write_bytes(b"no such format")
+    assert dropped_of(tmp_path / f"*.jsonl{extension}", tokenizer, streaming) == (num_kept, {"unreadable": 2})
+
+
+@both
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), TimeoutError("timed out"), PermissionError(13, "no")]
+)
+def test_a_file_that_cannot_be_reached_is_an_error(tmp_path, streaming, error, monkeypatch):
+    """Not damage, after which half of the corpus would be gone: it may be there at the next try."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(to_jsonl([{"text": text} for text in TEXTS]))
+    open_file = files._open
+
+    def fail(path, name, token):
+        if name.endswith("b.jsonl"):
+            raise error
+        return open_file(path, name, token)
+
+    monkeypatch.setattr(files, "_open", fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        texts_of(tmp_path / "*.jsonl", streaming)
+
+
+@both
+def test_an_empty_compressed_file(tmp_path, streaming):
+    for content in (gzip.compress(b""), b""):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(to_jsonl([{"text": text} for text in TEXTS])))
+        assert texts_of(tmp_path / "*.jsonl.gz", streaming) == TEXTS
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match="a.jsonl.gz' has no documents"):
+        load_documents(DataArguments(train_file=str(tmp_path / "a.jsonl.gz"), streaming=streaming))
+
+
+def test_a_damaged_stream_is_counted(tmp_path, tokenizer):
+    (tmp_path / "train.jsonl").write_bytes(to_jsonl([{"text": text} for text in TEXTS]) + b'{"text": "the\n\xff\n')
+    args = DataArguments(train_file=str(tmp_path / "train.jsonl"), validation_split_percentage=0, streaming=True)
+    counter = StreamTokenizer(tokenizer, args)
+    assert len(list(counter(load_documents(args)["train"]))) == 30
+    assert counter.counts().dropped == {"unreadable": 2}
+
+
+# ---- splits of a dataset ----
+
+
+def save(folder, **splits) -> str:
+    DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()}).save_to_disk(folder)
+    return str(folder)
+
+
+def test_a_saved_dataset_of_one_split_is_train(tmp_path):
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    args = DataArguments(dataset_name=str(tmp_path / "saved"), validation_split_percentage=10)
+    documents = load_documents(args)
+    assert sorted([*documents["train"]["text"], *documents["validation"]["text"]]) == sorted(TEXTS)
+    fine_tuning = TextArguments(dataset_name=str(tmp_path / "saved"))
+    assert load_splits(fine_tuning, ("train", "validation", "test"))["train"]["text"][:] == TEXTS
+
+
+def test_names_of_splits(tmp_path, caplog):
+    name = save(tmp_path / "mnli", train=TEXTS[:20], validation_matched=TEXTS[20:24], big=TEXTS[24:])
+    with caplog.at_level("WARNING"):
+        load_documents(DataArguments(dataset_name=name))
+    assert "['validation_matched'] lie unused; --validation_split_name" in caplog.text
+    named = {"train_split_name": "big", "validation_split_name": "validation_matched"}
+    documents = load_documents(DataArguments(dataset_name=name, **named))
+    assert documents["train"]["text"][:] == TEXTS[24:] and documents["validation"]["text"][:] == TEXTS[20:24]
+    fine_tuning = TextArguments(dataset_name=name, **named, test_split_name="train")
+    splits = load_splits(fine_tuning, ("train", "validation", "test"))
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [6, 4, 20]
+    with pytest.raises(ValueError, match=r"no split 'dev', only \['big', 'train', .*--validation_split_name"):
+        load_documents(DataArguments(dataset_name=name, validation_split_name="dev"))
+
+
+def test_flags_of_the_other_source_are_refused(tmp_path):
+    name = save(tmp_path / "saved", train=TEXTS)
+    with pytest.raises(ValueError, match="--validation_file: not used with --dataset_name"):
+        DataArguments(dataset_name=name, validation_file="validation.jsonl")
+    with pytest.raises(ValueError, match="--dataset_config_name, --train_split_name: not used with --train_file"):
+        DataArguments(train_file="train.jsonl", train_split_name="train", dataset_config_name="en")
+
+
+def test_samples_are_drawn_from_all_over(tmp_path):
+    """Of a file that is sorted by class, the first samples would be of one class."""
+    rows = [{"text": f"text {row}", "label": row // 500} for row in range(1000)]
+    (tmp_path / "train.jsonl").write_bytes(to_jsonl(rows))
+    args = {"train_file": str(tmp_path / "train.jsonl"), "max_train_samples": 50, "validation_split_percentage": 0}
+    splits = load_splits(TextArguments(**args), ("train", "validation", "test"))
+    labels = limit_datasets(splits, TextArguments(**args))["train"]["label"][:]
+    assert 15 < sum(labels) < 35 and len(labels) == 50
+    assert limit_datasets(splits, TextArguments(**args))["train"]["label"][:] == labels
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4, 8])
+def test_a_limited_stream_has_as_many_documents_for_any_number_of_readers(tmp_path, num_workers):
+    for part in range(4):
+        rows = [{"text": f"{part}-{row}"} for row in range(60)]
+        (tmp_path / f"{part}.jsonl").write_bytes(to_jsonl(rows))
+    args = DataArguments(
+        train_file=str(tmp_path / "*.jsonl"), streaming=True, max_train_samples=100, validation_split_percentage=0
+    )
+    num_readers = max(1, num_workers)
+    stream = DocumentStream(load_documents(args)["train"])
+    shares = [[row["text"] for row in stream.share(reader, num_readers)] for reader in range(num_readers)]
+    found = [text for share in shares for text in share]
+    assert len(found) == 100 and set(found) == {f"{part}-{row}" for part in (0, 1) for row in range(60)} - {
+        f"1-{row}" for row in range(40, 60)
+    }
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_stream_shuffles_its_files_by_epoch(tmp_path):
+    """What `set_epoch` of datasets does from the version on that pyproject.toml asks for."""
+    for part in range(8):
+        (tmp_path / f"{part}.jsonl").write_bytes(to_jsonl([{"text": str(part)}]))
+    args = DataArguments(train_file=str(tmp_path / "*.jsonl"), streaming=True, validation_split_percentage=0)
+    documents = load_documents(args)["train"]
+    orders = []
+    for epoch in range(3):
+        documents.set_epoch(epoch)
+        orders.append([row["text"] for row in documents])
+    assert orders[0] == sorted(orders[0]) and orders[0] != orders[1] != orders[2]
+    assert {tuple(sorted(order)) for order in orders} == {tuple(orders[0])}

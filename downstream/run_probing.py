@@ -34,7 +34,7 @@ from ..corpus.files import FILE_FORMATS
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from .embedding import reads_special_tokens
-from .labels import IGNORED, flatten
+from .labels import IGNORED, flatten, is_finite_number
 from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
 
 
@@ -226,7 +226,10 @@ def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[st
             notes.append(f"{len(rows) - len(usable):,} rows of {split} dropped (text or {answer} missing or invalid)")
         columns[split] = dict(zip((*inputs, answer), map(list, zip(*usable, strict=True)), strict=True))
 
-    if kind != "similarity":
+    if kind == "similarity":
+        for content in columns.values():
+            content[answer] = [float(score) for score in content[answer]]
+    else:
         labels = {split: set(flatten(c[answer])) - {IGNORED} for split, c in columns.items()}
         classes = sorted(set.union(*labels.values()), key=str)
         if any(isinstance(label, float) for label in classes) or len(labels["train"]) < 2:
@@ -253,7 +256,7 @@ def is_usable(kind: str, row: tuple) -> bool:
     """Whether a row has its texts and its answer."""
     *texts, answer = row
     if kind == "similarity":
-        has_answer = isinstance(answer, (int, float)) and math.isfinite(answer)
+        has_answer = is_finite_number(answer)  # a csv file holds text
     elif kind == "tagging":
         (words,) = texts
         has_answer = bool(answer) and not {None, MISSING_LABEL} & set(answer) and set(answer) != {IGNORED}

@@ -24,13 +24,13 @@ from typing import Literal
 import evaluate
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments, start
 from ..corpus.faults import find_fault
-from ..corpus.files import FILE_FORMATS
+from ..corpus.files import FILE_FORMATS, load_paths
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from .embedding import reads_special_tokens
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 TFIDF = "TF-IDF"
-MISSING_LABEL = -1  # what data sets write where a label is kept secret
+MISSING_LABELS = (-1, "-1")  # what data sets write where a label is kept secret
 MAX_DEFAULT_LENGTH = 512  # tokens
 QUALITY_METRIC = Path(__file__).parent / "metrics" / "representation_quality"
 MAX_QUALITY_TEXTS = 4096  # uniformity takes all pairs
@@ -185,8 +185,8 @@ def read_file(path: Path) -> Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if FILE_FORMATS.get(path.suffix, "text") == "text":
-        raise ValueError(f"{path} must be a json, jsonl, csv or parquet file, with columns.")
-    return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        raise ValueError(f"{path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
+    return load_paths(str(path), [str(path)])
 
 
 def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
@@ -259,10 +259,10 @@ def is_usable(kind: str, row: tuple) -> bool:
         has_answer = is_finite_number(answer)  # a csv file holds text
     elif kind == "tagging":
         (words,) = texts
-        has_answer = bool(answer) and not {None, MISSING_LABEL} & set(answer) and set(answer) != {IGNORED}
+        has_answer = bool(answer) and not {None, *MISSING_LABELS} & set(answer) and set(answer) != {IGNORED}
         return has_answer and len(words or []) == len(answer) and all(isinstance(word, str) for word in words)
     else:
-        has_answer = answer not in (None, "", MISSING_LABEL, IGNORED)
+        has_answer = answer not in (None, "", IGNORED, *MISSING_LABELS)
     return has_answer and all(find_fault(text) is None for text in texts)
 
 

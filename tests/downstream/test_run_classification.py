@@ -271,7 +271,6 @@ def test_limits(folder, tmp_path, monkeypatch):
     assert results["train_truncated"] == 30
 
 
-@pytest.mark.xfail(reason="files of csv are read as text soon")
 def test_csv_with_a_missing_label(folder, tmp_path, monkeypatch):
     """A csv holds text: classes stay as they are written, and only an empty field is missing."""
     classes = {"red": "007", "green": "None", "blue": "NA"}

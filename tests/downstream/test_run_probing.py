@@ -154,7 +154,7 @@ def test_a_missing_model_is_named_before_any_data_is_read(models, monkeypatch):
 
 
 def test_rows_that_can_not_be_used_are_dropped_and_counted(tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="tjepa.run_probing")
+    caplog.set_level(logging.INFO, logger="tjepa")
     good = [{"text": f"word {i}", "label": ["no", "yes"][i % 2]} for i in range(4)]
     bad = [{"text": None, "label": "no"}, {"text": " ", "label": "no"}, {"text": "word", "label": None}]
     write(tmp_path / "a.jsonl", good + bad, ("text", "label"))
@@ -167,7 +167,7 @@ def test_rows_that_can_not_be_used_are_dropped_and_counted(tmp_path, caplog):
 
 
 def test_csv_and_parquet_and_three_splits(tmp_path):
-    rows = Dataset.from_dict({"text": ["a b", "c d", "e f"], "label": [3, 7, -1]})  # -1: kept secret
+    rows = Dataset.from_dict({"text": ["a b", "c d", "e f"], "label": ["007", "NA", "-1"]})  # -1: kept secret
     rows.to_csv(tmp_path / "a.csv")
     rows.to_parquet(tmp_path / "a.parquet")
     (task,) = load_tasks([f"mine={tmp_path}/a.csv,{tmp_path}/a.parquet,{tmp_path}/a.csv"], None)
@@ -176,7 +176,7 @@ def test_csv_and_parquet_and_three_splits(tmp_path):
 
 
 def test_every_column_of_tags_is_a_task_and_words_are_limited(tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="tjepa.run_probing")
+    caplog.set_level(logging.INFO, logger="tjepa")
     row = {"tokens": ["a", "b", "c"], "pos_tags": ["X", "Y", "X"], "chunk_tags": ["B", "I", "O"]}
     torn = {**row, "pos_tags": ["X"]}
     for split in ("train", "test"):
@@ -234,7 +234,7 @@ def test_sources_that_are_refused(data, tmp_path):
         load_tasks([f"mine={tmp_path}/a.csv"], None)
     with pytest.raises(ValueError, match="has 4 files"):
         load_tasks(["mine=a,b,c,d"], None)
-    with pytest.raises(ValueError, match="must be a json, jsonl, csv or parquet file"):
+    with pytest.raises(ValueError, match="must be a json, jsonl, csv, tsv or parquet file"):
         load_tasks([f"mine={data}/README.md"], None)
     with pytest.raises(ValueError, match="needs the splits train and test; it has \\['test'\\]"):
         load_tasks([f"mine={data}/kinds-test.jsonl"], None)

@@ -390,7 +390,7 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 
 def load_metrics(hub_metrics: list[HubMetric], folder: str, configuration: str | None = None) -> Callable[..., dict]:
     """
-    The metrics of the Hub or, where it can not be reached or they need a package that is missing, our own.
+    The metrics of the Hub or, where it cannot be reached or they need a package that is missing, our own.
 
     Args:
         hub_metrics (`list[HubMetric]`): what to load from the Hub.
@@ -407,7 +407,7 @@ def load_metrics(hub_metrics: list[HubMetric], folder: str, configuration: str |
         ]
         logger.info(f"Metrics: {', '.join(modules)} of the Hub")
     except (OSError, ImportError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ImportError) else "it can not be reached"
+        reason = str(error).splitlines()[0] if isinstance(error, ImportError) else "it cannot be reached"
         logger.info(f"Metrics: metrics/{folder} of this repository, not {', '.join(modules)} of the Hub: {reason}")
         names = {name: name for metric in hub_metrics for name in metric.figures.values()}
         ours = evaluate.load(str(METRICS / folder), configuration, keep_in_memory=True)

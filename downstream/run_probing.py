@@ -141,7 +141,7 @@ def load_tasks(
 
     Raises:
         FileNotFoundError: a file, or a data set of `data_dir`, does not exist.
-        ValueError: no data was named, or a data set can not be used; the message says why.
+        ValueError: no data was named, or a data set cannot be used; the message says why.
     """
     in_folder = find_files(data_dir) if data_dir else {}
     if not names and not in_folder:
@@ -211,7 +211,7 @@ def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
 
 
 def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[str, ...], answer: str) -> ProbeTask:
-    """Drops what can not be used, numbers the labels, and says all of it in one line."""
+    """Drops what cannot be used, numbers the labels, and says all of it in one line."""
     if kind != "similarity" and not {"train", "test"} <= set(splits):
         raise ValueError(f"{name} is for {kind}, which needs the splits train and test; it has {sorted(splits)}.")
     columns, notes = {}, []

@@ -43,7 +43,7 @@ def export_sentence_transformer(
     Raises:
         FileExistsError: if the output folder holds files.
         FileNotFoundError: if the model is a path that is not there.
-        ValueError: if the model is no T-JEPA model, or the tokenizer is not a fast one or can not pad.
+        ValueError: if the model is not a T-JEPA model, or the tokenizer is not a fast one or cannot pad.
     """
     output_folder = Path(output_folder)
     if output_folder.exists() and any(output_folder.iterdir()):

@@ -107,6 +107,14 @@ def main():
         default_file=QUICKSTART_CONFIG,
         default_unless=("dataset_name", "train_file"),
     )
+    # Masks and configuration first: what is wrong with them shows before a document is read or a repository made
+    strategies = load_masking_strategies(masking_args.masking_strategies)
+    collator = DataCollatorForTJEPA(
+        strategies,
+        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        mask_recurring_targets=masking_args.mask_recurring_targets,
+        views_per_document=masking_args.views_per_document,
+    )
     set_up_logging(training_args)
     if training_args.device.type == "cpu":
         use_all_cores(training_args)
@@ -123,7 +131,6 @@ def main():
         training_args.push_to_hub = False
     elif checkpoint is not None and training_args.max_steps > 0:
         plan_extension(training_args, checkpoint, training_args.max_steps)  # an error comes before the work
-    publisher = create_publisher(training_args, model_args.token)
     config = load_pretraining_config(
         model_args.model_name_or_path,
         model_args.config_name,
@@ -131,6 +138,7 @@ def main():
         revision=model_args.model_revision,
         **model_args.for_hub(),
     )
+    publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
     # Text -> tokens
@@ -158,17 +166,9 @@ def main():
     logger.info(f"{model.num_parameters(only_trainable=True):,} trainable parameters")
 
     # Views and batches
-    strategies = load_masking_strategies(masking_args.masking_strategies)
-    row_length = masking_args.row_length
-    if row_length is None and get_attention(model.config) == "flex_attention":
-        row_length = "auto"
-    collator = DataCollatorForTJEPA(
-        strategies,
-        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-        row_length=row_length,
-        mask_recurring_targets=masking_args.mask_recurring_targets,
-        views_per_document=masking_args.views_per_document,
-    )
+    collator.row_length = masking_args.row_length
+    if collator.row_length is None and get_attention(model.config) == "flex_attention":
+        collator.row_length = "auto"
 
     # Training
     trainer = create_trainer(model, training_args, collator, datasets_by_split, tokenizer)

@@ -4,17 +4,20 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from helpers import REPOSITORY
-from tjepa import cli
+from tjepa import cli, run_pretraining
 from tjepa.corpus.arguments import CONFIGS, find_config, parse_arguments, start
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.prepare_dataset import PreparationArguments
 from tjepa.run_pretraining import QUICKSTART_CONFIG, MaskingArguments, ModelArguments
 from tjepa.training.arguments import PretrainingArguments
+from tjepa.training.setup import available_cores, use_all_cores
 
 
 def run(monkeypatch, *arguments):
@@ -176,3 +179,38 @@ def test_arguments_of_the_preparation_are_in_its_help(capsys):
         parse_arguments(PreparationArguments, ["--help"], description="Prepares.\n\nMore.")
     out = capsys.readouterr().out
     assert "Prepares. A YAML file" in out and "More." not in out and "--deduplicate" in out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--masking_strategies=ul3"], "ul3"),
+        (["--views_per_document=99"], "views_per_document"),
+        (["--config_overrides=hiden_size=64"], "hiden_size"),
+    ],
+)
+def test_masks_and_configuration_are_checked_before_data_is_read(flags, message, tmp_path, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("data were read")
+
+    monkeypatch.setattr(run_pretraining, "load_documents", read)
+    monkeypatch.setattr(sys, "argv", ["x", *flags, f"--output_dir={tmp_path}", "--use_cpu=true"])
+    with pytest.raises(ValueError, match=message):
+        run_pretraining.main()
+
+
+# ---- threads ----
+
+
+def test_threads_follow_the_cores_that_are_left(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 5, 7}, raising=False)
+    assert available_cores() == 3
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert available_cores() == 2
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    use_all_cores(SimpleNamespace(world_size=1))
+    assert chosen == [2]

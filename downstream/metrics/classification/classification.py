@@ -1,7 +1,7 @@
 """Accuracy, F1 and Matthews correlation, or Pearson and Spearman correlation, as an `evaluate` module.
 
-    evaluate.load("metrics/classification").compute(predictions=[0, 1], references=[0, 0])
-    evaluate.load("metrics/classification", "regression").compute(predictions=[0.1, 2.0], references=[0.0, 1.0])
+    evaluate.load("downstream/metrics/classification").compute(predictions=[0, 1], references=[0, 0])
+    evaluate.load("downstream/metrics/classification", "regression").compute(predictions=[0.1], references=[0.0])
 
 For machines that cannot reach the Hub, where `evaluate.load("accuracy")` lives. Notable: numpy alone. One import per
 line: `evaluate` reads these lines with a simple parser to find out what a module needs.

@@ -1,6 +1,6 @@
 """How good a set of representations looks without any labels, as an `evaluate` module.
 
-    evaluate.load("metrics/representation_quality").compute(predictions=embeddings)
+    evaluate.load("downstream/metrics/representation_quality").compute(predictions=embeddings)
 
 Notable: everything is computed in float64 with numpy alone. One import per line: `evaluate` reads these lines with a
 simple parser to find out what a module needs.

@@ -1,6 +1,6 @@
 """Accuracy of tags, and precision, recall and F1 of the chunks that they spell, as an `evaluate` module.
 
-    evaluate.load("metrics/tagging").compute(predictions=[["B-NP", "O"]], references=[["B-NP", "I-NP"]])
+    evaluate.load("downstream/metrics/tagging").compute(predictions=[["B-NP", "O"]], references=[["B-NP", "I-NP"]])
 
 For machines that cannot reach the Hub, where `evaluate.load("seqeval")` lives, or lack the package it needs. Notable:
 the chunks are those of the CoNLL-2000 script `conlleval`, which seqeval's default follows, too. One import per line:

@@ -1,0 +1,176 @@
+"""Finds the examples that a reader would copy, in Markdown files and in docstrings, and runs or parses them."""
+
+import ast
+import builtins
+import doctest
+import faulthandler
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+COMMANDS = ("tjepa", "accelerate", "torchrun", "python")
+NAMES_OF_THE_READER = {  # names that a snippet may use without making them: what makes them
+    "tokenizer": "from transformers import AutoTokenizer\n"
+    "tokenizer = AutoTokenizer.from_pretrained('runs/quickstart', trust_remote_code=True)",
+    "encoder": "from transformers import AutoModel\n"
+    "encoder = AutoModel.from_pretrained('runs/quickstart', trust_remote_code=True).eval()",
+    "model": "from transformers import AutoModel\n"
+    "model = AutoModel.from_pretrained('runs/quickstart', trust_remote_code=True)",
+}
+
+
+class Snippet(NamedTuple):
+    where: str  # file and line
+    language: str  # python or bash
+    source: str
+
+
+def markdown_snippets(path: Path) -> Iterator[Snippet]:
+    """Fenced blocks of Python and bash, and indented commands."""
+    text = path.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(python|bash)\n(.*?)^```", text, flags=re.M | re.S):
+        line = text[: match.start()].count("\n") + 1
+        yield Snippet(f"{path.name}:{line}", match[1], match[2])
+    without_fences = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    yield from _indented(without_fences, path.name)
+
+
+def docstring_snippets(path: Path) -> Iterator[Snippet]:
+    """Indented commands and indented Python in docstrings; formulas, which are neither, are passed over."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            docstring = ast.get_docstring(node) or ""
+            yield from _indented(docstring, f"{path.name}:{getattr(node, 'name', '')}")
+
+
+def _indented(text: str, where: str) -> Iterator[Snippet]:
+    for block in re.findall(r"(?:^|\n\n)((?: {4}.*(?:\n|$))+)", text):
+        source = re.sub(r"^ {4}", "", block, flags=re.M)
+        if source.split()[0] in COMMANDS:
+            yield Snippet(where, "bash", source)
+        elif _is_python(source):
+            yield Snippet(where, "python", source)
+
+
+def _is_python(source: str) -> bool:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return False
+    return any(isinstance(node, ast.Call) for node in ast.walk(tree))
+
+
+# ---- bash ----
+
+
+def commands(source: str) -> Iterator[list[str]]:
+    """The commands of a bash block as lists of words, with its variables filled in."""
+    variables = {}
+    for line in source.replace("\\\n", " ").splitlines():
+        for command in line.split("&&"):
+            command = re.sub(r"\$(\w+)", lambda match: variables.get(match[1], match[0]), command)
+            words = shlex.split(command, comments=True)
+            if words and words[0] == "export":
+                words = words[1:]
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                name, _, variables[name] = words.pop(0).partition("=")
+            if words:
+                yield words
+
+
+def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
+    """What a command line starts: a subcommand of `tjepa`, or a file or module, and its flags; None for other tools.
+
+    Raises:
+        AssertionError: if a file that it names does not exist.
+    """
+    program, *rest = words
+    if program == "tjepa":
+        return f"tjepa {rest[0]}", rest[1:]
+    if program == "accelerate":
+        assert rest.pop(0) == "launch"
+    elif program not in ("torchrun", "python"):
+        return None
+    while rest and not rest[0].endswith(".py"):
+        flag = rest.pop(0)
+        assert flag.startswith("-"), words
+        if flag == "-m":
+            break
+        if flag != "--debug":
+            value = rest.pop(0)
+            assert flag != "--config_file" or Path(value).is_file(), words
+    script, *flags = rest
+    return script, flags
+
+
+# ---- python ----
+
+
+def run_python(snippets: list[Snippet], folder: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Runs the snippets in a process of their own, each in a namespace of its own, with `folder` as working directory.
+
+    Returns:
+        `dict[str, str]`: Where a snippet stands -> why it failed. Asking the user something is a failure.
+    """
+    (folder / "snippets.json").write_text(json.dumps(snippets))
+    result = subprocess.run(
+        [sys.executable, __file__, "snippets.json"],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "failures.json").read_text())
+
+
+def free_names(source: str) -> set[str]:
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    made = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    return {node.id for node in names} - made
+
+
+def _run_one(snippet: Snippet) -> None:
+    asked = []
+    builtins.input = lambda prompt="": asked.append(prompt) or "n"
+    source = snippet.source
+    examples = doctest.DocTestParser().get_examples(source)
+    needed = free_names("".join(example.source for example in examples) if examples else source)
+    namespace = {"__name__": "__main__"}
+    for name in sorted(needed & set(NAMES_OF_THE_READER)):
+        exec(NAMES_OF_THE_READER[name], namespace)
+    if examples:
+        test = doctest.DocTest(examples, namespace, snippet.where, None, None, source)
+        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+        assert runner.run(test).failed == 0, "the output differs"
+    else:
+        exec(compile(source, snippet.where, "exec"), namespace)
+    assert not asked, f"it asks: {asked}"
+
+
+def _main(path: str) -> None:
+    failures = {}
+    snippets = [Snippet(*item) for item in json.loads(Path(path).read_text())]
+    # Those that import this package come last: after it no folder of ours needs `trust_remote_code`.
+    for snippet in sorted(snippets, key=lambda snippet: "tjepa" in snippet.source):
+        faulthandler.dump_traceback_later(90, exit=True)  # a snippet that waits for something
+        print(snippet.where, file=sys.stderr, flush=True)
+        try:
+            _run_one(snippet)
+        except Exception:
+            failures[snippet.where] = traceback.format_exc()
+    Path("failures.json").write_text(json.dumps(failures))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

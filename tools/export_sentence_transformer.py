@@ -1,8 +1,6 @@
 """Makes a folder that sentence-transformers loads: encoder, mean over the tokens, unit length.
 
     tjepa export runs/quickstart runs/quickstart-sentences
-    python -c "from sentence_transformers import SentenceTransformer as S;
-    print(S('runs/quickstart-sentences', trust_remote_code=True).encode('A text.').shape)"
 
 Notable: sentence-transformers is not needed to write the folder, only to use it. The tokenizer in it adds no special
 tokens, because T-JEPA is trained without them, and has a padding token, because batches need one.

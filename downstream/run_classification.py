@@ -2,7 +2,7 @@
 
     tjepa classify --model_name_or_path runs/quickstart --dataset_name stanfordnlp/sst2
     tjepa classify --model_name_or_path runs/quickstart --train_file train.csv
-    tjepa classify my.yaml --freeze_encoder  # a linear probe
+    tjepa classify --model_name_or_path runs/quickstart --train_file train.csv --freeze_encoder  # a linear probe
 
 Arguments come from dataclasses, from a YAML file as the first argument, or from both (flags win). Notable: the labels
 decide what is trained. Names and integers are classes, lists of them are several classes for a text, numbers with a

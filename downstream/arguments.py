@@ -8,6 +8,7 @@ from transformers.hf_argparser import HfArg
 
 from ..corpus.documents import SourceArguments
 from ..corpus.tokenizers import HubArguments
+from ..training.flags import check_flags, check_precision
 
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -138,5 +139,7 @@ class FinetuningArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_flags(self, "finetuning")
         super().__post_init__()
+        check_precision(self)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns

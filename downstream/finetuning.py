@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PreTrainedConfig,
@@ -39,6 +40,7 @@ from ..training.loop import train
 from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
 from ..training.setup import set_up_logging, use_all_cores
+from ..training.trainer import keeping_the_last_batch
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
 from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
@@ -439,7 +441,18 @@ def is_undefined(value: Any) -> bool:
 
 
 class FinetuningTrainer(Trainer):
-    """The Trainer as it is; an undefined figure is null in its history, because NaN is not JSON."""
+    """
+    The Trainer as it is, but that evaluations see every row, whatever `dataloader_drop_last` is, and that an undefined
+    figure is null in its history, because NaN is not JSON.
+    """
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        with keeping_the_last_batch(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        with keeping_the_last_batch(self.args):
+            return super().get_test_dataloader(test_dataset)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log({name: None if is_undefined(value) else value for name, value in logs.items()}, *args, **kwargs)

@@ -1,5 +1,6 @@
 """What several test files share: where the shared data lies, a tiny model, documents, batches."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -13,6 +14,15 @@ from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection():
+    """Every start of a Trainer collects garbage, and looks through all of torch and transformers for it: seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from .flags import check_flags, check_precision
 from .health import COLLAPSE_PATIENCE
 from .schedules import EXTENSIONS, LR_SCHEDULES
 
@@ -88,10 +89,12 @@ class PretrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
 
     def __post_init__(self):
+        check_flags(self, "pretraining")
         # without it accelerate takes the processes of a machine without GPU for so many lone ones
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.accelerator_config = whole_batches(self.accelerator_config)
         super().__post_init__()
+        check_precision(self)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.schedule_stretch < 1.0:

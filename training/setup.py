@@ -18,10 +18,15 @@ logger = logging.getLogger(__name__)
 
 def set_up_logging(args: TrainingArguments) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    asked_for, level = args.log_level, logging.INFO
+    if args.process_index != 0:
+        asked_for, level = args.log_level_replica, logging.WARNING
+    is_asked_for = asked_for != "passive"
+    if is_asked_for:
+        level = logging.getLevelNamesMapping()[asked_for.upper()]
     for name in ("tjepa", "__main__"):  # the package, and a script started as a file
         logging.getLogger(name).setLevel(level)
-    transformers.utils.logging.set_verbosity(logging.WARNING)
+    transformers.utils.logging.set_verbosity(level if is_asked_for else logging.WARNING)
     if args.process_index != 0:
         datasets.disable_progress_bars()
 

@@ -9,12 +9,13 @@ needs `callbacks=[EMACallback()]` and nothing else, as long as one process makes
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType, parse_flag_from_env, reduce, send_to_device
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
 from ..corpus.private import GradientNormHook, without_repeated_documents
@@ -82,6 +83,16 @@ class SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         return reduce(gradient, reduction="sum")
+
+
+@contextmanager
+def keeping_the_last_batch(args: TrainingArguments) -> Iterator[None]:
+    """`dataloader_drop_last` is for batches to train on: what is evaluated, or predicted, is all that there is."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 class TJEPATrainer(GradientNormHook, Trainer):
@@ -223,11 +234,8 @@ class TJEPATrainer(GradientNormHook, Trainer):
 
     def _whole_first_epoch(self, dataset, make_loader) -> torch.utils.data.DataLoader:
         is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # that is for training
-        try:
+        with keeping_the_last_batch(self.args):
             return without_repeated_documents(make_loader((FirstEpochStream if is_stream else FirstEpoch)(dataset)))
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""

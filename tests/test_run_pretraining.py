@@ -198,7 +198,10 @@ def test_shipped_configs_parse(path):
 def test_a_compiled_run_is_the_same_run(inputs, tmp_path):
     """`--torch_compile` on fixed rows; in processes of their own, because transformers sets the environment for it."""
     losses = []
-    for name, flags in (("eager", []), ("compiled", ["--torch_compile", "--torch_compile_backend=aot_eager"])):
+    for name, flags in (
+        ("eager", []),
+        ("compiled", ["--torch_compile", "--torch_compile_backend=aot_eager", "--torch_compile_mode=default"]),
+    ):
         output_dir = tmp_path / name
         rows = {"attn_implementation": "eager", "row_length": 96}
         command = [sys.executable, str(REPOSITORY / "run_pretraining.py"), *arguments(inputs, output_dir, **rows)]

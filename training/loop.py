@@ -34,9 +34,10 @@ def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | No
             trainer.new_schedule_start = schedule_start
     if checkpoint is not None and is_finished(trainer, checkpoint):
         logger.info(f"{checkpoint} is the end of training already")
-        weights = type(trainer.model).from_pretrained(checkpoint, dtype=torch.float32).state_dict()
-        trainer.model.load_state_dict(weights)  # before it is wrapped or sharded, which an evaluation does
         load_state(trainer, checkpoint)
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        weights = type(trainer.model).from_pretrained(best or checkpoint, dtype=torch.float32).state_dict()
+        trainer.model.load_state_dict(weights)  # before it is wrapped or sharded, which an evaluation does
         return {}
     stop_on_signal = StopOnSignalCallback()
     trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save

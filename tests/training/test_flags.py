@@ -134,12 +134,6 @@ CASES = {
     ),
     "gradient_checkpointing": (True, lambda r, p: r.args.activation_checkpointing),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False}, lambda r, p: r.args.activation_checkpointing_kwargs),
-    "torch_compile": ({"torch_compile": True, "torch_compile_backend": "eager"}, same),
-    "torch_compile_backend": ("eager", lambda r, p: same(r, p) and r.args.torch_compile),
-    "torch_compile_mode": (
-        {"torch_compile_backend": "eager", "torch_compile_mode": "default"},
-        lambda r, p: same(r, p) and r.trainer.accelerator.state.dynamo_plugin.mode == "default",
-    ),
     "neftune_noise_alpha": (50.0, differs),
     "torch_empty_cache_steps": (1, same),
     "logging_strategy": ("epoch", lambda r, p: len(r.losses) == 1),
@@ -225,6 +219,7 @@ CASES = {
 }
 # what the scripts do with it, what needs a launcher, and what no machine of ours has
 TESTED_IN = {
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "test_run_pretraining.py"),
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "hub_strategy"), "training/test_publishing.py"),
     **dict.fromkeys(("hub_private_repo", "hub_always_push", "hub_revision"), "training/test_publishing.py"),
     **dict.fromkeys(("resume_from_checkpoint", "do_train", "do_eval"), "training/test_evaluation.py"),
@@ -344,3 +339,10 @@ def test_the_log_level_is_that_of_our_lines_too(tmp_path, untouched):
     for level, expected in (("error", logging.ERROR), ("debug", logging.DEBUG), ("passive", logging.INFO)):
         set_up_logging(make_arguments("pretraining", tmp_path, log_level=level))
         assert logger.level == expected
+
+
+def test_fine_tuning_compiles(tmp_path, plain, tokenizer, untouched):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"}
+    run = Run("finetuning", tmp_path, tokenizer, max_steps=1, **compiled)
+    assert run.losses == pytest.approx(plain["finetuning"].losses[:1], abs=1e-6)
+    assert run.trainer.accelerator.state.dynamo_plugin.mode == "default"

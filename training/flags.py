@@ -201,7 +201,10 @@ FLAGS: dict[str, Rules] = {
     "train_sampling_strategy": WORKS,
     "length_column_name": both(unused("lengths are counted")),
     # the rest
-    "debug": both(works("with a value it is transformers' flag; without one an error ends with its traceback")),
+    "debug": Rules(
+        works("with a value it is transformers' flag; without one an error ends with its traceback"),
+        refused("transformers' detector cannot read attention masks; without a value --debug shows tracebacks"),
+    ),
     "skip_memory_metrics": WORKS,
     "do_train": WORKS,
     "do_eval": WORKS,

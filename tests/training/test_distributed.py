@@ -143,6 +143,27 @@ def test_two_processes_with_fsdp2_then_resumed(inputs, one_process, tmp_path):  
     assert_same_run(one_process, tmp_path / "resumed")
 
 
+def test_fsdp2_evaluates_without_a_step_of_training(inputs, one_process, tmp_path):  # noqa: F811
+    """A finished run without its final folder, and --do_train False."""
+    shutil.copytree(one_process / "checkpoint-8", tmp_path / "out" / "checkpoint-8")
+    finished = arguments(inputs, tmp_path / "out", **TWO_PROCESSES, resume_from_checkpoint="last")
+    accelerate_launch("fsdp2.yaml", [SCRIPT, *finished], tmp_path)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", one_process))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    accelerate_launch("fsdp2.yaml", [SCRIPT, *finished, "--do_train=False"], tmp_path)
+    results = [
+        json.loads(file.read_text())
+        for file in (
+            one_process / "all_results.json",
+            tmp_path / "out" / "all_results.json",
+            tmp_path / "out" / "eval_results.json",
+        )
+    ]
+    assert len({result["train_steps"] for result in results}) == 1
+    for name in ("eval_loss", "eval_cosine"):
+        assert [result[name] for result in results] == pytest.approx([results[0][name]] * 3, abs=1e-5)
+
+
 def test_fsdp2_in_bfloat16(inputs, tmp_path, monkeypatch):  # noqa: F811
     """As without FSDP: float32 weights, autocast, and no cast of rotary angles and numbers of slots."""
     options = {**OPTIONS, "max_steps": 2, "gradient_accumulation_steps": 1, "eval_steps": 2, "save_strategy": "no"}
@@ -158,7 +179,7 @@ def test_fsdp2_in_bfloat16(inputs, tmp_path, monkeypatch):  # noqa: F811
 
 def test_torchrun_goes_on_from_the_checkpoint_of_one_process(inputs, one_process, tmp_path):  # noqa: F811
     shutil.copytree(one_process / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
-    resumed = arguments(inputs, tmp_path / "out", **TWO_PROCESSES, resume_from_checkpoint="last")
+    resumed = arguments(inputs, tmp_path / "out", **TWO_PROCESSES, resume_from_checkpoint="last", ddp_backend="gloo")
     launch_command(["torchrun", "--nproc_per_node", "2", str(SCRIPT), *resumed], tmp_path)
     assert_same_run(one_process, tmp_path / "out")
 

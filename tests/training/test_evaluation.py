@@ -79,6 +79,13 @@ def test_the_closing_report_reads_the_corpus_where_it_is_kept(monkeypatch):
         quickstart_report.report_what_was_learned(None, None, None, "my-cache")
 
 
+def test_a_run_without_evaluation(inputs, tmp_path, monkeypatch):
+    run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=1, do_eval=False))
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["train_steps"] == 1 and not any(name.startswith("eval_") for name in results)
+    assert "Health: not evaluated" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_results_name_the_step_of_the_best_weights(inputs, tmp_path, monkeypatch):
     best = {"load_best_model_at_end": True, "greater_is_better": True, "save_steps": 1}
     run(monkeypatch, arguments(inputs, tmp_path / "out", **STEPS, **best))

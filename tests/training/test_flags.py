@@ -192,7 +192,6 @@ CASES = {
     "ddp_bucket_cap_mb": (7, lambda r, p: r.trainer.accelerator.ddp_handler.bucket_cap_mb == 7),
     "ddp_broadcast_buffers": (False, lambda r, p: r.trainer.accelerator.ddp_handler.broadcast_buffers is False),
     "ddp_static_graph": (True, lambda r, p: r.trainer.accelerator.ddp_handler.static_graph),
-    "ddp_backend": ("gloo", reached("ddp_backend")),
     "ddp_timeout": (7, lambda r, p: r.args.ddp_timeout_delta.seconds == 7),
     "dataloader_drop_last": (
         {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 5, "dataloader_drop_last": True},
@@ -225,6 +224,7 @@ TESTED_IN = {
     **dict.fromkeys(("resume_from_checkpoint", "do_train", "do_eval"), "training/test_evaluation.py"),
     "do_predict": "downstream/test_predictions.py",
     "fp16": "training/test_flags.py",
+    "ddp_backend": "training/test_distributed.py",
     "fsdp": "training/test_distributed.py",
     "fsdp_config": "training/test_distributed.py",
     "deepspeed": "training/test_distributed.py",
@@ -238,6 +238,7 @@ OTHER_VALUES = {
     "eval_accumulation_steps": 1,
     "optim_target_modules": "all-linear",
     "local_rank": 1,
+    "debug": "underflow_overflow",
     "length_column_name": "size",
 }
 

@@ -34,13 +34,17 @@ class EpochCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if isinstance(model, FSDPModule) and model.token_head is not None:
-            # the token head reads the input embedding after the encoder is done with it
-            model.get_input_embeddings().set_reshard_after_forward(False)
+        keep_embedding_for_token_head(model)
 
     def on_epoch_begin(self, args, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+def keep_embedding_for_token_head(model: torch.nn.Module) -> None:
+    """The token head reads the input embedding after the encoder is done with it, when FSDP2 has sharded it again."""
+    if isinstance(model, FSDPModule) and model.token_head is not None:
+        model.get_input_embeddings().set_reshard_after_forward(False)
 
 
 class FirstEpoch(torch.utils.data.Dataset):
@@ -172,6 +176,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
             self.create_optimizer()
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
+            keep_embedding_for_token_head(self.model)
 
     # Optimizer and schedules, made for every start of training: a second one may have another number of steps
 

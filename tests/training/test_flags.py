@@ -222,11 +222,11 @@ TESTED_IN = {
     **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "hub_strategy"), "training/test_publishing.py"),
     **dict.fromkeys(("hub_private_repo", "hub_always_push", "hub_revision"), "training/test_publishing.py"),
     **dict.fromkeys(("resume_from_checkpoint", "do_train", "do_eval"), "training/test_evaluation.py"),
-    "do_predict": "downstream/test_predictions.py",
+    "do_predict": "training/test_flags.py",
     "fp16": "training/test_flags.py",
     "ddp_backend": "training/test_distributed.py",
     "fsdp": "training/test_distributed.py",
-    "fsdp_config": "training/test_distributed.py",
+    "fsdp_config": "training/test_flags.py",
     "deepspeed": "training/test_distributed.py",
 }
 OTHER_VALUES = {
@@ -347,3 +347,16 @@ def test_fine_tuning_compiles(tmp_path, plain, tokenizer, untouched):
     run = Run("finetuning", tmp_path, tokenizer, max_steps=1, **compiled)
     assert run.losses == pytest.approx(plain["finetuning"].losses[:1], abs=1e-6)
     assert run.trainer.accelerator.state.dynamo_plugin.mode == "default"
+
+
+def test_predictions_keep_the_last_batch(tmp_path, tokenizer):
+    """As `--do_predict` makes them: a row for each of the 24, also with `--dataloader_drop_last`."""
+    trainer = make("finetuning", tmp_path, tokenizer, per_device_eval_batch_size=10, dataloader_drop_last=True)
+    assert len(trainer.predict(trainer.train_dataset).predictions) == 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp_needs_several_processes(tmp_path, tokenizer, untouched, kind):
+    config = {"transformer_layer_cls_to_wrap": ["TJEPALayer"]}
+    with pytest.raises(ValueError, match="only works in distributed training"):
+        make(kind, tmp_path, tokenizer, fsdp="full_shard", fsdp_config=config)

@@ -19,7 +19,16 @@ from tjepa.corpus.train_tokenizer import train_tokenizer
 
 
 TOKEN, STRANGERS_TOKEN = "hf_thesecretofowner", "hf_thesecretofstranger"
-MODEL_FILES = {"config.json", "configuration_tjepa.py", "model.safetensors", "modeling_tjepa.py"}
+MODEL_FILES = {
+    "config.json",
+    "configuration_tjepa.py",
+    "model.safetensors",
+    "modeling_tjepa.py",
+    "layers_tjepa.py",
+    "encoders_tjepa.py",
+    "predictors_tjepa.py",
+    "losses_tjepa.py",
+}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 PUBLISHED = {".gitattributes", "README.md", *MODEL_FILES, *TOKENIZER_FILES}
 

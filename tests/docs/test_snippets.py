@@ -67,7 +67,8 @@ def test_python_of_pages_and_model_card_runs_unattended(workspace):
     assert len(snippets) >= 12 and sum("me/stories" in snippet.source for snippet in snippets) >= 4
     with serve_hub({"hf_stand_in": "me"}) as hub:
         published = [path for path in (workspace / "runs" / "quickstart").iterdir() if path.name in PUBLISHED]
-        hub.add("me/stories", {path.name: path.read_bytes() for path in published} | {".gitattributes": b""})
+        files = {path.name: path.read_bytes() for path in published} | {".gitattributes": b""}
+        hub.add("me/stories", dict(sorted(files.items())))  # the Hub lists them in order
         environment = {**hub.environment("hf_stand_in"), "HF_HOME": str(workspace / "hf"), "HF_HUB_OFFLINE": "0"}
         failures = run_python(snippets, workspace, environment)
     assert not failures, "\n\n".join(f"{where}: {why}" for where, why in failures.items())

@@ -459,6 +459,23 @@ def pack_rows(
     return starts, (num_rows, row_length)
 
 
+@dataclass(frozen=True)
+class ViewGroups:
+    """Of each stream: see [`group_equal_shapes`]. Integers of Python, which stay with the host."""
+
+    documents: list[tuple[int, int, int]]
+    contexts: list[tuple[int, int, int]]
+    predictions: list[tuple[int, int, int]]
+
+
+def group_equal_shapes(num_contexts: np.ndarray, num_slots: np.ndarray) -> list[tuple[int, int, int]]:
+    """int [num_sequences] each, in the order of the row -> (number of neighbours of equal shape, contexts, slots)."""
+    shapes = np.stack([num_contexts, num_slots], axis=1)
+    starts = np.flatnonzero(np.diff(shapes, axis=0, prepend=-1).any(axis=1))
+    sizes = np.diff(starts, append=len(shapes))
+    return [(size, *shape) for size, shape in zip(sizes.tolist(), shapes[starts].tolist(), strict=True)]
+
+
 def pack_batch(
     documents: list[np.ndarray], views: Views, num_strategies: int, row_length: int | Literal["auto"] | None = None
 ) -> dict[str, torch.Tensor]:
@@ -477,9 +494,16 @@ def pack_batch(
     # Longest first packs best, and views of equal shape side by side are attended to as one batch.
     view_order = np.lexsort((num_slots, num_contexts))[::-1]
 
-    document_starts, document_shape = pack_rows(lengths, row_length, np.argsort(-lengths, kind="stable"))
+    document_order = np.argsort(-lengths, kind="stable")
+    document_starts, document_shape = pack_rows(lengths, row_length, document_order)
     context_starts, context_shape = pack_rows(num_contexts, row_length, view_order)
     prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, row_length, view_order)
+
+    view_groups = None  # padding, or a batch of nothing else: there the model looks for itself
+    if row_length is None and num_views:
+        contexts, slots = num_contexts[view_order], num_slots[view_order]
+        documents_and_contexts = (group_equal_shapes(n, 0 * n) for n in (lengths[document_order], contexts))
+        view_groups = ViewGroups(*documents_and_contexts, group_equal_shapes(contexts, slots))
 
     token_position = ragged_arange(lengths)
     token_place = np.repeat(document_starts, lengths) + token_position  # index in stream 1
@@ -514,6 +538,7 @@ def pack_batch(
         "label_indices": torch.from_numpy(token_place[views.slot_token[in_order]].astype(np.int32)),
         "slot_strategy_ids": torch.from_numpy(slot_strategy[in_order].astype(np.int32)),
         "slots_per_strategy": torch.from_numpy(np.bincount(slot_strategy, minlength=num_strategies)),
+        "view_groups": view_groups,
     }
 
 

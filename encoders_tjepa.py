@@ -56,6 +56,7 @@ def make_labels(
     position_ids: torch.LongTensor,
     document_ids: torch.LongTensor,
     label_indices: torch.LongTensor,
+    groups: list[tuple[int, int, int]] | None = None,
 ) -> torch.Tensor:
     """
     What the predictions should be: the target encoder's outputs at the hidden positions, normalised
@@ -65,12 +66,19 @@ def make_labels(
         encoder: the target encoder.
         input_ids, position_ids, document_ids (`torch.LongTensor` of shape `[rows, row_length]`): the documents.
         label_indices (`torch.LongTensor` of shape `[num_slots]`): where the labels lie in the flattened rows.
+        groups: of equal documents, where they are known; see [`PackedViews`].
 
     Returns:
         `torch.FloatTensor` of shape `[num_slots, hidden_size]`, float32.
     """
     num_layers, eps = config.target_layers, config.layer_norm_eps
-    outputs = encoder(input_ids, position_ids=position_ids, view_ids=document_ids, output_hidden_states=num_layers > 1)
+    outputs = encoder(
+        input_ids,
+        position_ids=position_ids,
+        view_ids=document_ids,
+        groups=groups,
+        output_hidden_states=num_layers > 1,
+    )
     layers = [outputs.last_hidden_state] if num_layers == 1 else outputs.hidden_states[-num_layers:]
     labels = []
     for states in layers:

@@ -45,6 +45,8 @@ class PackedViews:
     @classmethod
     def from_ids(cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None) -> "PackedViews":
         """
+        Finds the groups, for which the host waits for the device; whoever packed the rows knows them.
+
         Args:
             view_ids (`torch.LongTensor` of shape [rows, row_length]): the view of each entry; negative is padding.
             block_ids (`torch.LongTensor` of shape [rows, row_length], *optional*):
@@ -59,7 +61,12 @@ class PackedViews:
         shapes = torch.stack([view_lengths - slot_counts, slot_counts], dim=1)
         shapes, group_sizes = torch.unique_consecutive(shapes, dim=0, return_counts=True)
         groups = [(views, *shape) for views, shape in zip(group_sizes.tolist(), shapes.tolist(), strict=True)]
+        return cls.from_groups(groups, block_ids)
 
+    @classmethod
+    def from_groups(cls, groups: list[tuple[int, int, int]], block_ids: torch.Tensor | None = None) -> "PackedViews":
+        """groups as in the class, block_ids as in `from_ids`."""
+        block_ids = None if block_ids is None else block_ids.flatten()
         slot_masks, start = [], 0
         for num_views, num_context, num_slots in groups:
             stop = start + num_views * (num_context + num_slots)
@@ -123,6 +130,7 @@ def packed_attention_mask(
     view_ids: torch.Tensor,
     block_ids: torch.Tensor | None = None,
     query_indices: torch.Tensor | None = None,
+    groups: list[tuple[int, int, int]] | None = None,
 ):
     """
     The one attention rule of the model, in the form that `config._attn_implementation` takes:
@@ -131,7 +139,8 @@ def packed_attention_mask(
 
     Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes. Flash
     attention has no mask: there the lengths of the views say it all, see `flash_attention_kwargs`. With
-    `query_indices` only these entries of the (only) row have a query: all target slots, ascending.
+    `query_indices` only these entries of the (only) row have a query: all target slots, ascending. `groups` are those
+    of [`PackedViews`] where they are known and there is no padding; else they are found.
     """
     if is_flash_attention_requested(config):
         if block_ids is None:
@@ -141,6 +150,8 @@ def packed_attention_mask(
             "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
         )
     if config._attn_implementation == "sdpa":
+        if groups is not None:
+            return PackedViews.from_groups(groups, block_ids)
         return PackedViews.from_ids(view_ids, block_ids)
 
     query_states, query_view_ids, query_block_ids = hidden_states, view_ids, block_ids

@@ -156,6 +156,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         view_ids: torch.LongTensor | None = None,
+        groups: list[tuple[int, int, int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         r"""
@@ -170,6 +171,9 @@ class TJEPAModel(TJEPAPreTrainedModel):
             view_ids (`torch.LongTensor` of shape `[batch, length]`, *optional*):
                 For packed rows: which sequence each token belongs to; tokens attend within their sequence. Ids differ
                 between neighbouring sequences, also across rows; negative ids are padding.
+            groups (`list[tuple[int, int, int]]`, *optional*):
+                What `view_ids` say, for the host: of neighbouring sequences of equal length their number, that length
+                and 0. Only for rows without padding; without it the SDPA backend waits for the device to find it.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` [batch, length, hidden_size], after the final LayerNorm.
@@ -186,7 +190,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
 
         if view_ids is not None:
-            attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids)
+            attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids, groups=groups)
             if is_flash_attention_requested(self.config):
                 kwargs.update(flash_attention_kwargs(view_ids))
         else:
@@ -341,6 +345,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         label_indices: torch.LongTensor,
         slot_strategy_ids: torch.LongTensor,
         slots_per_strategy: torch.Tensor,
+        view_groups: object | None = None,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
         return_dict: bool | None = None,
     ) -> TJEPAForPreTrainingOutput:
@@ -364,6 +369,9 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Number of slots of each strategy. Where this batch is one of several that make a step (on as many
                 processes, or one after the other), the mean over those batches: the mean of their losses is then the
                 loss of all their documents together, however unevenly these are divided.
+            view_groups (`ViewGroups`, *optional*):
+                The groups of equal views in each stream, `documents`, `contexts` and `predictions`, as plain integers:
+                with them the host never waits for the device. Only for rows without padding.
             sum_over_processes (`Callable`, *optional*):
                 Where the batch is spread over processes, what sums a tensor over them, differentiably: the
                 variance/covariance term and SIGReg take their moments over the whole batch.
@@ -372,7 +380,13 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
 
         with torch.no_grad():
             labels = make_labels(
-                self.target_encoder, self.config, input_ids, position_ids, document_ids, label_indices
+                self.target_encoder,
+                self.config,
+                input_ids,
+                position_ids,
+                document_ids,
+                label_indices,
+                getattr(view_groups, "documents", None),
             )
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
@@ -383,6 +397,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             visible_input_ids,
             position_ids=flat_position_ids[context_indices],
             view_ids=context_view_ids,
+            groups=getattr(view_groups, "contexts", None),
         )[0].flatten(0, 1)
 
         predictions = self.predictor(
@@ -392,6 +407,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             prediction_view_ids,
             prediction_block_ids,
             slot_indices,
+            getattr(view_groups, "predictions", None),
         )
 
         loss_per_slot = distance_to_labels(self.config, predictions.float(), labels)

@@ -108,6 +108,7 @@ class TJEPAPredictor(TJEPAModule):
         prediction_view_ids: torch.LongTensor,
         prediction_block_ids: torch.LongTensor,
         slot_indices: torch.LongTensor,
+        groups: list[tuple[int, int, int]] | None = None,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -119,6 +120,7 @@ class TJEPAPredictor(TJEPAModule):
                 Position in the document, view (negative: padding) and block (0: context) of every entry.
             slot_indices (`torch.LongTensor` of shape `[num_slots]`):
                 Where the target slots lie in the flattened rows, ascending.
+            groups (`list[tuple[int, int, int]]`, *optional*): of equal views, where known; see [`PackedViews`].
 
         Returns:
             `torch.FloatTensor` of shape `[num_slots, hidden_size]`: the predictions.
@@ -138,7 +140,7 @@ class TJEPAPredictor(TJEPAModule):
             num_full_layers, queries = 0, slot_indices
             hidden_states = hidden_states.flatten(0, 1)[None]  # the slots of all rows are one row of queries
             view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
-        attention_mask = packed_attention_mask(self.config, hidden_states, view_ids, block_ids, queries)
+        attention_mask = packed_attention_mask(self.config, hidden_states, view_ids, block_ids, queries, groups)
         for layer in self.layers[:num_full_layers]:
             hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
         hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
@@ -183,6 +185,7 @@ class TJEPABoundaryPredictor(TJEPAModule):
         prediction_view_ids: torch.LongTensor,
         prediction_block_ids: torch.LongTensor,
         slot_indices: torch.LongTensor,
+        groups: list[tuple[int, int, int]] | None = None,
     ) -> torch.Tensor:
         """As [`TJEPAPredictor.forward`]."""
         view_ids, position_ids = prediction_view_ids.flatten().long(), prediction_position_ids.flatten().long()

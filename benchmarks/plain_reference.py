@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tjepa import TJEPAForPreTraining
-from tjepa.data_collator_tjepa import Views
+from tjepa.data_collator_tjepa import ViewGroups, Views
 
 
 def pad(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +57,8 @@ def plain_batch(documents: list[np.ndarray], views: Views, num_strategies: int) 
 def batch_bytes(batch: dict | torch.Tensor | list) -> int:
     if isinstance(batch, torch.Tensor):
         return batch.numel() * batch.element_size()
+    if isinstance(batch, ViewGroups):  # stays with the host
+        return 0
     return sum(batch_bytes(value) for value in (batch.values() if isinstance(batch, dict) else batch))
 
 

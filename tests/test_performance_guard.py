@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from plain_reference import batch_bytes, plain_batch, plain_forward_backward  # noqa: E402
 from pretraining_throughput import padding_share  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import make_examples
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, draw_views, hash_keys, pack_batch
+from tjepa.layers_tjepa import PackedViews
 
 
 def realistic_lengths(num_documents: int) -> list[int]:
@@ -20,6 +23,42 @@ def test_one_forward_each(make_model, batch):
         getattr(model, name).register_forward_hook(lambda *_, name=name: calls.append(name))
     model(**batch)
     assert sorted(calls) == ["context_encoder", "predictor", "target_encoder"]  # not one per strategy
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts the operations for whose result, or for the size of it, the host waits for the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal.default")
+
+    def __enter__(self):
+        self.calls = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(name in str(operation) for name in self.WAITS):
+            self.calls.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("predictor_type", ["self_attention", "cross_attention", "boundary"])
+def test_the_host_never_waits(make_model, predictor_type):
+    """The collator hands over the groups of equal views, and they are those that the model would find."""
+    model = make_model(predictor_type=predictor_type, denoising_weight=1.0, target_normalization="instance").train()
+    batch = DataCollatorForTJEPA()(make_examples([40, 23, 23, 7, 64, 2]))
+    torch.manual_seed(0)
+    with HostWaits() as host:
+        loss = model(**batch).loss
+        loss.backward()
+    assert host.calls == []
+    groups = batch.pop("view_groups")
+    assert groups.documents == PackedViews.from_ids(batch["document_ids"]).groups
+    assert groups.contexts == PackedViews.from_ids(batch["context_view_ids"]).groups
+    predictions = PackedViews.from_ids(batch["prediction_view_ids"], batch["prediction_block_ids"])
+    assert groups.predictions == predictions.groups
+    torch.manual_seed(0)
+    with HostWaits() as host:
+        assert model(**batch).loss == loss  # without them: the same
+    assert len(host.calls) > 0
 
 
 def test_padding():

@@ -5,7 +5,7 @@ What is notable:
 - All views of a batch are drawn at once with numpy; there is no Python loop over tokens, blocks or views.
 - Randomness is a hash of (seed, epoch, document index, strategy, counter), not the state of a generator. So a
   document's masks do not depend on the batch it is in, on the number of workers or processes, or on a resume.
-- The batch holds integer tensors only, and none of them grows with the square of a length.
+- The batch holds integers only, nearly all in tensors, and none of these grows with the square of a length.
 
 Words: a *view* is one document under one strategy, that is its context tokens and its target blocks; a *slot* is one
 hidden position of one block. The collator does not know any model.
@@ -14,9 +14,10 @@ hidden position of one block. The collator does not know any model.
 import bisect
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -131,10 +132,8 @@ MASKING_PRESETS = {
 
 def load_masking_strategies(name_or_path: str | Path) -> list[MaskingStrategy]:
     """
-    A preset by name (`"ul2"`), or a list of strategies from a YAML or JSON file.
-
-    Raises:
-        ValueError: if it is neither, or if the file does not hold a non-empty list of valid strategies.
+    A preset by name (`"ul2"`), or a list of strategies from a YAML or JSON file; a `ValueError` if it is neither, or
+    if the file does not hold a non-empty list of valid strategies.
     """
     if str(name_or_path) in MASKING_PRESETS:
         return list(MASKING_PRESETS[str(name_or_path)])
@@ -459,15 +458,6 @@ def pack_rows(
     return starts, (num_rows, row_length)
 
 
-@dataclass(frozen=True)
-class ViewGroups:
-    """Of each stream: see [`group_equal_shapes`]. Integers of Python, which stay with the host."""
-
-    documents: list[tuple[int, int, int]]
-    contexts: list[tuple[int, int, int]]
-    predictions: list[tuple[int, int, int]]
-
-
 def group_equal_shapes(num_contexts: np.ndarray, num_slots: np.ndarray) -> list[tuple[int, int, int]]:
     """int [num_sequences] each, in the order of the row -> (number of neighbours of equal shape, contexts, slots)."""
     shapes = np.stack([num_contexts, num_slots], axis=1)
@@ -480,12 +470,8 @@ def pack_batch(
     documents: list[np.ndarray], views: Views, num_strategies: int, row_length: int | Literal["auto"] | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    The three streams of packed rows that `TJEPAForPreTraining.forward` takes (see there for names and shapes).
-
-    Args:
-        documents: token ids of each document.
-        views: their views.
-        row_length: see `pack_rows`.
+    The three streams of packed rows that `TJEPAForPreTraining.forward` takes (see there for names and shapes), from
+    the token ids of each document and their views; for `row_length` see `pack_rows`.
     """
     num_views = len(views.document)
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
@@ -493,17 +479,19 @@ def pack_batch(
     num_slots = np.bincount(views.slot_view, minlength=num_views)
     # Longest first packs best, and views of equal shape side by side are attended to as one batch.
     view_order = np.lexsort((num_slots, num_contexts))[::-1]
-
     document_order = np.argsort(-lengths, kind="stable")
     document_starts, document_shape = pack_rows(lengths, row_length, document_order)
     context_starts, context_shape = pack_rows(num_contexts, row_length, view_order)
     prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, row_length, view_order)
 
-    view_groups = None  # padding, or a batch of nothing else: there the model looks for itself
+    view_groups = None  # where there is padding; plain integers, in what nobody moves to a device
     if row_length is None and num_views:
         contexts, slots = num_contexts[view_order], num_slots[view_order]
-        documents_and_contexts = (group_equal_shapes(n, 0 * n) for n in (lengths[document_order], contexts))
-        view_groups = ViewGroups(*documents_and_contexts, group_equal_shapes(contexts, slots))
+        view_groups = SimpleNamespace(
+            documents=group_equal_shapes(lengths[document_order], 0 * lengths),
+            contexts=group_equal_shapes(contexts, 0 * slots),
+            predictions=group_equal_shapes(contexts, slots),
+        )
 
     token_position = ragged_arange(lengths)
     token_place = np.repeat(document_starts, lengths) + token_position  # index in stream 1
@@ -519,7 +507,6 @@ def pack_batch(
         return torch.from_numpy(stream.reshape(shape))
 
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int64)
-    token_document = np.repeat(np.arange(len(documents)), lengths)
     entry_position = token_position[np.concatenate([views.context_token, views.slot_token])]
     entry_view = np.concatenate([views.context_view, views.slot_view])
     slot_strategy = views.strategy[views.slot_view]
@@ -527,7 +514,7 @@ def pack_batch(
     return {
         "input_ids": rows(document_shape, token_place, tokens, 0),
         "position_ids": rows(document_shape, token_place, token_position, 0),
-        "document_ids": rows(document_shape, token_place, token_document, -1),
+        "document_ids": rows(document_shape, token_place, np.repeat(np.arange(len(documents)), lengths), -1),
         "context_indices": rows(context_shape, context_place, token_place[views.context_token], 0),
         "context_view_ids": rows(context_shape, context_place, views.context_view, -1),
         "prediction_indices": rows(prediction_shape, context_entry, context_place, 0),
@@ -556,7 +543,7 @@ class DataCollatorForTJEPA:
             `torch.compile` like them. By default each stream is one row without any padding, which is best for `sdpa`.
         mask_recurring_targets (`bool`, defaults to `False`):
             Hide from the context every other occurrence of a target block's tokens (two or more), so that the answer
-            can not be copied.
+            cannot be copied.
         views_per_document (`int`, *optional*): draw so many of the strategies for each document instead of all.
     """
 
@@ -606,15 +593,8 @@ class DataCollatorForTJEPA:
         kept = [example for example in examples if len(example["input_ids"]) >= 2]
         self._num_dropped_documents += len(examples) - len(kept)
         documents = [np.asarray(example["input_ids"], dtype=np.int64) for example in kept]
-        keys = hash_keys(
-            self.seed,
-            np.array([example["epoch"] for example in kept], dtype=np.int64),
-            np.array([example["document_index"] for example in kept], dtype=np.int64),
-        )
+        epochs = np.array([example["epoch"] for example in kept], dtype=np.int64)
+        indices = np.array([example["document_index"] for example in kept], dtype=np.int64)
+        keys = hash_keys(self.seed, epochs, indices)
         views = draw_views(documents, keys, self.strategies, self.mask_recurring_targets, self.views_per_document)
         return pack_batch(documents, views, len(self.strategies), self.row_length)
-
-
-def strategies_to_dicts(strategies: list[MaskingStrategy]) -> list[dict]:
-    """The strategies as plain mappings, for JSON or YAML."""
-    return [asdict(strategy) for strategy in strategies]

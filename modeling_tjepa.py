@@ -369,7 +369,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Number of slots of each strategy. Where this batch is one of several that make a step (on as many
                 processes, or one after the other), the mean over those batches: the mean of their losses is then the
                 loss of all their documents together, however unevenly these are divided.
-            view_groups (`ViewGroups`, *optional*):
+            view_groups (`SimpleNamespace`, *optional*):
                 The groups of equal views in each stream, `documents`, `contexts` and `predictions`, as plain integers:
                 with them the host never waits for the device. Only for rows without padding.
             sum_over_processes (`Callable`, *optional*):

@@ -13,7 +13,7 @@ import copy
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
@@ -38,7 +38,6 @@ from tjepa.data_collator_tjepa import (
     DataCollatorForTJEPA,
     MaskingStrategy,
     load_masking_strategies,
-    strategies_to_dicts,
 )
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.training.arguments import PretrainingArguments
@@ -327,7 +326,7 @@ def save_model_folder(
     with replacing_files(args.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        content = json.dumps(strategies_to_dicts(strategies), indent=2) + "\n"
+        content = json.dumps([asdict(strategy) for strategy in strategies], indent=2) + "\n"
         (folder / "masking_strategies.json").write_text(content, encoding="utf-8")
 
 

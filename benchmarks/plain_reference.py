@@ -2,12 +2,14 @@
 collator, and one forward and backward after another for each strategy. Model code, weights and views are ours.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from tjepa import TJEPAForPreTraining
-from tjepa.data_collator_tjepa import ViewGroups, Views
+from tjepa.data_collator_tjepa import Views
 
 
 def pad(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +59,7 @@ def plain_batch(documents: list[np.ndarray], views: Views, num_strategies: int) 
 def batch_bytes(batch: dict | torch.Tensor | list) -> int:
     if isinstance(batch, torch.Tensor):
         return batch.numel() * batch.element_size()
-    if isinstance(batch, ViewGroups):  # stays with the host
+    if isinstance(batch, SimpleNamespace):  # stays with the host
         return 0
     return sum(batch_bytes(value) for value in (batch.values() if isinstance(batch, dict) else batch))
 

@@ -4,6 +4,7 @@ import json
 import math
 import time
 import tracemalloc
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -21,7 +22,6 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     load_masking_strategies,
     pack_rows,
-    strategies_to_dicts,
 )
 
 
@@ -359,8 +359,8 @@ def test_a_document_longer_than_the_rows_gets_longer_rows():
 
 def test_strategies_load_from_yaml_and_json(tmp_path):
     strategies = MASKING_PRESETS["ul2"]
-    (tmp_path / "s.json").write_text(json.dumps(strategies_to_dicts(strategies)))
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(strategies_to_dicts(strategies)))
+    (tmp_path / "s.json").write_text(json.dumps([asdict(strategy) for strategy in strategies]))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump([asdict(strategy) for strategy in strategies]))
     assert load_masking_strategies("ul2") == strategies
     assert load_masking_strategies(tmp_path / "s.json") == strategies
     assert load_masking_strategies(tmp_path / "s.yaml") == strategies

@@ -6,6 +6,7 @@ may name a person, and the URL may hold a key.
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, TrainerState, TrainingArguments
 
 from ..corpus.documents import QUICKSTART
 from ..corpus.files import without_query
-from ..data_collator_tjepa import MaskingStrategy, strategies_to_dicts
+from ..data_collator_tjepa import MaskingStrategy
 from .arguments import PretrainingArguments
 
 
@@ -149,7 +150,7 @@ def write_pretraining_card(
         loaded="the target encoder",
         source=dataset,
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
-        strategies=yaml.safe_dump(strategies_to_dicts(strategies), sort_keys=False).strip(),
+        strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),
         health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",
         settings={
             "optimizer steps": state.global_step,

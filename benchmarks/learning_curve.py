@@ -358,8 +358,8 @@ def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset_name", required=True, help="folder written by prepare_dataset.py")
-    parser.add_argument("--data_dir", required=True, help="data sets to judge with, as for run_probing.py")
+    parser.add_argument("--dataset_name", required=True, help="folder written by tjepa prepare")
+    parser.add_argument("--data_dir", required=True, help="data sets to judge with, as for tjepa probe")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--recipes", type=Path, default=Path(__file__).with_name("learning_recipes.yaml"))
     parser.add_argument("--only", nargs="+", help="names of recipes; default: all of the file")
@@ -382,7 +382,7 @@ def main():
 
     dataset = load_documents(DataArguments(dataset_name=args.dataset_name))["train"]
     if "input_ids" not in dataset.column_names:
-        parser.error(f"{args.dataset_name} is not tokenized: make it with prepare_dataset.py")
+        parser.error(f"{args.dataset_name} is not tokenized: make it with tjepa prepare")
     documents = dataset.with_format("numpy")["input_ids"]
     documents = list(documents[:])
     tokenizer = AutoTokenizer.from_pretrained(args.dataset_name)

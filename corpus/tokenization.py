@@ -125,7 +125,7 @@ def encode_batch(
     if known_faults is not None:
         faults = [fault if known == KEPT else known for fault, known in zip(faults, known_faults, strict=True)]
     valid_texts = [text for text, fault in zip(texts, faults, strict=True) if fault is None]
-    # verbose=False: that a document is longer than the tokenizer's model_max_length is no news here.
+    # verbose=False: that a document is longer than the tokenizer's model_max_length is not news here.
     encoding = tokenizer(valid_texts, add_special_tokens=False, verbose=False) if valid_texts else {"input_ids": []}
     token_lists = iter(encoding["input_ids"])
 

@@ -38,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
     Args:
-        texts (`Iterable[str]`): The documents; anything that is no text (null, empty, invalid unicode) is passed over.
+        texts (`Iterable[str]`): The documents; what is not text (null, empty, invalid unicode) is passed over.
         vocab_size (`int`): Tokens in the vocabulary at most; few texts may not have that many different pieces.
         model_max_length (`int`): The length, in tokens, to which the tokenizer truncates when asked to.
 
@@ -59,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     usable_texts = (text for text in texts if find_fault(text) is None)
     first_text = next(usable_texts, None)
     if first_text is None:
-        raise ValueError("There is no text to train the tokenizer on: every document was null, empty or no string.")
+        raise ValueError("There is no text to train the tokenizer on: every document was null, empty or not a string.")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -28,7 +28,7 @@ def read_labels(dataset: Dataset, column: str) -> list:
     """
     The column's values: names in place of the numbers of a `ClassLabel`, and None where there is no label, be it a
     null, an empty field, -100, a `ClassLabel`'s -1, or the -1 of a split that has nothing else (a hidden label). In
-    lists -100 stays, because a word without a tag is no reason to leave its sentence out.
+    lists -100 stays, because a word without a tag is not a reason to leave its sentence out.
     """
     feature = inner_feature(dataset, column)
     values = dataset[column][:]

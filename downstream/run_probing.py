@@ -92,7 +92,7 @@ def main():
     require_packages(["matplotlib"] * bool(args.plot))
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    transformers.utils.logging.set_verbosity_error()  # a head that is left out is no news here
+    transformers.utils.logging.set_verbosity_error()  # a head that is left out is not news here
     transformers.utils.logging.disable_progress_bar()
     seeds = range(args.seed, args.seed + args.num_seeds)
     for name in args.model_name_or_path:  # a mistyped one costs a second, not the time of all before it
@@ -172,7 +172,7 @@ def load_tasks(
 def find_files(folder: str) -> dict[str, dict[str, Path]]:
     """The data sets of a folder: name -> split -> file, from file names such as sst2-train.jsonl."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--data_dir {folder} is no folder.")
+        raise FileNotFoundError(f"--data_dir {folder} is not a folder.")
     files = {}
     for path in sorted(Path(folder).iterdir()):
         name, _, split = path.stem.rpartition("-")

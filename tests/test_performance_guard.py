@@ -1,4 +1,4 @@
-"""Not timed: what makes a step cheap, counted, so that a later change can not quietly bring the padding back."""
+"""Not timed: what makes a step cheap, counted, so that a later change cannot quietly bring the padding back."""
 
 import numpy as np
 import pytest

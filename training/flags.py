@@ -146,7 +146,7 @@ FLAGS: dict[str, Rules] = {
     "eval_use_gather_object": Rules(unused(NO_METRICS), refused("the predictions are tensors, gathered as such")),
     "eval_accumulation_steps": Rules(unused(NO_METRICS), works()),
     "include_for_metrics": both(unused("no figure here is computed from inputs or losses")),
-    "batch_eval_metrics": Rules(unused(NO_METRICS), refused("F1 and correlations are no means over batches")),
+    "batch_eval_metrics": Rules(unused(NO_METRICS), refused("F1 and correlations are not means over batches")),
     # checkpoints and the Hub
     "save_only_model": both(works("such a checkpoint cannot be resumed")),
     "save_strategy": WORKS,

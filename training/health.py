@@ -85,7 +85,7 @@ class FeatureMoments:
         return torch.exp(-torch.xlogy(shares, shares).sum()).item() / len(shares)
 
 
-TERMS = ("variance_covariance_loss", "sigreg_loss", "denoising_loss")  # those that are no means over target slots
+TERMS = ("variance_covariance_loss", "sigreg_loss", "denoising_loss")  # those that are not means over target slots
 
 
 class PretrainingStatistics:
@@ -93,7 +93,7 @@ class PretrainingStatistics:
     Loss terms and health of the representations over some batches: those of a training step, or of an evaluation.
 
     A strategy's loss is its mean over all target slots of these batches on all processes, and a loss the mean over
-    strategies: what one batch of all their documents would have, however they are divided. The terms that are no means
+    strategies: what one batch of all their documents would have, however they are divided. The terms that are not means
     over slots are averaged over the batches, weighed by their context tokens. `loss` is the sum of all terms with the
     weights of the configuration, as in `TJEPAForPreTraining`.
     """
@@ -184,7 +184,7 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool =
 
     A run is collapsed when the targets' standard deviation across tokens is under 0.1, or when the predictions are no
     closer to the targets than the mean target is (which says nothing while the predictor is new: `is_new`). A low rank
-    alone is no collapse. Figures that are not finite are a verdict, too.
+    alone is not a collapse. Figures that are not finite are a verdict, too.
     """
     std = metrics[f"{prefix}target_std"]
     cosine, baseline = metrics[f"{prefix}cosine"], metrics[f"{prefix}mean_target_cosine"]
@@ -329,7 +329,7 @@ class HealthMonitor:
         if self.verdict is None:
             if (rank := metrics["eval_target_rank"]) < MIN_RANK:
                 logger.warning(
-                    f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is no collapse: "
+                    f"The targets use few directions (RankMe {rank:.3f} of the width). That alone is not a collapse: "
                     "judge by a frozen probe against the untrained encoder."
                 )
             return

@@ -104,7 +104,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
     of the step; an evaluation's loss that over all slots of the evaluation set. Only the variance/covariance term
-    and SIGReg, which are no sums over tokens, are computed for each micro-batch (of all processes) and averaged, and
+    and SIGReg, which are not sums over tokens, are computed for each micro-batch (of all processes) and averaged, and
     denoising draws the tokens it replaces anew in each process and micro-batch.
 
     An evaluation has the masks of epoch 0, sees every row, leaves training's random state as it was, and judges the

@@ -220,7 +220,7 @@ def test_output_folder_that_holds_a_run(folder, tmp_path, monkeypatch):
         run(monkeypatch, arguments(folder, tmp_path / "out", max_steps=1))
 
 
-# --- Rows that can not be used, and texts that are too long ----------------------------------------------------------
+# --- Rows that cannot be used, and texts that are too long ----------------------------------------------------------
 
 
 def test_bad_rows_are_dropped_and_counted(folder, tmp_path, monkeypatch, caplog):

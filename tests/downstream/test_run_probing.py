@@ -226,7 +226,7 @@ def test_sources_that_are_refused(data, tmp_path):
         load_tasks(None, None)
     with pytest.raises(ValueError, match="has no files such as NAME-train.jsonl"):
         load_tasks(None, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_tasks(None, str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no such data set.*'kinds', 'pairs', 'words'"):
         load_tasks(["other"], str(data))

@@ -116,8 +116,8 @@ def text_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         reader = copy.deepcopy(tokenizer)
         reader.split_special_tokens = True
         return reader
-    # Special tokens get names that occur in no text (U+FDD0 is not a character), in every place where the vocabulary has
-    # them. Their ids stay, which the post-processor uses, and so do those of all other tokens.
+    # Special tokens get names that occur in no text (U+FDD0 is not a character), wherever the vocabulary has them.
+    # Their ids stay, which the post-processor uses, and so do those of all other tokens.
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     names = {token["content"]: f"\ufdd0{token['id']}\ufdd0" for token in state["added_tokens"] if token["special"]}
     for token in state["added_tokens"]:

@@ -93,8 +93,8 @@ class PretrainingStatistics:
     Loss terms and health of the representations over some batches: those of a training step, or of an evaluation.
 
     A strategy's loss is its mean over all target slots of these batches on all processes, and a loss the mean over
-    strategies: what one batch of all their documents would have, however they are divided. Terms that are not means over
-    slots are averaged over the batches, weighed by their context tokens. `loss` is the sum of all terms with the
+    strategies: what one batch of all their documents would have, however they are divided. Terms that are not means
+    over slots are averaged over the batches, weighed by their context tokens. `loss` is the sum of all terms with the
     weights of the configuration, as in `TJEPAForPreTraining`.
     """
 

@@ -230,7 +230,7 @@ def check_flags(args: TrainingArguments, kind: Literal["pretraining", "finetunin
         if rule.status == "works":
             if getattr(value, "value", value) in rule.refused_values if rule.refused_values else False:
                 problems.append(f"--{field.name} {getattr(value, 'value', value)} is refused: {rule.reason}")
-        elif value != _default(field):
+        elif value not in (None, _default(field)):  # the parser makes None of a list's default
             if rule.status == "refused":
                 problems.append(f"--{field.name} is refused: {rule.reason}")
             else:
@@ -281,5 +281,10 @@ def to_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints the page."""
     print(to_markdown(), end="")
+
+
+if __name__ == "__main__":
+    main()

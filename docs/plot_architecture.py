@@ -1,93 +1,69 @@
-"""Draws the rooms and which imports from which, read from the source, as docs/architecture.png.
+"""Draws the way of a document through the rooms: boxes are rooms, arrows say what goes from one to the next.
 
 python docs/plot_architecture.py docs/architecture.png
 """
 
-import ast
 import sys
-from pathlib import Path
 
 import matplotlib
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
+import matplotlib.pyplot as plt  # noqa: E402
 
 
-ROOT = Path(__file__).resolve().parents[1]
-ROOMS = [  # from the bottom to the top; each imports only from rooms below it
-    "configuration",
-    "layers",
-    "encoders",
-    "predictors",
-    "losses",
-    "modeling",
-    "data_collator",
-    "corpus",
-    "training",
-    "downstream",
-    "tools",
-    "run_pretraining",
-    "cli",
+WIDTH, HEIGHT = 2.5, 0.9
+HUB, OURS = "#dbe9f4", "#f3ede0"  # files that go to the Hub with a checkpoint, and the rest
+ROOMS = {  # name -> (x, y, what it holds, colour)
+    "corpus/": (0.0, 3.0, "documents, tokens, streams", OURS),
+    "data_collator": (3.9, 3.0, "masks and packing", OURS),
+    "encoders": (7.8, 3.0, "context and target encoder", HUB),
+    "predictors": (7.8, 1.5, "at the target slots", HUB),
+    "losses": (3.9, 1.5, "distances, regularisers", HUB),
+    "training/": (0.0, 1.5, "steps, moving average, health", OURS),
+    "downstream/, tools/": (0.0, 0.0, "probe, fine-tune, export", OURS),
+    "layers, configuration": (7.8, 0.0, "under all of the model", HUB),
+}
+ARROWS = [  # from, to, what goes
+    ("corpus/", "data_collator", "token ids"),
+    ("data_collator", "encoders", "packed rows"),
+    ("encoders", "predictors", "context states"),
+    ("predictors", "losses", "predictions"),
+    ("losses", "training/", "loss"),
+    ("training/", "downstream/, tools/", "model folder"),
 ]
 
 
-def room_of(parts: tuple[str, ...]) -> str | None:
-    """`("corpus", "files")` -> `corpus`; `("modeling_tjepa",)` -> `modeling`."""
-    name = parts[0].removesuffix("_tjepa") if parts else ""
-    return name if name in ROOMS else None
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """The rooms that a file imports from."""
-    folder = path.relative_to(ROOT).parent.parts
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        parts = tuple(node.module.split(".")) if node.module else ()
-        if node.level:
-            parts = folder[: len(folder) - node.level + 1] + parts
-        elif parts[:1] == ("tjepa",):
-            parts = parts[1:]
-        else:
-            continue
-        candidates = [parts] if parts else [(alias.name,) for alias in node.names]
-        rooms |= {room_of(candidate) for candidate in candidates}
-    return rooms - {None}
-
-
-def find_imports() -> dict[str, set[str]]:
-    """Room -> the rooms that it imports from."""
-    imports = {room: set() for room in ROOMS}
-    for path in sorted(ROOT.rglob("*.py")):
-        room = room_of(path.relative_to(ROOT).with_suffix("").parts)
-        if room is not None:
-            imports[room] |= imported_rooms(path) - {room}
-    return imports
-
-
-def main(output: str) -> None:
-    figure, axis = plt.subplots(figsize=(7, 7))
-    heights = {room: index for index, room in enumerate(ROOMS)}
-    for room, others in find_imports().items():
-        for other in others:
-            distance = heights[room] - heights[other]
-            side = 1 if distance % 2 else -1
-            curve = {
-                "arrowstyle": "->",
-                "color": "0.5",
-                "connectionstyle": f"arc3,rad={side * min(0.9, 0.1 * distance)}",
-            }
-            axis.annotate("", xy=(0, heights[other] + 0.3), xytext=(0, heights[room] - 0.3), arrowprops=curve)
-    for room, height in heights.items():
-        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "black"}
-        axis.text(0, height, room, ha="center", va="center", bbox=box)
-    axis.set(xlim=(-3, 3), ylim=(-0.7, len(ROOMS) - 0.3))
+def main():
+    figure, axis = plt.subplots(figsize=(10, 4.2))
+    for name, (x, y, content, colour) in ROOMS.items():
+        axis.add_patch(plt.Rectangle((x, y), WIDTH, HEIGHT, facecolor=colour, edgecolor="#444444"))
+        axis.text(x + WIDTH / 2, y + 0.58, name, ha="center", va="center", fontsize=10, weight="bold", color="black")
+        axis.text(x + WIDTH / 2, y + 0.27, content, ha="center", va="center", fontsize=8, color="black")
+    for start, end, label in ARROWS:
+        (x0, y0, *_), (x1, y1, *_) = ROOMS[start], ROOMS[end]
+        if y0 == y1:  # along the row
+            tail, head = ((x0 + WIDTH, x1), (x0, x1 + WIDTH))[x1 < x0]
+            ends, align = ((head, y1 + HEIGHT / 2), (tail, y0 + HEIGHT / 2)), "center"
+            place = ((head + tail) / 2, y0 + HEIGHT / 2 + 0.12)
+        else:  # down the column
+            ends, align = ((x1 + WIDTH / 2, y1 + HEIGHT), (x0 + WIDTH / 2, y0)), "left"
+            place = (x0 + WIDTH / 2 + 0.12, (y0 + y1 + HEIGHT) / 2 - 0.06)
+        axis.annotate("", *ends, arrowprops={"arrowstyle": "-|>", "color": "#444444"})
+        axis.text(*place, label, ha=align, fontsize=8, color="#222222")
+    left, top = ROOMS["losses"][0] + WIDTH, ROOMS["losses"][1] + HEIGHT
+    axis.annotate(
+        "", (left - 0.4, top), (ROOMS["encoders"][0], 3.2), arrowprops={"arrowstyle": "-|>", "color": "#444444"}
+    )
+    axis.text(left + 0.62, 2.62, "labels", fontsize=8, color="#222222")
+    axis.text(0.0, 4.15, "text", fontsize=9, style="italic")
+    axis.text(7.8, 4.15, "blue: goes to the Hub beside every checkpoint", fontsize=8, color="#222222")
+    axis.annotate("", (0.12, 3.9), (0.12, 4.12), arrowprops={"arrowstyle": "-|>", "color": "#444444"})
+    axis.set_xlim(-0.1, 10.5)
+    axis.set_ylim(-0.1, 4.4)
     axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(output, dpi=100)
+    figure.savefig(sys.argv[1], dpi=130, bbox_inches="tight", facecolor="white")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "docs/architecture.png")
+    main()

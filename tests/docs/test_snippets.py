@@ -165,6 +165,7 @@ def test_commands_parse(path, snippet, stops_after_parsing, monkeypatch):
                 importlib.import_module(f"tjepa.{module}").main()
             elif script.startswith("tjepa."):
                 importlib.import_module(script).main()
+                raise Parsed  # it has no flags and ran to its end
             else:
                 runpy.run_path(str(REPOSITORY / script), run_name="__main__")
         assert getattr(end.value, "code", 0) == 0

@@ -5,6 +5,7 @@ The predictor is built from the same layers as the encoder, so it gets a configu
 """
 
 from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -17,6 +18,9 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_tjepa.TJEPAForQuestionAnswering",
     "AutoModelForMaskedLM": "modeling_tjepa.TJEPAForMaskedLM",
 }
+
+# What the predictor starts from; of another encoder its configuration says it, under these names in every family.
+ENCODER_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 # Sizes that follow from others, of this list those before them, where they are left at None.
 DERIVED_SIZES = {
@@ -40,6 +44,16 @@ class TJEPAConfig(PreTrainedConfig):
     384 in the encoder and again in the predictor.
 
     Args:
+        encoder (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of another text encoder of transformers (BERT, ModernBERT, ...) to pretrain in place of our
+            own architecture. The sizes below that it has are then its own, whatever is given here.
+        encoder_input (`str`, defaults to `"auto"`):
+            How another encoder is fed: `"packed"`, without padding, `"padded"`, one view per row, or `"auto"`: packed
+            where it gives the same states, which is measured when a run starts.
+        mask_token_id (`int`, *optional*):
+            Stands in hidden places where another encoder is fed padded rows. No state depends on it.
+        special_token_ids (`list[int]`, *optional*):
+            Tokens that another encoder's tokenizer puts around a text; denoising leaves them as they are.
         vocab_size (`int`, defaults to 32000):
             Number of tokens in the vocabulary: the first dimension of the embedding matrix.
         hidden_size (`int`, defaults to 384):
@@ -126,7 +140,12 @@ class TJEPAConfig(PreTrainedConfig):
     """
 
     model_type = "tjepa"
+    sub_configs = {"encoder": AutoConfig}
 
+    encoder: dict | PreTrainedConfig | None = None
+    encoder_input: str = "auto"
+    mask_token_id: int | None = None
+    special_token_ids: list[int] | None = None
     vocab_size: int = 32000
     hidden_size: int = 384
     num_hidden_layers: int = 8
@@ -165,6 +184,11 @@ class TJEPAConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.encoder, dict):
+            self.encoder = AutoConfig.for_model(**self.encoder)
+        for name in ENCODER_SIZES if self.encoder is not None else ():
+            if isinstance(size := getattr(self.encoder, name, None), int) and size > 0:
+                setattr(self, name, size)
         for name, derive in DERIVED_SIZES.items():
             if getattr(self, name) is None:
                 setattr(self, name, derive(self))
@@ -175,7 +199,9 @@ class TJEPAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses impossible values; called by `@strict` when a config is made and when it is saved."""
-        for prefix in ("", "predictor_"):
+        # another encoder has checked its own sizes, and a boundary predictor has no heads
+        prefixes = ("", "predictor_") if self.encoder is None else ("predictor_",)
+        for prefix in prefixes if self.encoder is None or self.predictor_type != "boundary" else ():
             hidden_size = getattr(self, f"{prefix}hidden_size")
             num_heads = getattr(self, f"{prefix}num_attention_heads")
             rotary_dim = getattr(self, f"{prefix}rotary_dim")
@@ -212,6 +238,7 @@ class TJEPAConfig(PreTrainedConfig):
         if not self.smooth_l1_beta > 0.0:
             raise ValueError(f"smooth_l1_beta must be positive, got {self.smooth_l1_beta}; for 0 set loss_type='l1'.")
         for name, allowed in (
+            ("encoder_input", ("auto", "packed", "padded")),
             ("predictor_type", ("self_attention", "cross_attention", "boundary")),
             ("target_normalization", ("layer", "instance")),
             ("loss_type", ("smooth_l1", "l1", "l2", "cosine")),
@@ -229,6 +256,7 @@ class TJEPAConfig(PreTrainedConfig):
         config = self.to_dict()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_dim"):
             config[name] = config[f"predictor_{name}"]
+        config["encoder"] = None
         config["target_layers"] = 1  # the predictor may have fewer layers than the encoder's labels are made of
         return TJEPAConfig.from_dict(config, attn_implementation=self._attn_implementation)
 

@@ -14,7 +14,8 @@ hidden position of one block. The collator does not know any model.
 import bisect
 import json
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,13 +73,9 @@ class MaskingStrategy:
         if mean is not None and mean < 1:
             raise ValueError(f"target_block_size_mean must be at least 1 token, got {mean}.")
         if std is not None and (std < 0 or mean is None):
-            raise ValueError(
-                f"target_block_size_std must be 0 or more, and needs a target_block_size_mean, got {std}."
-            )
+            raise ValueError(f"target_block_size_std must be 0 or more, with a target_block_size_mean, got {std}.")
         if not std and mean is not None and mean != int(mean):
-            raise ValueError(
-                f"Without target_block_size_std target_block_size_mean must be a whole number, got {mean}."
-            )
+            raise ValueError(f"target_block_size_mean must be whole without target_block_size_std, got {mean}.")
         for name in ("max_target_mask_ratio", "max_context_ratio"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
@@ -139,10 +136,8 @@ def load_masking_strategies(name_or_path: str | Path) -> list[MaskingStrategy]:
         return list(MASKING_PRESETS[str(name_or_path)])
     path = Path(name_or_path)
     if not path.is_file() or path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(
-            f"masking_strategies must be a preset ({', '.join(MASKING_PRESETS)}) or an existing .yaml, .yml or .json "
-            f"file, got {str(name_or_path)!r}."
-        )
+        allowed = f"a preset ({', '.join(MASKING_PRESETS)}) or an existing .yaml, .yml or .json file"
+        raise ValueError(f"masking_strategies must be {allowed}, got {str(name_or_path)!r}.")
     text = path.read_text(encoding="utf-8")
     strategies = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     if not isinstance(strategies, list) or not strategies:
@@ -206,14 +201,9 @@ def draw_block_lengths(
     budget: np.ndarray, mean: np.ndarray, std: np.ndarray, max_blocks: np.ndarray, keys: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Lengths of the target blocks: of each view as many as fill its budget, the last one shrunk to what is left, or its
-    first `max_blocks`.
-
-    Args:
-        budget (int [num_views]): tokens that may become targets, at least 1.
-        mean, std (float [num_views]): of the length in tokens; a mean of inf is one block of the whole budget.
-        max_blocks (int [num_views]): at most so many blocks.
-        keys (uint64 [num_views]): random keys.
+    Lengths of the target blocks: of each view as many as fill its budget of tokens (int [num_views], at least 1), the
+    last one shrunk to what is left, or its first `max_blocks` (int [num_views]). `mean`, `std` (float [num_views]) are
+    those of the length in tokens, a mean of inf is one block of the whole budget; `keys` (uint64 [num_views]) random.
 
     Returns:
         `(lengths, num_blocks)`: int [total blocks], ordered by view, and int [num_views].
@@ -241,12 +231,8 @@ def draw_block_starts(
 ) -> np.ndarray:
     """
     Starts of non-overlapping blocks in [first, end), every arrangement of the gaps equally likely: k of the
-    (free tokens + k) places are chosen, and each chosen place is then widened to its block's length.
-
-    Args:
-        lengths (int [total blocks]): from `draw_block_lengths`.
-        num_blocks, first, end (int [num_views]): blocks of each view, and where they may lie in the document.
-        keys (uint64 [num_views]): random keys.
+    (free tokens + k) places are chosen, and each chosen place is then widened to its block's length. `lengths` and
+    `num_blocks` are those of `draw_block_lengths`, the others [num_views].
 
     Returns:
         int [total blocks]: positions in the document, ascending within a view.
@@ -286,7 +272,7 @@ def find_recurring(
         block_view, block_start, block_length (int [num_blocks]): view, position in the document, and tokens.
 
     Returns:
-        bool [tokens of all views, one view after the other]: True in every occurrence, the blocks themselves included.
+        bool [tokens of all views, one after the other]: True in every occurrence, the blocks themselves included.
     """
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
     document_starts, num_tokens = np.cumsum(lengths) - lengths, lengths.sum()
@@ -399,6 +385,24 @@ def draw_views(
     )
 
 
+def add_special_tokens(
+    documents: list[np.ndarray], views: Views, prefix: Sequence[int], suffix: Sequence[int]
+) -> tuple[list[np.ndarray], Views]:
+    """Documents between special tokens, which every view sees and none predicts; the masks do not depend on them."""
+    num_special = len(prefix) + len(suffix)
+    lengths = np.array([len(document) for document in documents], dtype=np.int64) + num_special
+    ends = np.cumsum(lengths)
+    first, last = (ends - lengths)[:, None] + np.arange(len(prefix)), ends[:, None] - np.arange(len(suffix), 0, -1)
+    special = np.concatenate([first, last], axis=1)[views.document]  # [num_views, num_special]
+    shift = (np.arange(len(documents)) * num_special + len(prefix))[views.document]  # of the tokens between them
+    token = np.concatenate([views.context_token + shift[views.context_view], special.ravel()])
+    view = np.concatenate([views.context_view, np.repeat(np.arange(len(special)), num_special)])
+    order = np.lexsort((token, view))
+    context = {"context_token": token[order], "context_view": view[order]}
+    views = replace(views, **context, slot_token=views.slot_token + shift[views.slot_view])
+    return [np.concatenate([prefix, document, suffix]).astype(np.int64) for document in documents], views
+
+
 # --- Packing ---------------------------------------------------------------------------------------------------------
 
 
@@ -426,15 +430,9 @@ def pack_rows(
     lengths: np.ndarray, row_length: int | Literal["auto"] | None, order: np.ndarray
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """
-    Places sequences in rows.
-
-    Args:
-        lengths (int [num_sequences]): in tokens.
-        row_length (int or `"auto"`, *optional*):
-            `None`: one row, exactly as long as all sequences together. Otherwise rows of this length, filled by best
-            fit in the order given. `"auto"`: of the multiples of 128 up to 4,096 (or the longest sequence) one that
-            leaves little padding.
-        order (int [num_sequences]): the order in which sequences are placed.
+    Places sequences of `lengths` (int [num_sequences], tokens) in rows, in the `order` given: by default in one row,
+    exactly as long as all together; else in rows of `row_length`, filled by best fit. `"auto"`: of the multiples of
+    128 up to 4,096 (or the longest sequence) a length that leaves little padding.
 
     Returns:
         `(starts, (num_rows, row_length))`: where each sequence starts in the flattened rows, and their shape.
@@ -545,6 +543,7 @@ class DataCollatorForTJEPA:
             Hide from the context every other occurrence of a target block's tokens (two or more), so that the answer
             cannot be copied.
         views_per_document (`int`, *optional*): draw so many of the strategies for each document instead of all.
+        special_tokens (`tuple[Sequence[int], Sequence[int]]`): ids before and behind each document, always visible.
     """
 
     def __init__(
@@ -554,17 +553,17 @@ class DataCollatorForTJEPA:
         row_length: int | Literal["auto"] | None = None,
         mask_recurring_targets: bool = False,
         views_per_document: int | None = None,
+        special_tokens: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ):
         self.strategies = list(MASKING_PRESETS["ul2"] if strategies is None else strategies)
         if not self.strategies:
             raise ValueError("DataCollatorForTJEPA needs at least one masking strategy.")
         if views_per_document is not None and not 1 <= views_per_document <= len(self.strategies):
-            raise ValueError(
-                f"views_per_document must be between 1 and the number of strategies ({len(self.strategies)}), got "
-                f"{views_per_document}."
-            )
+            allowed = f"between 1 and the number of strategies ({len(self.strategies)})"
+            raise ValueError(f"views_per_document must be {allowed}, got {views_per_document}.")
         self.seed, self.row_length = seed, row_length
         self.mask_recurring_targets, self.views_per_document = mask_recurring_targets, views_per_document
+        self.special_tokens = special_tokens
         self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count too
 
     @property
@@ -586,9 +585,8 @@ class DataCollatorForTJEPA:
         for key in ("input_ids", "document_index", "epoch"):
             if any(key not in example for example in examples):
                 raise ValueError(
-                    f"The collator needs {key!r} in every example, got {sorted(examples[0])}. Wrap the tokenized "
-                    "dataset in DocumentDataset (or DocumentStream), and set remove_unused_columns=False in "
-                    "TrainingArguments."
+                    f"The collator needs {key!r} in every example, got {sorted(examples[0])}. Wrap the tokenized data "
+                    "in DocumentDataset (or DocumentStream), and set remove_unused_columns=False in TrainingArguments."
                 )
         kept = [example for example in examples if len(example["input_ids"]) >= 2]
         self._num_dropped_documents += len(examples) - len(kept)
@@ -597,4 +595,6 @@ class DataCollatorForTJEPA:
         indices = np.array([example["document_index"] for example in kept], dtype=np.int64)
         keys = hash_keys(self.seed, epochs, indices)
         views = draw_views(documents, keys, self.strategies, self.mask_recurring_targets, self.views_per_document)
+        if documents and any(self.special_tokens):
+            documents, views = add_special_tokens(documents, views, *self.special_tokens)
         return pack_batch(documents, views, len(self.strategies), self.row_length)

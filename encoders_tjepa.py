@@ -1,12 +1,33 @@
-"""How the encoders are fed from a packed batch, and what is taken from them: the noise in what the context encoder
-reads, and the labels that the target encoder makes.
+"""Which encoder, how it is fed from a packed batch, and what is taken from it: states, and labels.
+
+Notable: beside our own architecture any bidirectional text encoder of transformers can be both encoders. Its modules
+are used as they are. There are two ways to show one a part of a document, and both give the same states:
+
+- *packed*: the visible tokens of all views in one row, with their positions and without a mask. For encoders that take
+  their attention from transformers' `AttentionInterface` and read `position_ids`.
+- *padded*: one view per row, the whole document in it; hidden places hold the mask token and are padding to the
+  attention, so that every position is right, absolute or relative, without `position_ids`. For all others.
+
+Which of them an encoder can do is measured on made-up views (`measure_encoder`), not looked up by its name.
 """
+
+import copy
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_tjepa import TJEPAConfig
+from .layers_tjepa import PACKED_ATTENTION, PackedViews
+
+
+logger = logging.get_logger(__name__)
+
+
+# --- What the context encoder reads, and what becomes of states ------------------------------------------------------
 
 
 def replace_tokens(input_ids: torch.Tensor, config: TJEPAConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,12 +41,22 @@ def replace_tokens(input_ids: torch.Tensor, config: TJEPAConfig) -> tuple[torch.
 
     Returns:
         The token ids with some replaced, and the picked entries' indices in the flattened rows, int64 [num_picked].
+        Special tokens can be among the picked; they stay as they are.
     """
     num_picked = max(1, round(config.denoising_ratio * input_ids.numel()))
     picked = torch.randperm(input_ids.numel(), device=input_ids.device)[:num_picked]
     replaced = picked[::2]
     tokens = torch.randint(config.vocab_size, replaced.shape, dtype=input_ids.dtype, device=input_ids.device)
-    return input_ids.flatten().index_copy(0, replaced, tokens).view_as(input_ids), picked
+    flat_ids = input_ids.flatten()
+    if config.special_token_ids:
+        tokens = torch.where(is_special_token(flat_ids[replaced], config), flat_ids[replaced], tokens)
+    return flat_ids.index_copy(0, replaced, tokens).view_as(input_ids), picked
+
+
+def is_special_token(input_ids: torch.Tensor, config: TJEPAConfig) -> torch.Tensor:
+    """Which of the token ids are the special tokens around a text; of our own architecture none are."""
+    special = torch.tensor(config.special_token_ids or [], dtype=input_ids.dtype, device=input_ids.device)
+    return torch.isin(input_ids, special)
 
 
 def normalise_per_document(states: torch.Tensor, document_ids: torch.Tensor, eps: float) -> torch.Tensor:
@@ -49,9 +80,305 @@ def normalise_per_document(states: torch.Tensor, document_ids: torch.Tensor, eps
     return centred * torch.rsqrt(document_mean(centred.square()) + eps)
 
 
+# --- Other encoders of transformers ----------------------------------------------------------------------------------
+
+
+TOLERANCE = 1e-4  # of the states' mean size, in float32: rounding stays below, and nothing else does
+NUM_CHUNKS = 4  # padded views go through the encoder in so many parts; a fixed number, the same on every process
+
+
+@dataclass(frozen=True)
+class EncoderTraits:
+    """
+    What `measure_encoder` found.
+
+    Args:
+        is_packed: whether packed rows are used.
+        difference: largest difference of packed from padded states, relative to their mean size; inf where the
+            encoder does not take packed rows.
+        position_offset: added to position ids (RoBERTa counts from its padding id + 1).
+        unused_parameters: names of those that the last hidden state does not depend on, such as a pooler's.
+    """
+
+    is_packed: bool
+    difference: float
+    position_offset: int
+    unused_parameters: tuple[str, ...]
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    An encoder of transformers with random weights, of an encoder-decoder (T5) the encoder alone.
+
+    Raises:
+        ValueError: if transformers has no model of that kind.
+    """
+    config = copy.deepcopy(config)  # T5EncoderModel writes into it, and two encoders must not share one
+    config._attn_implementation = None  # what suits it
+    auto_class = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    return auto_class.from_config(config)
+
+
+def encode_padded(
+    encoder: nn.Module,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    rows: torch.Tensor,
+    row_lengths: torch.Tensor,
+    mask_token_id: int,
+    num_layers: int = 1,
+) -> list[torch.Tensor]:
+    """
+    One view per row, its hidden tokens as padding in their places; what they are does not enter.
+
+    Args:
+        input_ids, position_ids, rows (`torch.LongTensor` of shape `[num_entries]`):
+            Of each visible token its id, its position in the document, and its row.
+        row_lengths (`torch.LongTensor` of shape `[num_rows]`): tokens of the document, hidden ones included.
+        mask_token_id: what stands in hidden places. (RoBERTa numbers positions by what is not the padding token.)
+        num_layers: how many of the last blocks' outputs are returned.
+
+    Returns:
+        For each of the last `num_layers` blocks its output, `[num_entries, hidden_size]`.
+    """
+    shape = (len(row_lengths), int(row_lengths.max()))
+    padded_ids = torch.full(shape, mask_token_id, dtype=torch.long, device=input_ids.device)
+    is_visible = torch.zeros(shape, dtype=torch.long, device=input_ids.device)
+    padded_ids[rows, position_ids], is_visible[rows, position_ids] = input_ids, 1
+    is_visible[:, 0] |= is_visible.sum(dim=1) == 0  # a row without a view: no softmax may be empty
+    outputs = encoder(input_ids=padded_ids, attention_mask=is_visible, output_hidden_states=num_layers > 1)
+    return [states[rows, position_ids] for states in last_layers(outputs, num_layers)]
+
+
+def last_layers(outputs, num_layers: int) -> tuple[torch.Tensor, ...]:
+    """The outputs of the last blocks, of the last one after a final norm."""
+    return (outputs[0],) if num_layers == 1 else outputs.hidden_states[-num_layers:]
+
+
+def encode(
+    encoder: nn.Module,
+    config: TJEPAConfig,
+    traits: EncoderTraits | None,
+    input_ids: torch.LongTensor,
+    position_ids: torch.LongTensor,
+    view_ids: torch.LongTensor,
+    groups: list[tuple[int, int, int]] | None = None,
+    view_lengths: torch.LongTensor | None = None,
+    num_layers: int = 1,
+) -> list[torch.Tensor]:
+    """
+    The states of the visible tokens of views, which attend within their view.
+
+    Args:
+        encoder: ours, or another one of transformers.
+        traits: of another one; `None` for ours.
+        input_ids, position_ids, view_ids (`torch.LongTensor` of shape `[rows, row_length]`):
+            Token, position in the document, and view of each entry; a negative view is padding.
+        groups: of equal views, where they are known; see [`PackedViews`].
+        view_lengths (`torch.LongTensor` of shape `[num_views]`, *optional*):
+            Tokens of each view's whole document; for padded rows.
+        num_layers: how many of the last blocks' outputs are returned.
+
+    Returns:
+        For each of the last `num_layers` blocks its output, `[rows * row_length, hidden_size]`; what it has at padding
+        means nothing.
+    """
+    wants_more = num_layers > 1
+    if traits is None:
+        outputs = encoder(
+            input_ids, position_ids=position_ids, view_ids=view_ids, groups=groups, output_hidden_states=wants_more
+        )
+        return [states.flatten(0, 1) for states in last_layers(outputs, num_layers)]
+    input_ids, position_ids = input_ids.long(), position_ids.long()
+    if traits.is_packed:
+        views = PackedViews.from_ids(view_ids) if groups is None else PackedViews.from_groups(groups)
+        views.positions = position_ids.flatten()
+        position_ids = position_ids + traits.position_offset
+        outputs = encoder(
+            input_ids=input_ids, position_ids=position_ids, packed_views=views, output_hidden_states=wants_more
+        )
+        return [states.flatten(0, 1) for states in last_layers(outputs, num_layers)]
+
+    input_ids, position_ids, view_ids = (ids.flatten() for ids in (input_ids, position_ids, view_ids.long()))
+    layers = None
+    for views in view_lengths.argsort().tensor_split(NUM_CHUNKS):  # rows of like length together: little padding
+        row_of_view = view_ids.new_full((len(view_lengths) + 1,), -1)  # the last one is that of padding
+        row_of_view[views] = torch.arange(len(views), device=views.device)
+        rows = row_of_view[view_ids.clamp(min=-1)]
+        entries = (rows >= 0).nonzero()[:, 0]
+        row_lengths = view_lengths[views] if len(views) else view_lengths.new_ones(1)
+        states = encode_padded(
+            encoder,
+            input_ids[entries],
+            position_ids[entries],
+            rows[entries],
+            row_lengths,
+            config.mask_token_id,
+            num_layers,
+        )
+        if layers is None:
+            layers = [layer.new_zeros(len(view_ids), layer.shape[-1]) for layer in states]
+        layers = [whole.index_copy(0, entries, part) for whole, part in zip(layers, states, strict=True)]
+    return layers
+
+
+def lengths_of_views(
+    document_ids: torch.LongTensor, context_indices: torch.LongTensor, context_view_ids: torch.LongTensor
+) -> torch.LongTensor:
+    """
+    Tokens of each view's whole document, int64 [num_views], from the streams of a batch (`TJEPAForPreTraining`). The
+    host waits for the device here; packed rows do without.
+    """
+    document_ids, view_ids = document_ids.flatten().long(), context_view_ids.flatten().long()
+    is_token = view_ids >= 0
+    view_documents = document_ids.new_zeros(int(view_ids.max()) + 1)
+    view_documents[view_ids[is_token]] = document_ids[context_indices.flatten().long()[is_token]]
+    return document_ids[document_ids >= 0].bincount()[view_documents]
+
+
+@dataclass
+class MadeUpViews:
+    """
+    Views with gaps to measure an encoder on; of each visible token its id, position and row, int64 [num_tokens]. The
+    first row is longer than a local window, and all rows together are longer than a table of positions.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    row_lengths: torch.Tensor
+    other_token: int  # neither the padding token nor the mask token
+
+    @classmethod
+    def draw(cls, encoder: PreTrainedModel, mask_token_id: int) -> "MadeUpViews":
+        first_position = position_offsets(encoder.config)[-1]
+        num_positions = (getattr(encoder.config, "max_position_embeddings", None) or 0) - first_position
+        window = getattr(encoder.config, "sliding_window", None) or 0
+        longest = max(24, 2 * window + 8)
+        longest = min(longest, num_positions) if num_positions > 0 else longest
+        lengths = [longest, *[11] * (2 + (num_positions // 4 if 0 < num_positions <= 1024 else 0))]
+        positions = [torch.arange(0, length, 2 if row == 0 else 3) for row, length in enumerate(lengths)]
+        rows = [torch.full_like(places, row) for row, places in enumerate(positions)]
+        num_tokens = len(encoder.get_input_embeddings().weight)
+        excluded = {getattr(encoder.config, "pad_token_id", None) or 0, mask_token_id}
+        allowed = torch.tensor([token for token in range(min(num_tokens, 1000)) if token not in excluded])
+        generator = torch.Generator().manual_seed(0)
+        tokens = allowed[torch.randint(len(allowed), (sum(map(len, rows)),), generator=generator)]
+        tensors = (tokens, torch.cat(positions), torch.cat(rows), torch.tensor(lengths))
+        return cls(*(tensor.to(encoder.device) for tensor in tensors), other_token=int(allowed[0]))
+
+    def without_first_row(self) -> "MadeUpViews":
+        is_kept = self.rows > 0
+        kept = (self.tokens[is_kept], self.positions[is_kept], self.rows[is_kept] - 1, self.row_lengths[1:])
+        return MadeUpViews(*kept, other_token=self.other_token)
+
+    def encode(self, encoder: PreTrainedModel, filling: int) -> torch.Tensor:
+        """Padded, with the token `filling` in hidden places -> float32 [num_tokens, hidden_size]."""
+        return encode_padded(encoder, self.tokens, self.positions, self.rows, self.row_lengths, filling)[0].float()
+
+
+def position_offsets(config: PreTrainedConfig) -> list[int]:
+    """What encoders add to positions: nothing, or (RoBERTa) their padding id + 1."""
+    return [0, (getattr(config, "pad_token_id", None) or 0) + 1]
+
+
+def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input: str = "auto") -> EncoderTraits:
+    """
+    Feeds an encoder made-up views, padded and packed, and compares. Where packed rows are used, the encoder's
+    attention becomes `tjepa_packed`; nothing else in it changes.
+
+    Args:
+        encoder: with its weights.
+        mask_token_id: stands in hidden places.
+        encoder_input: `"auto"`: packed where it can be; `"packed"` or `"padded"`.
+
+    Raises:
+        ValueError: for an encoder whose states depend on what is padding, or not on later tokens; if it is to be
+            packed and cannot be.
+    """
+    name, was_training = type(encoder).__name__, encoder.training
+    encoder.eval()
+    views = MadeUpViews.draw(encoder, mask_token_id)
+    unused = find_unused_parameters(encoder, views, mask_token_id)
+    with torch.no_grad():
+        expected = views.encode(encoder, mask_token_id)
+        size = expected.abs().mean().clamp(min=1e-6)
+
+        changed = copy.copy(views)
+        changed.tokens = views.tokens.clone()
+        changed.tokens[1] += 1 if views.tokens[1] == views.other_token else views.other_token - views.tokens[1]
+        if torch.equal(changed.encode(encoder, mask_token_id)[0], expected[0]):
+            raise ValueError(
+                f"{name} does not look ahead: the state of a text's first token is the same whatever comes next, as "
+                "in a language model that writes. T-JEPA trains encoders that read in both directions."
+            )
+        by_hidden = (views.encode(encoder, views.other_token) - expected).abs().max() / size
+        alone = views.without_first_row().encode(encoder, mask_token_id)
+        by_padding = (alone - expected[views.rows > 0]).abs().max() / size
+        if not max(by_hidden, by_padding) < TOLERANCE:
+            raise ValueError(
+                f"{name} cannot be trained: tokens that its attention_mask hides change the states of others, by "
+                f"{by_hidden:.0e} of their size in the middle of a text and by {by_padding:.0e} behind it."
+            )
+        difference, offset = float("inf"), 0
+        if encoder_input != "padded":
+            difference, offset = measure_packed(encoder, views, expected, keep_from=TOLERANCE * float(size))
+            difference /= float(size)
+    encoder.train(was_training)
+    if encoder_input == "packed" and not difference < TOLERANCE:
+        raise ValueError(
+            f"{name} cannot be fed packed rows: its states differ from those of padded ones by {difference:.0e} of "
+            "their size. Leave encoder_input at 'auto', or set 'padded'."
+        )
+    return EncoderTraits(difference < TOLERANCE, difference, offset, unused)
+
+
+@torch.enable_grad()
+def find_unused_parameters(encoder: PreTrainedModel, views: MadeUpViews, mask_token_id: int) -> tuple[str, ...]:
+    """Names of the parameters that the last hidden state does not depend on."""
+    required_grad = [parameter.requires_grad for parameter in encoder.parameters()]
+    encoder.requires_grad_(True)
+    names, parameters = zip(*encoder.named_parameters(), strict=True)
+    total = views.encode(encoder, mask_token_id).square().sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, requires_grad in zip(parameters, required_grad, strict=True):
+        parameter.requires_grad_(requires_grad)
+    return tuple(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
+
+
+def measure_packed(
+    encoder: PreTrainedModel, views: MadeUpViews, expected: torch.Tensor, keep_from: float
+) -> tuple[float, int]:
+    """
+    The largest difference of packed from padded states, and the position offset that makes it so small. Where it is
+    below `keep_from`, the encoder keeps the attention that packed rows need.
+    """
+    before, smallest = encoder.config._attn_implementation, float("inf")
+    for offset in position_offsets(encoder.config):
+        traits = EncoderTraits(True, 0.0, offset, ())
+        row = (views.tokens[None], views.positions[None], views.rows[None])
+        try:
+            encoder.set_attn_implementation(PACKED_ATTENTION)
+            states = encode(encoder, TJEPAConfig(), traits, *row)[0].float()
+        except Exception as error:  # no attention interface, no position_ids, no place for packed_views
+            logger.info(f"{type(encoder).__name__} does not take packed rows: {error}")
+            continue
+        if states.shape == expected.shape:
+            smallest = min(smallest, float((states - expected).abs().max()))
+        if smallest < keep_from:
+            return smallest, offset
+    if encoder.config._attn_implementation != before:
+        encoder.set_attn_implementation(before)
+    return smallest, 0
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
 def make_labels(
     encoder: nn.Module,
     config: TJEPAConfig,
+    traits: EncoderTraits | None,
     input_ids: torch.LongTensor,
     position_ids: torch.LongTensor,
     document_ids: torch.LongTensor,
@@ -63,7 +390,7 @@ def make_labels(
     (`config.target_normalization`) and averaged over its last `config.target_layers` blocks.
 
     Args:
-        encoder: the target encoder.
+        encoder, traits: the target encoder, as in `encode`.
         input_ids, position_ids, document_ids (`torch.LongTensor` of shape `[rows, row_length]`): the documents.
         label_indices (`torch.LongTensor` of shape `[num_slots]`): where the labels lie in the flattened rows.
         groups: of equal documents, where they are known; see [`PackedViews`].
@@ -71,18 +398,14 @@ def make_labels(
     Returns:
         `torch.FloatTensor` of shape `[num_slots, hidden_size]`, float32.
     """
-    num_layers, eps = config.target_layers, config.layer_norm_eps
-    outputs = encoder(
-        input_ids,
-        position_ids=position_ids,
-        view_ids=document_ids,
-        groups=groups,
-        output_hidden_states=num_layers > 1,
+    lengths = None
+    if traits is not None and not traits.is_packed:
+        lengths = document_ids[document_ids >= 0].bincount()
+    layers = encode(
+        encoder, config, traits, input_ids, position_ids, document_ids, groups, lengths, config.target_layers
     )
-    layers = [outputs.last_hidden_state] if num_layers == 1 else outputs.hidden_states[-num_layers:]
-    labels = []
+    eps, labels = config.layer_norm_eps, []
     for states in layers:
-        states = states.flatten(0, 1)
         if config.target_normalization == "instance":
             states = normalise_per_document(states.float(), document_ids.flatten(), eps)
             labels.append(states.index_select(0, label_indices))

@@ -1,12 +1,13 @@
 """The transformer layer over packed rows: the one attention rule in each backend's form, rotary angles, the layer.
 
 Sequences share a row with no padding between them, and one rule on integer ids (`packed_attention_mask`) says who
-attends to whom. No square mask is ever part of a batch.
+attends to whom. No square mask is ever part of a batch. `packed_attention_forward` is registered with transformers as
+the attention `tjepa_packed`, so that other encoders of transformers take packed rows by the same function.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
@@ -15,14 +16,26 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tjepa import TJEPAConfig
+
+
+PACKED_ATTENTION = "tjepa_packed"  # the name under which transformers knows `packed_attention_forward`
+
+
+def within_window(positions: torch.Tensor, window: int) -> torch.Tensor:
+    """
+    Local attention (ModernBERT, arXiv 2412.13663) by position instead of by index: positions [..., n] -> bool
+    [..., n, n], True where two tokens are less than `window` positions apart.
+    """
+    return (positions.unsqueeze(-1) - positions.unsqueeze(-2)).abs() < window
 
 
 @dataclass
@@ -37,10 +50,28 @@ class PackedViews:
     Args:
         groups: for each group the number of views, of context tokens per view and of target slots per view.
         slot_masks: for each group a bool tensor [views, 1, slots, context + slots], or `None` where it has no slots.
+        positions (`torch.LongTensor` of shape `[num_entries]`, *optional*):
+            Position of each entry in its document, for encoders with local attention.
+        longest (`int`, *optional*): no document has more tokens; a window that is wider needs no mask.
     """
 
     groups: list[tuple[int, int, int]]
     slot_masks: list[torch.Tensor | None]
+    positions: torch.Tensor | None = None
+    longest: int | None = None
+    _masks_by_window: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def masks(self, window: int | None) -> list[torch.Tensor | None]:
+        """`slot_masks`; for views without slots and a `window` those of local attention, bool [views, 1, n, n]."""
+        if window is None or (self.longest is not None and self.longest <= window):
+            return self.slot_masks
+        if window not in self._masks_by_window:  # made once for all layers
+            sizes = [views * (context + slots) for views, context, slots in self.groups]
+            self._masks_by_window[window] = [
+                within_window(positions.view(views, -1), window).unsqueeze(1)
+                for (views, _, _), positions in zip(self.groups, self.positions.split(sizes), strict=True)
+            ]
+        return self._masks_by_window[window]
 
     @classmethod
     def from_ids(cls, view_ids: torch.Tensor, block_ids: torch.Tensor | None = None) -> "PackedViews":
@@ -79,49 +110,82 @@ class PackedViews:
         return cls(groups, slot_masks)
 
 
-def packed_sdpa_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed_views: PackedViews, dropout: float
-) -> torch.Tensor:
+def packed_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_views: PackedViews | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
     """
-    Attention within each view of `packed_views`.
+    Attention within each view of `packed_views`; without these, what `sdpa` gives. A function of transformers'
+    `AttentionInterface`, to which encoders hand the `packed_views` of their own `forward`.
 
     Args:
         query (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`):
             One for every entry, or one for every target slot alone, in their order: `[1, heads, num_slots, head_dim]`.
-        key, value (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`): one for every entry.
+        key, value (`torch.FloatTensor` of shape `[rows, key heads, row_length, head_dim]`): one for every entry.
+        attention_mask: of rows that are not packed, as `sdpa` takes it.
+        sliding_window (`int`, *optional*): an encoder's local attention, as in `within_window`.
 
     Returns:
-        `torch.FloatTensor` of shape `[rows, row_length, heads, head_dim]`, or `[1, num_slots, heads, head_dim]`.
+        `torch.FloatTensor` of shape `[rows, row_length, heads, head_dim]`, or `[1, num_slots, heads, head_dim]`, and
+        `None` for the weights.
     """
+    if packed_views is None:
+        kwargs.pop("is_causal", None)
+        if attention_mask is None and sliding_window is not None:  # `packed_mask` leaves it out
+            positions = torch.arange(query.shape[2], device=query.device)
+            attention_mask = within_window(positions, sliding_window)[None, None]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=False, **kwargs
+        )
 
     def split_into_groups(states: torch.Tensor, num_entries: list[int]) -> tuple[torch.Tensor, ...]:
         # split, not slices: its backward is one concatenation, where each slice would fill a gradient of full size
         return states.transpose(1, 2).flatten(0, 1).split(num_entries)  # each [entries, heads, head_dim]
 
-    num_rows, num_heads, num_queries, head_dim = query.shape
+    num_rows, num_heads, num_queries, _ = query.shape
     num_keys = [views * (context + slots) for views, context, slots in packed_views.groups]
     num_slots = [views * slots for views, _, slots in packed_views.groups]
     slots_only = num_rows * num_queries < sum(num_keys)  # no view is without context
+    settings = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != num_heads}
     outputs = []
-    for (num_views, num_context, _), slot_mask, q, k, v in zip(
+    for (num_views, num_context, group_slots), mask, q, k, v in zip(
         packed_views.groups,
-        packed_views.slot_masks,
+        packed_views.masks(sliding_window),
         split_into_groups(query, num_slots if slots_only else num_keys),
         split_into_groups(key, num_keys),
         split_into_groups(value, num_keys),
         strict=True,
     ):
         q, k, v = (states.unflatten(0, (num_views, -1)).transpose(1, 2) for states in (q, k, v))
-        if slot_mask is None or slots_only:
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=slot_mask, dropout_p=dropout)
+        if group_slots == 0 or slots_only:
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
         else:
             q_context, q_slots = q.tensor_split([num_context], dim=2)
             k_context, v_context = k[:, :, :num_context], v[:, :, :num_context]
-            context = F.scaled_dot_product_attention(q_context, k_context, v_context, dropout_p=dropout)
-            slots = F.scaled_dot_product_attention(q_slots, k, v, attn_mask=slot_mask, dropout_p=dropout)
+            context = F.scaled_dot_product_attention(q_context, k_context, v_context, **settings)
+            slots = F.scaled_dot_product_attention(q_slots, k, v, attn_mask=mask, **settings)
             output = torch.cat([context, slots], dim=2)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).view(num_rows, num_queries, num_heads, head_dim)
+    return torch.cat(outputs).view(num_rows, num_queries, num_heads, value.shape[-1]), None
+
+
+def packed_mask(*args, attention_mask: torch.Tensor | None = None, use_vmap: bool = False, **kwargs):
+    """A function of `AttentionMaskInterface`: none to build for packed rows, else what `sdpa` takes."""
+    if attention_mask is None and not use_vmap:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
 
 
 def packed_attention_mask(
@@ -282,15 +346,13 @@ class TJEPAAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        name = self.config._attn_implementation
         if isinstance(attention_mask, PackedViews):
-            attn_output, attn_weights = packed_sdpa_attention(query, key, value, attention_mask, dropout), None
-        else:
-            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            attn_output, attn_weights = attention_interface(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
-            )
+            name, kwargs["packed_views"], attention_mask = PACKED_ATTENTION, attention_mask, None
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        attn_output, attn_weights = attention_interface(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
+        )
         return self.out_proj(attn_output.flatten(-2)), attn_weights
 
 

@@ -6,6 +6,7 @@ layers, encoders, predictors, losses. None of them knows masking strategies, tra
 are copied to the Hub beside every checkpoint.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import (
@@ -32,7 +34,16 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tjepa import TJEPAConfig
-from .encoders_tjepa import make_labels, replace_tokens
+from .encoders_tjepa import (
+    EncoderTraits,
+    build_encoder,
+    encode,
+    is_special_token,
+    lengths_of_views,
+    make_labels,
+    measure_encoder,
+    replace_tokens,
+)
 from .layers_tjepa import (
     TJEPALayer,
     TJEPAModule,
@@ -90,7 +101,8 @@ class TJEPAPreTrainedModel(TJEPAModule):
             if model_type != cls.config_class.model_type:
                 raise ValueError(
                     f"{name} holds {f'a {model_type} model' if model_type else 'no model that names its type'}, and "
-                    f"{cls.__name__} loads T-JEPA models only; for others there is AutoModel of transformers."
+                    f"{cls.__name__} loads T-JEPA models only. Load others with AutoModel of transformers; to pretrain"
+                    " one further hand it to TJEPAForPreTraining.from_encoder, or run `tjepa pretrain` on the folder."
                 )
         wants_info = kwargs.pop("output_loading_info", False)
         has_choice = hasattr(cls, "encoder_weights")
@@ -122,6 +134,16 @@ class TJEPAPreTrainedModel(TJEPAModule):
             raise ValueError(f"{name} has none of the weights of a T-JEPA encoder.")
 
 
+def refuse_other_encoder(config: TJEPAConfig, name: str) -> None:
+    """Raises a `ValueError` where a folder's encoders are not of our own architecture."""
+    if config.encoder is not None:
+        raise ValueError(
+            f"{name} is our own architecture, and this folder is for going on with the pretraining of a "
+            f"{config.encoder.model_type} model: load it with TJEPAForPreTraining, or the encoder with AutoModel from "
+            "the folder above."
+        )
+
+
 class TJEPAModel(TJEPAPreTrainedModel):
     """
     The encoder: bidirectional pre-norm transformer with rotary positions. `AutoModel` on a pretraining folder gives
@@ -132,6 +154,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
 
     def __init__(self, config: TJEPAConfig):
+        refuse_other_encoder(config, type(self).__name__)
         super().__init__(config)
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_embedding = TJEPARotaryEmbedding(config)
@@ -248,12 +271,15 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
-        self.context_encoder = TJEPAModel(config)
-        self.target_encoder = TJEPAModel(config)
+        own = config.encoder is None
+        self.context_encoder = TJEPAModel(config) if own else build_encoder(config.encoder)
+        self.target_encoder = TJEPAModel(config) if own else build_encoder(config.encoder)
+        self.encoder_traits: EncoderTraits | None = None  # of another encoder; see `measure_encoder`
         boundary = config.predictor_type == "boundary"
         self.predictor = (TJEPABoundaryPredictor if boundary else TJEPAPredictor)(config)
         predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
-        self.token_head = TJEPATokenHead(config) if predicts_tokens else None
+        width = self.context_encoder.get_input_embeddings().embedding_dim
+        self.token_head = TJEPATokenHead(config, width) if predicts_tokens else None
         self.post_init()
         self._keys_to_ignore_on_load_unexpected = set()  # the encoders' own, of folders like this one, do not apply
         self.train(self.training)
@@ -263,7 +289,45 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         """The target encoder never trains: no gradient, no dropout (loading from disk sets `requires_grad` anew)."""
         super().train(mode)
         self.target_encoder.eval().requires_grad_(False)
+        for name in () if self.encoder_traits is None else self.encoder_traits.unused_parameters:
+            self.context_encoder.get_parameter(name).requires_grad_(False)
         return self
+
+    @classmethod
+    def from_encoder(cls, encoder: PreTrainedModel, config: TJEPAConfig | None = None) -> "TJEPAForPreTraining":
+        """
+        Both encoders equal to an encoder of transformers, which is copied, and a new predictor.
+
+        Args:
+            encoder (`PreTrainedModel`): a bidirectional text encoder, as `AutoModel` loads it.
+            config (`TJEPAConfig`, *optional*):
+                Of predictor and loss; its `encoder` is the configuration of this one. Default: the reference's.
+
+        Raises:
+            ValueError: if the encoder cannot be trained (see `measure_encoder`).
+        """
+        model = cls(config or TJEPAConfig(encoder=copy.deepcopy(encoder.config)))
+        for part in (model.context_encoder, model.target_encoder):
+            part.load_state_dict(encoder.state_dict())
+        if model.token_head is not None:
+            model.token_head.fit_to(model.get_input_embeddings().weight)
+        model.measure_encoders()
+        return model
+
+    def measure_encoders(self) -> EncoderTraits | None:
+        """
+        How another encoder is fed, measured where it is not known yet (`measure_encoder`); parameters that no loss
+        depends on get no gradient from then on. A run calls it before it makes its optimizer, else the first `forward`
+        does. For our own architecture there is nothing to measure.
+        """
+        if self.config.encoder is not None and self.encoder_traits is None:
+            mask_token_id = self.config.mask_token_id or 0
+            traits = measure_encoder(self.target_encoder, mask_token_id, self.config.encoder_input)
+            if traits.is_packed:
+                self.context_encoder.set_attn_implementation(self.target_encoder.config._attn_implementation)
+            self.encoder_traits = traits
+            self.train(self.training)
+        return self.encoder_traits
 
     @classmethod
     def _complete(cls, model: "TJEPAForPreTraining", info: dict, name: str) -> None:
@@ -294,13 +358,17 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As in transformers, for both encoders, which get the same new rows, and for the token head's bias."""
+        num_before = len(self.get_input_embeddings().weight)
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        num_kept = min(len(embeddings.weight), len(self.target_encoder.token_embedding.weight))
-        self.target_encoder.resize_token_embeddings(*args, **kwargs)
+        num_tokens = len(embeddings.weight)
+        target_embeddings = self.target_encoder.resize_token_embeddings(*args, **kwargs)
         with torch.no_grad():
-            self.target_encoder.token_embedding.weight[num_kept:] = embeddings.weight[num_kept:]
+            target_embeddings.weight[num_before:] = embeddings.weight[num_before:]
+        if self.config.encoder is not None:
+            for config in (self.config.encoder, self.context_encoder.config, self.target_encoder.config):
+                config.vocab_size = num_tokens
         if self.token_head is not None:
-            self.token_head.resize(len(embeddings.weight))
+            self.token_head.resize(num_tokens)
         return embeddings
 
     def _encoder_parameter_pairs(self):
@@ -321,8 +389,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             raise ValueError(f"The momentum of the target encoder must be in [0, 1], got {momentum}.")
         targets, contexts = zip(*self._encoder_parameter_pairs(), strict=True)
         contexts = [context.to(target.dtype) for target, context in zip(targets, contexts, strict=True)]
-        torch._foreach_mul_(targets, momentum)
-        torch._foreach_add_(targets, contexts, alpha=1.0 - momentum)
+        # exact where both are equal: what does not train does not drift
+        torch._foreach_lerp_(targets, contexts, 1.0 - momentum)
 
     def _token_losses(self, states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
         """Cross entropy of the token head: states [n, hidden_size], token_ids [n] -> [n]."""
@@ -377,11 +445,16 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 variance/covariance term and SIGReg take their moments over the whole batch.
         """
         flat_input_ids, flat_position_ids = input_ids.flatten(), position_ids.flatten()
+        traits = self.measure_encoders()
+        view_lengths = None
+        if traits is not None and not traits.is_packed:
+            view_lengths = lengths_of_views(document_ids, context_indices, context_view_ids)
 
         with torch.no_grad():
             labels = make_labels(
                 self.target_encoder,
                 self.config,
+                traits,
                 input_ids,
                 position_ids,
                 document_ids,
@@ -393,12 +466,16 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         denoises = self.training and self.config.denoising_weight > 0
         if denoises:
             visible_input_ids, picked = replace_tokens(context_input_ids, self.config)
-        context_states = self.context_encoder(
+        (context_states,) = encode(
+            self.context_encoder,
+            self.config,
+            traits,
             visible_input_ids,
-            position_ids=flat_position_ids[context_indices],
-            view_ids=context_view_ids,
-            groups=getattr(view_groups, "contexts", None),
-        )[0].flatten(0, 1)
+            flat_position_ids[context_indices],
+            context_view_ids,
+            getattr(view_groups, "contexts", None),
+            view_lengths,
+        )
 
         predictions = self.predictor(
             context_states,
@@ -434,8 +511,9 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             )
             output.loss = output.loss + self.config.token_prediction_weight * output.token_prediction_loss
         if denoises:
-            token_losses = self._token_losses(context_states[picked], context_input_ids.flatten()[picked])
-            is_counted = is_token[picked]
+            picked_ids = context_input_ids.flatten()[picked]
+            token_losses = self._token_losses(context_states[picked], picked_ids)
+            is_counted = is_token[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
             output.loss = output.loss + self.config.denoising_weight * output.denoising_loss
         return output
@@ -491,6 +569,7 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
     output_class: type[ModelOutput]
 
     def __init__(self, config: TJEPAConfig):
+        refuse_other_encoder(config, type(self).__name__)
         super().__init__(config)
         self.encoder = TJEPAModel(config)
         dropout = config.classifier_dropout

@@ -212,10 +212,12 @@ class TJEPABoundaryPredictor(TJEPAModule):
 class TJEPATokenHead(nn.Module):
     """From hidden states to logits over the vocabulary: linear, GELU, LayerNorm, the tied input embedding, a bias."""
 
-    def __init__(self, config: TJEPAConfig):
+    def __init__(self, config: TJEPAConfig, embedding_width: int | None = None):
+        """`embedding_width`: of an encoder whose embedding is not as wide as its states (ELECTRA, ALBERT)."""
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
-        self.norm = layer_norm(config)
+        width = embedding_width or config.hidden_size
+        self.dense = nn.Linear(config.hidden_size, width, bias=config.use_bias)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor) -> torch.Tensor:
@@ -224,6 +226,12 @@ class TJEPATokenHead(nn.Module):
 
     def reset_own_parameters(self) -> None:
         init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def fit_to(self, embedding_weight: torch.Tensor) -> None:
+        """Scales the norm so that logits start no wider than with deviation 1: T5's embeddings are not scaled."""
+        scale = 1.0 / (float(embedding_weight.std()) * embedding_weight.shape[1] ** 0.5)
+        self.norm.weight.fill_(min(1.0, scale))
 
     def resize(self, num_tokens: int) -> None:
         """Cuts the bias to a new vocabulary, or extends it by zeros."""

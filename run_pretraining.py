@@ -13,7 +13,7 @@ import copy
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -32,11 +32,10 @@ from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
 from tjepa.corpus.private import get_attention
 from tjepa.corpus.splits import tokenize_splits
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer
-from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, without_special_tokens
+from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, special_tokens_around, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import (
     DataCollatorForTJEPA,
-    MaskingStrategy,
     load_masking_strategies,
 )
 from tjepa.downstream.quickstart_report import report_what_was_learned
@@ -45,6 +44,7 @@ from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.loading import load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
+from tjepa.training.model_folder import save_model_folder
 from tjepa.training.publishing import create_publisher
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
@@ -60,10 +60,18 @@ QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 @dataclass
 class ModelArguments(HubArguments):
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pretraining folder or Hub model to start from. Default: from scratch."}
+        default=None,
+        metadata={
+            "help": "Pretraining folder, or any text encoder of transformers, here or on the Hub, to start from. "
+            "Default: from scratch."
+        },
     )
     config_name: str | None = field(
-        default=None, metadata={"help": "Configuration to train from scratch, if not the default one."}
+        default=None,
+        metadata={
+            "help": "Configuration to train from scratch, if not the default one; also of another text encoder of "
+            "transformers."
+        },
     )
     config_overrides: str | None = field(
         default=None,
@@ -75,6 +83,13 @@ class ModelArguments(HubArguments):
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "sdpa, flex_attention, eager, ... Default: flex_attention on a GPU, sdpa elsewhere."},
+    )
+    encoder_input: str | None = field(
+        default=None,
+        metadata={
+            "help": "How an encoder of another architecture is fed: packed, padded or auto (packed where it gives the "
+            "same states, which is measured)."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of model_name_or_path."})
     model_license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
@@ -137,6 +152,11 @@ def main():
         revision=model_args.model_revision,
         **model_args.for_hub(),
     )
+    goes_on = config.encoder is not None and model_args.model_name_or_path is not None
+    training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
+    if model_args.encoder_input is not None:
+        config.encoder_input = model_args.encoder_input
+        config.validate()
     publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
@@ -156,11 +176,14 @@ def main():
         data_args.max_length,
         model_args.config_overrides,
         model_args.model_name_or_path,
-        model_args.attn_implementation or ("flex_attention" if training_args.device.type == "cuda" else "sdpa"),
+        model_args.attn_implementation or choose_attention(config, training_args),
         revision=model_args.model_revision,
         **model_args.for_hub(),
     )
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    if config.encoder is None:
+        tokenizer.model_max_length = model.config.max_position_embeddings
+    else:
+        collator.special_tokens = special_tokens_around(tokenizer)
     untrained_encoder = copy.deepcopy(model.target_encoder) if is_quickstart else None
     logger.info(f"{model.num_parameters(only_trainable=True):,} trainable parameters")
 
@@ -180,7 +203,7 @@ def main():
     # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
     if trainer.is_world_process_zero():
-        save_model_folder(model, tokenizer, strategies, training_args)
+        save_model_folder(model, tokenizer, strategies, training_args, model_args.model_name_or_path)
     results |= evaluate(trainer)
     results |= count_documents(trainer, counts)
     results["dropped_in_batches"] = collator.num_dropped_documents
@@ -200,6 +223,7 @@ def main():
                 dataset_name=data_args.dataset_name,
                 train_file=data_args.train_file,
                 max_length=data_args.max_length,
+                ema_momentum=trainer.ema.momentum,
                 license=model_args.model_license,
             )
 
@@ -215,12 +239,17 @@ def main():
         sys.exit(3)
 
 
+def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:
+    """flex_attention on a GPU; beside another encoder sdpa, because packed rows of equal views suit both."""
+    return "flex_attention" if args.device.type == "cuda" and config.encoder is None else "sdpa"
+
+
 def choose_tokenizer(
     model_args: ModelArguments, data_args: DataArguments, documents: datasets.DatasetDict, config: TJEPAConfig
 ) -> PreTrainedTokenizerBase:
     """
     The tokenizer asked for, else the model's, else the prepared dataset's; the quickstart trains one. It adds no
-    special tokens, because the encoder is trained without.
+    special tokens, because our own encoder is trained without; that of another encoder stays as it is.
     """
     name, flag, revision = model_args.tokenizer_name, "--tokenizer_name", "main"
     if name is None and model_args.model_name_or_path is not None:
@@ -230,12 +259,15 @@ def choose_tokenizer(
             return train_tokenizer(documents["train"]["text"], config.vocab_size, data_args.max_length)
         if (Path(data_args.dataset_name) / "tokenizer_config.json").is_file():
             name, flag = data_args.dataset_name, "--dataset_name"
+    if name is None and config.encoder is not None:
+        name, flag = model_args.config_name, "--config_name"
     if name is None:
         raise ValueError(
             "Which tokenizer? Pass --tokenizer_name (a folder, or a name on the Hub); `tjepa tokenizer` makes one of "
             "your own texts."
         )
-    return without_special_tokens(load_tokenizer(name, flag, revision=revision, **model_args.for_hub()))
+    tokenizer = load_tokenizer(name, flag, revision=revision, **model_args.for_hub())
+    return tokenizer if config.encoder is not None else without_special_tokens(tokenizer)
 
 
 def find_weights_to_evaluate(
@@ -314,20 +346,6 @@ def gather_model(trainer: Trainer) -> TJEPAForPreTraining:
     if trainer.is_world_process_zero():
         model.load_state_dict(weights)
     return model
-
-
-def save_model_folder(
-    model: TJEPAForPreTraining,
-    tokenizer: PreTrainedTokenizerBase,
-    strategies: list[MaskingStrategy],
-    args: PretrainingArguments,
-) -> None:
-    """Weights, config, code files, tokenizer, and beside them the masking strategies."""
-    with replacing_files(args.output_dir) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        content = json.dumps([asdict(strategy) for strategy in strategies], indent=2) + "\n"
-        (folder / "masking_strategies.json").write_text(content, encoding="utf-8")
 
 
 def save_figures(name: str, figures: dict[str, float], args: PretrainingArguments) -> None:

@@ -105,6 +105,22 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     return _fast_tokenizer(backend, tokenizer, model_input_names=inputs)
 
 
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """
+    The ids that a tokenizer puts before and behind a text ([CLS] and [SEP], say), found by tokenizing one.
+
+    Raises:
+        ValueError: if what it adds does not stand around the text.
+    """
+    for text in ("a", "the", "0"):
+        inner = tokenizer(text, add_special_tokens=False)["input_ids"]
+        outer = tokenizer(text)["input_ids"]
+        for start in range(len(outer) - len(inner) + 1):
+            if inner and outer[start : start + len(inner)] == inner:
+                return outer[:start], outer[start + len(inner) :]
+    raise ValueError(f"The special tokens of {type(tokenizer).__name__} do not stand before and behind a text.")
+
+
 def text_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     A copy of the tokenizer, with the same ids, for which a text is nothing but text: `"</s>"` is its characters.

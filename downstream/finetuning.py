@@ -501,6 +501,7 @@ def write_finetuning_card(
         base_model=base if base_is_on_hub else None,
         summary=f"{base}, fine-tuned on {dataset}: {task.pipeline}{classes}.",
         auto_class=task.auto_class.__name__,
+        has_code=config.model_type == "tjepa",
         source=dataset,
         rows=numbers,
         settings={

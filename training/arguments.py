@@ -13,6 +13,14 @@ from .health import COLLAPSE_PATIENCE
 from .schedules import EXTENSIONS, LR_SCHEDULES
 
 
+# For an encoder that comes with trained weights; how they were found is in docs/any-encoder.md
+TRAINED_ENCODER_LR = 3e-5
+HEAD_RATE_MULTIPLE = 30.0
+HEADS_FIRST_RATIO = 0.1
+RATES = ("learning_rate", "head_learning_rate", "start_lr", "final_lr", "heads_first_ratio", "ema_momentum")
+MOVES = 10.0  # 1 - MOVES / steps is the momentum at which a target encoder forgets where it started, in any run
+
+
 @dataclass
 class PretrainingArguments(TrainingArguments):
     """`TrainingArguments` with the reference's optimization as defaults, and what it has beyond them."""
@@ -21,7 +29,27 @@ class PretrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Go on although output_dir holds a run."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate, after the warm-up."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Highest learning rate, after the warm-up. Default: 1e-3; 3e-5 for a trained encoder of another "
+            "architecture."
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Highest rate of the predictor and the heads. Default: the learning rate; 30 times as much beside "
+            "a trained encoder of another architecture."
+        },
+    )
+    heads_first_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the steps in which predictor and heads train alone. Default: 0; 0.1 where they are new "
+            "beside a trained encoder."
+        },
+    )
     start_lr: float | None = field(
         default=None,
         metadata={"help": "Learning rate at the start of the warm-up. Default: a fifth of the highest one."},
@@ -39,11 +67,24 @@ class PretrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.04, metadata={"help": "Weight decay of matrices at the start."})
     final_weight_decay: float = field(default=0.4, metadata={"help": "Weight decay of matrices at the end."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
-    ema_momentum: float = field(default=0.996, metadata={"help": "Momentum of the target encoder at the start."})
+    ema_momentum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Momentum of the target encoder at the start; 1 freezes it. Default: 0.996; for a trained encoder "
+            "of another architecture 1 - 10 / steps, with which it moves in a run of any length."
+        },
+    )
     final_ema_momentum: float = field(default=1.0, metadata={"help": "Momentum of the target encoder at the end."})
     ema_schedule: str = field(default="linear", metadata={"help": "How the momentum gets there: linear or cosine."})
     ema_anneal_ratio: float = field(
         default=1.0, metadata={"help": "The momentum is at its end after this share of the steps, and stays there."}
+    )
+    export_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of an encoder of another architecture, which one the run's folder holds: target or context. "
+            "Default: target, or context where the target is frozen."
+        },
     )
     schedule_stretch: float = field(
         default=1.0,
@@ -101,17 +142,10 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError(
                 f"schedule_stretch must be at least 1, got {self.schedule_stretch}: no schedule ends early."
             )
-        if self.learning_rate <= 0.0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        self.start_lr = self.learning_rate / 5 if self.start_lr is None else self.start_lr
-        self.final_lr = self.learning_rate / 1000 if self.final_lr is None else self.final_lr
-        for name in ("start_lr", "final_lr"):
-            if not 0.0 <= getattr(self, name) <= self.learning_rate:
-                raise ValueError(
-                    f"{name} must be between 0 and the learning rate, which is the highest one, got "
-                    f"{getattr(self, name)} with --learning_rate {self.learning_rate}. Lower --{name}, or leave it "
-                    "out: then it follows the learning rate."
-                )
+        if self.heads_first_ratio is not None and not 0.0 <= self.heads_first_ratio < 1.0:
+            raise ValueError(f"heads_first_ratio must be in [0, 1), got {self.heads_first_ratio}.")
+        if self.export_encoder not in (None, "target", "context"):
+            raise ValueError(f"--export_encoder must be target or context, got {self.export_encoder!r}.")
         if self.extend_schedule not in (None, *EXTENSIONS):
             raise ValueError(f"--extend_schedule is {self.extend_schedule!r}; allowed are {', '.join(EXTENSIONS)}.")
         if self.lr_scheduler_type.value not in LR_SCHEDULES:
@@ -119,6 +153,43 @@ class PretrainingArguments(TrainingArguments):
                 f"--lr_scheduler_type {self.lr_scheduler_type.value}: the learning rate goes from start_lr over "
                 f"learning_rate to final_lr, after the warm-up by one of {', '.join(LR_SCHEDULES)}."
             )
+        self._left_out = [name for name in RATES if getattr(self, name) is None]
+        self.settle_rates()
+
+    def settle_rates(self, goes_on: bool = False, new_heads: bool = False) -> None:
+        """
+        Fills in what was left out of the rates: the reference's, or those that do not destroy a trained encoder
+        (docs/any-encoder.md). Of the latter `ema_momentum` stays `None` until the number of steps is known.
+
+        Args:
+            goes_on: whether an encoder of another architecture starts with trained weights.
+            new_heads: whether predictor and heads are new beside it.
+
+        Raises:
+            ValueError: for a rate that is not positive, or a start or an end above the highest one.
+        """
+        for name in self._left_out:
+            setattr(self, name, None)
+        if self.learning_rate is None:
+            self.learning_rate = TRAINED_ENCODER_LR if goes_on else 1e-3
+        if self.head_learning_rate is None and goes_on:
+            self.head_learning_rate = HEAD_RATE_MULTIPLE * self.learning_rate
+        if self.heads_first_ratio is None and (goes_on or new_heads):
+            self.heads_first_ratio = HEADS_FIRST_RATIO if new_heads else 0.0
+        if self.ema_momentum is None and not goes_on:
+            self.ema_momentum = 0.996
+        self.start_lr = self.learning_rate / 5 if self.start_lr is None else self.start_lr
+        self.final_lr = self.learning_rate / 1000 if self.final_lr is None else self.final_lr
+        for name in ("learning_rate", "head_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0.0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("start_lr", "final_lr"):
+            if not 0.0 <= getattr(self, name) <= self.learning_rate:
+                raise ValueError(
+                    f"{name} must be between 0 and the learning rate, which is the highest one, got "
+                    f"{getattr(self, name)} with --learning_rate {self.learning_rate}. Lower --{name}, or leave it "
+                    "out: then it follows the learning rate."
+                )
 
 
 def whole_batches(config: AcceleratorConfig | dict | str | None) -> dict:

@@ -1,5 +1,6 @@
 """The moving average that makes the target encoder: a callback for any transformers Trainer."""
 
+import math
 from typing import Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -65,6 +66,10 @@ class EMACallback(TrainerCallback):
         num_steps = self.schedule_stretch * self.anneal_ratio * (max_steps - self.first_step)
         progress = (step - self.first_step) / num_steps
         return self.schedule(self.momentum, self.final_momentum, progress)
+
+    def share_of_start(self, max_steps: int) -> float:
+        """How much of the target encoder will be what it started as, after a run of so many optimizer steps."""
+        return math.prod(self.at(step, max_steps) for step in range(self.first_step, max_steps))
 
     def on_optimizer_step(self, args, state: TrainerState, control: TrainerControl, model=None, **kwargs):
         # Fires once per optimizer step, before global_step counts up: global_step is t.

@@ -9,12 +9,20 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ..configuration_tjepa import TJEPAConfig
+from ..configuration_tjepa import ENCODER_SIZES, TJEPAConfig
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
 from ..corpus.private import get_attention, set_attention
-from ..corpus.tokenizers import load_tokenizer, same_ids, vocabulary_size
+from ..corpus.tokenizers import load_tokenizer, same_ids, special_tokens_around, vocabulary_size
+from ..encoders_tjepa import position_offsets
 from ..modeling_tjepa import TJEPAForPreTraining
 
 
@@ -131,22 +139,31 @@ def load_pretraining_config(
 ) -> TJEPAConfig:
     """
     The configuration to pretrain with: that of a model to continue, a named one, or the default, each with
-    `overrides`. Needs no data and no tokenizer, so that a mistake costs a second.
+    `overrides`. Of another architecture's model it is the `encoder` of a new one, which has no `name_or_path`. Needs
+    no data and no tokenizer, so that a mistake costs a second.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_config`; for a model of another architecture.
+        FileNotFoundError, ValueError: as `load_config`; for a model that does not read text.
     """
     if model_name_or_path is None and config_name is None:
         return apply_overrides(TJEPAConfig(), parse_config_overrides(overrides))
     flag = "--config_name" if model_name_or_path is None else "--model_name_or_path"
     name = model_name_or_path or config_name
     config = load_config(name, None, flag, revision=revision, **for_hub)
+    given = parse_config_overrides(overrides)
     if not isinstance(config, TJEPAConfig):
-        raise ValueError(
-            f"{flag} {name} is a {config.model_type} model; T-JEPA pretrains its own architecture only: name a T-JEPA "
-            f"folder, or leave out {flag} to train from scratch."
-        )
-    return apply_overrides(config, parse_config_overrides(overrides))
+        if not getattr(config, "vocab_size", None):
+            raise ValueError(f"{flag} {name} is a {config.model_type} model, which is not a text encoder.")
+        config = TJEPAConfig(encoder=config)
+    if config.encoder is not None:
+        of_encoder = [size for size in (*ENCODER_SIZES, "intermediate_size") if size in given]
+        if of_encoder:
+            raise ValueError(
+                f"--config_overrides: {', '.join(of_encoder)} belong to the {config.encoder.model_type} encoder, and "
+                "stay as they are; the predictor's are predictor_hidden_size, predictor_num_hidden_layers and so "
+                "on. For another size from scratch edit its config.json, and name that with --config_name."
+            )
+    return apply_overrides(config, given)
 
 
 # ---- models ----
@@ -181,6 +198,19 @@ def load_pretraining_model(
     """
     given = parse_config_overrides(overrides)
     num_tokens = vocabulary_size(tokenizer)
+    if config.encoder is not None:
+        set_attention(config, attn_implementation)
+        fit_to_tokenizer(config, tokenizer, model_name_or_path or config.encoder.name_or_path)
+        if model_name_or_path is None:
+            model = TJEPAForPreTraining(config)
+        else:
+            check_tokenizer(tokenizer, model_name_or_path, revision=revision, **for_hub)
+            model = load_other_encoder(config, model_name_or_path, revision=revision, **for_hub)
+        traits = model.measure_encoders()
+        check_positions(model.target_encoder, tokenizer, max_length)
+        way = "packed rows" if traits.is_packed else "padded rows"
+        logger.info(f"{type(model.context_encoder).__name__} is fed {way} (difference {traits.difference:.1e})")
+        return model
     if model_name_or_path is None:
         facts = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         facts["max_position_embeddings"] = max_length
@@ -219,6 +249,82 @@ def load_pretraining_model(
     if "max_position_embeddings" not in given:
         model.config.max_position_embeddings = max(max_length, model.config.max_position_embeddings)
     return model
+
+
+def fit_to_tokenizer(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """
+    What another architecture's encoder has to know of its tokenizer: the mask token, and the tokens around a text.
+
+    Raises:
+        ValueError: for a tokenizer with more tokens than the encoder has embeddings.
+    """
+    num_tokens = vocabulary_size(tokenizer)
+    if num_tokens > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_tokens} tokens (highest id + 1), the embedding of {name} {config.vocab_size}. "
+            "Name the tokenizer that belongs to it, or give it more rows: "
+            f"model.resize_token_embeddings({num_tokens}), save_pretrained, and name that folder."
+        )
+    prefix, suffix = special_tokens_around(tokenizer)
+    config.special_token_ids = sorted({*prefix, *suffix})
+    config.mask_token_id = tokenizer.mask_token_id
+    if config.mask_token_id is None:
+        config.mask_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id or 0
+        logger.warning(
+            "The tokenizer has no mask token: in hidden places stands "
+            f"{tokenizer.convert_ids_to_tokens(config.mask_token_id)}, on which no state depends"
+        )
+
+
+def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPreTraining:
+    """
+    Both encoders from the folder of another architecture's encoder, with a new predictor, or all three from a folder
+    that pretraining such an encoder wrote.
+
+    Raises:
+        ValueError: if the folder lacks weights that the states depend on, or has them in other sizes.
+    """
+    if config.name_or_path:
+        model, info = TJEPAForPreTraining.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **for_hub
+        )
+        check_weights(model, info, ("context_encoder.", "target_encoder."), name)
+        return model
+    auto_class = AutoModelForTextEncoding if config.encoder.is_encoder_decoder else AutoModel
+    encoder, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **for_hub)
+    model = TJEPAForPreTraining.from_encoder(encoder, config)
+    model.config.encoder.name_or_path = name
+    missing = set(info["missing_keys"]) - set(model.encoder_traits.unused_parameters)
+    if missing := sorted(missing & dict(encoder.named_parameters()).keys()):
+        raise ValueError(
+            f"{name} has no weights for {len(missing)} parameters of {type(encoder).__name__}, such as {missing[0]}: "
+            "they would be random. Name a folder that holds the whole encoder."
+        )
+    return model
+
+
+def check_positions(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """
+    Raises:
+        ValueError: if a document with its special tokens has more tokens than the encoder has positions.
+    """
+    config = encoder.config
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(num_positions, int) or num_positions <= 0:
+        return  # relative positions
+    num_special = tokenizer.num_special_tokens_to_add()
+    longest = num_positions - num_special
+    if max_length <= longest and max_length > longest - position_offsets(config)[-1]:
+        try:  # some count positions from their padding id + 1; others, of the same configuration, do not
+            with torch.no_grad():
+                encoder(input_ids=torch.full((1, max_length + num_special), position_offsets(config)[-1]))
+        except (IndexError, RuntimeError):
+            longest -= position_offsets(config)[-1]
+    if max_length > longest:
+        raise ValueError(
+            f"--max_length is {max_length}, but a {config.model_type} encoder of {num_positions} positions reads "
+            f"texts of {longest} tokens at most, beside {num_special} special tokens: pass --max_length {longest}."
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, **for_hub) -> None:

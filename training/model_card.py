@@ -17,6 +17,7 @@ from ..corpus.documents import QUICKSTART
 from ..corpus.files import without_query
 from ..data_collator_tjepa import MaskingStrategy
 from .arguments import PretrainingArguments
+from .model_folder import exported_encoder
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -118,6 +119,7 @@ def write_pretraining_card(
     dataset_name: str | None,
     train_file: str | None,
     max_length: int,
+    ema_momentum: float,
     license: str,
 ) -> None:
     """
@@ -131,7 +133,9 @@ def write_pretraining_card(
         metrics (`Mapping[str, float]`): The results, of which evaluation and probe are shown.
         verdict (`str`, *optional*): What the health figures say, if not that all is well.
         dataset_name, train_file, max_length, license: As the arguments of `run_pretraining.py` of these names.
+        ema_momentum (`float`): Of the target encoder at the start.
     """
+    encoder = config.encoder  # of another architecture, which needs no code of ours
     dataset, is_on_hub = describe_source(dataset_name, train_file)
     figures = {name: value for name, value in metrics.items() if name.startswith(("eval_", "probe_"))}
     write_card(
@@ -143,11 +147,13 @@ def write_pretraining_card(
         task_type="feature-extraction",
         tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
         license=license,
-        summary="A text encoder pretrained with T-JEPA: it learned to predict the representations of hidden text "
-        f"rather than the hidden words. {config.num_hidden_layers} layers, {config.hidden_size} wide, vocabulary "
-        f"{config.vocab_size}.",
+        base_model=None if encoder is None or Path(encoder.name_or_path).exists() else encoder.name_or_path or None,
+        summary=f"A text encoder{f' ({encoder.model_type})' if encoder else ''} pretrained with T-JEPA: it learned to "
+        "predict the representations of hidden text rather than the hidden words. "
+        f"{config.num_hidden_layers} layers, {config.hidden_size} wide, vocabulary {config.vocab_size}.",
         auto_class="AutoModel",
-        loaded="the target encoder",
+        loaded=f"the {'target' if encoder is None else exported_encoder(args)} encoder",
+        has_code=encoder is None,
         source=dataset,
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
         strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),
@@ -158,8 +164,9 @@ def write_pretraining_card(
             * args.gradient_accumulation_steps,
             "processes": args.world_size,
             "learning rate": f"{args.start_lr} -> {args.learning_rate} -> {args.final_lr}",
+            **({} if args.head_learning_rate is None else {"learning rate of the heads": args.head_learning_rate}),
             "weight decay": f"{args.weight_decay} -> {args.final_weight_decay}",
-            "target encoder momentum": f"{args.ema_momentum} -> {args.final_ema_momentum} "
+            "target encoder momentum": f"{ema_momentum:.5g} -> {args.final_ema_momentum} "
             f"({args.ema_schedule}, over {args.ema_anneal_ratio:.0%} of the steps)",
             "loss": config.loss_type,
             "target layers": f"{config.target_layers} ({config.target_normalization} normalisation)",

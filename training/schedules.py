@@ -59,6 +59,8 @@ class WarmupThenDecay(LRScheduler):
         num_decay_steps (`int`, *optional*): for `"warmup_stable_decay"`; by default a tenth of the steps.
         first_step (`int`): of a run that went on for more steps, where the present schedule begins. What else counts
             steps here counts from there.
+        num_heads_first_steps (`int`): so many steps the heads train alone (`split_heads`): all other groups have the
+            rate 0, and then a warm-up of their own.
     """
 
     SETTINGS = ("learning_rate", "start_lr", "final_lr", "kind", "num_training_steps", "num_warmup_steps")
@@ -75,6 +77,7 @@ class WarmupThenDecay(LRScheduler):
         kind: str = "cosine",
         num_decay_steps: int | None = None,
         first_step: int = 0,
+        num_heads_first_steps: int = 0,
     ):
         if kind not in LR_SCHEDULES:
             raise ValueError(f"The learning rate's schedule must be one of {', '.join(LR_SCHEDULES)}, got {kind!r}.")
@@ -86,6 +89,7 @@ class WarmupThenDecay(LRScheduler):
         self.num_warmup_steps = num_warmup_steps
         self.schedule_stretch = schedule_stretch
         self.first_step = first_step
+        self.num_heads_first_steps = num_heads_first_steps
         end = schedule_stretch * num_training_steps
         if num_decay_steps is None and kind == "warmup_stable_decay":
             num_decay_steps = max(1, round(0.1 * end))
@@ -105,13 +109,20 @@ class WarmupThenDecay(LRScheduler):
         progress = max(0.0, (step - self._decay_start) / self._decay_length)
         return LR_SCHEDULES[self.kind](1.0, final, progress)
 
+    def ramp(self, step: int) -> float:
+        """What keeps the encoder still while the heads train alone, and eases it in afterwards."""
+        num_steps = step - self.first_step - self.num_heads_first_steps + 1
+        return 1.0 if not self.num_heads_first_steps else max(0.0, min(1.0, num_steps / (self.num_warmup_steps + 1)))
+
     @property
     def last_step_before_decay(self) -> int | None:
         """After so many optimizer steps the rate is still the highest one; `None` if it always decays, or never."""
         return self.first_step + int(self._decay_start) if self.kind == "warmup_stable_decay" else None
 
     def get_lr(self) -> list[float]:
-        return [base_lr * self.factor(self.last_epoch) for base_lr in self.base_lrs]
+        groups = zip(self.base_lrs, self.optimizer.param_groups, strict=True)
+        step = self.last_epoch
+        return [lr * self.factor(step) * (1.0 if group.get("is_head") else self.ramp(step)) for lr, group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -160,6 +171,18 @@ def create_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.o
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return optimizer_class(groups, **optimizer_kwargs)
+
+
+def split_heads(optimizer: torch.optim.Optimizer, encoder: torch.nn.Module, head_learning_rate: float) -> None:
+    """Gives what is not the encoder's groups of its own, with another rate, behind the encoder's."""
+    of_encoder = {id(parameter) for parameter in encoder.parameters()}
+    groups = []
+    for is_head in (False, True):
+        for group in optimizer.param_groups:
+            parameters = [p for p in group["params"] if (id(p) not in of_encoder) == is_head]
+            groups.append({**group, "params": parameters, "is_head": is_head})
+            groups[-1]["lr"] = head_learning_rate if is_head else group["lr"]
+    optimizer.param_groups = groups
 
 
 class WeightDecayCallback(TrainerCallback):

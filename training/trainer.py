@@ -7,6 +7,7 @@ It makes optimizer, schedules, moving average and health figures from its `Pretr
 needs `callbacks=[EMACallback()]` and nothing else, as long as one process makes its steps of one batch each.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +21,17 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStr
 
 from ..corpus.private import GradientNormHook, without_repeated_documents
 from ..modeling_tjepa import TJEPAForPreTraining
-from .arguments import PretrainingArguments
+from .arguments import MOVES, PretrainingArguments
 from .ema import EMACallback
 from .health import HealthMonitor
 from .resuming import ResumeStateCallback, ScheduleStart, saved_schedule_start
-from .schedules import WarmupThenDecay, WeightDecayCallback
+from .schedules import WarmupThenDecay, WeightDecayCallback, split_heads
+
+
+logger = logging.getLogger(__name__)
+
+MIN_STEPS_TO_JUDGE = 20
+MAX_SHARE_OF_START = 0.8  # of a target encoder that is said to move
 
 
 class EpochCallback(TrainerCallback):
@@ -131,7 +138,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
         if self.ema is None:
             self.ema = EMACallback(
-                args.ema_momentum,
+                args.final_ema_momentum if args.ema_momentum is None else args.ema_momentum,  # see create_scheduler
                 args.final_ema_momentum,
                 args.schedule_stretch,
                 args.ema_schedule,
@@ -186,13 +193,20 @@ class TJEPATrainer(GradientNormHook, Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         self.optimizer = self._given_optimizer
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self.args.head_learning_rate is not None and self._given_optimizer is None:
+            encoder = (self.model if model is None else model).context_encoder
+            split_heads(optimizer, encoder, self.args.head_learning_rate)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         args = self.args
         start = self.schedule_start = self.new_schedule_start or saved_schedule_start(self.state)
         self.ema.first_step = self.weight_decay.first_step = start.first_step
         num_schedule_steps = num_training_steps - start.first_step
+        if args.ema_momentum is None:
+            self.ema.momentum = max(0.0, 1.0 - MOVES / num_schedule_steps)
+        self._warn_of_still_target(num_training_steps)
         self.lr_scheduler = self._given_scheduler or WarmupThenDecay(
             self.optimizer if optimizer is None else optimizer,
             num_schedule_steps,
@@ -202,11 +216,22 @@ class TJEPATrainer(GradientNormHook, Trainer):
             args.schedule_stretch,
             args.lr_scheduler_type.value,
             first_step=start.first_step,
+            num_heads_first_steps=0 if start.first_step else int((args.heads_first_ratio or 0.0) * num_schedule_steps),
             **(args.lr_scheduler_kwargs or {}),
         )
         # a checkpoint holds the intervals of the run that wrote it
         self.state.compute_steps(args, num_training_steps)
         return self.lr_scheduler
+
+    def _warn_of_still_target(self, max_steps: int) -> None:
+        """Of a target encoder that moves, but hardly: labels, and what is exported, are then the encoder of before."""
+        num_steps, share = max_steps - self.ema.first_step, self.ema.share_of_start(max_steps)
+        if num_steps >= MIN_STEPS_TO_JUDGE and MAX_SHARE_OF_START < share < 1.0:
+            logger.warning(
+                f"The target encoder hardly moves in {num_steps} steps: {share:.0%} of it will be what it starts as. "
+                f"Lower --ema_momentum ({self.ema.momentum:.5g}), say to {max(0.0, 1.0 - MOVES / num_steps):.4g}, or "
+                "freeze it with --ema_momentum 1."
+            )
 
     # Batches
 

@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, DistilBertConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
 
 from helpers import WORDS, arguments, make_texts, make_tiny_config, run
 from tjepa import (
@@ -149,8 +157,9 @@ def test_other_models_and_empty_ones_are_refused(tmp_path):
     for model_class in (TJEPAForPreTraining, TJEPAModel, TJEPAForSequenceClassification):
         with pytest.raises(ValueError, match="holds a bert model, and .* loads T-JEPA models only"):
             model_class.from_pretrained(bert)
-    with pytest.raises(ValueError, match="--model_name_or_path .*bert is a bert model"):
-        load_pretraining_config(str(bert))
+    ViTConfig(hidden_size=8).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="--model_name_or_path .*vit is a vit model, which is not a text encoder"):
+        load_pretraining_config(str(tmp_path / "vit"))
     assert isinstance(AutoModel.from_pretrained(bert), BertModel), "the way that the message names"
 
     ours = tmp_path / "ours"

@@ -710,9 +710,7 @@ class TJEPAForQuestionAnswering(TJEPAHeadModel):
         start_logits, end_logits = (part.contiguous() for part in outputs.logits.unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            length = start_logits.shape[
-                1
-            ]  # transformers' loss leaves this position out, and counts negative ones as 0
+            length = start_logits.shape[1]  # transformers' loss leaves it out, and would count -1 as position 0
             positions = (at.masked_fill(at < 0, length) for at in (start_positions, end_positions))
             loss = self.loss_function(start_logits, end_logits, *positions)
         return QuestionAnsweringModelOutput(

@@ -8,7 +8,7 @@ does one that does not do what the table says. docs/flags.md is this table; it i
 
 import logging
 from dataclasses import MISSING, fields
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import TrainingArguments
 
@@ -50,10 +50,29 @@ def both(rule: Rule) -> Rules:
     return Rules(rule, rule)
 
 
-WORKS = both(works())
-REPORTING = both(works("passed on to the reporting integration"))
-DISTRIBUTED = both(works("with several processes"))
-GPU_ONLY = both(works("on a GPU only"))
+BOTH_WORK = both(works())
+WORKING = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps optim_args
+    weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm
+    auto_find_batch_size bf16 activation_checkpointing activation_checkpointing_kwargs torch_compile
+    torch_compile_backend torch_compile_mode neftune_noise_alpha logging_strategy logging_steps
+    logging_first_step log_level disable_tqdm report_to eval_strategy eval_steps eval_delay
+    per_device_eval_batch_size eval_on_start save_strategy save_steps save_total_limit push_to_hub hub_token
+    hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end
+    metric_for_best_model greater_is_better ignore_data_skip full_determinism seed data_seed use_cpu
+    dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context train_sampling_strategy skip_memory_metrics do_train do_eval
+"""
+WORKING_WHERE = {
+    "with several processes": """
+        log_on_each_node log_level_replica save_on_each_node ddp_find_unused_parameters ddp_bucket_cap_mb
+        ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config
+    """,
+    "on a GPU only": "tf32 torch_empty_cache_steps dataloader_pin_memory",
+    "passed on to the reporting integration": "run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id",
+}
+TOKENS_SEEN = "counts the tokens of all documents; use 'all': packed rows hold no padding token to tell"
 NO_METRICS = "an evaluation computes its figures batch by batch and keeps no predictions"
 OWN_SCHEDULE = (
     "it steps each layer by itself or has a schedule of its own, and weight decay, learning rate and moving average "
@@ -64,84 +83,35 @@ OWN_SCHEDULE_OPTIMIZERS = (
     *("apollo_adamw_layerwise", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 )
 NO_PARALLELISM = "packed rows cannot be cut between processes; use DDP, FSDP2 or DeepSpeed through accelerate"
-FP16 = works("on a GPU only; on a CPU it is refused: --bf16 works there, too")
+KEEP_WEIGHTS = "it would cast the weights, of which the target encoder must stay in float32; use --bf16"
 
 FLAGS: dict[str, Rules] = {
+    **dict.fromkeys(WORKING.split(), BOTH_WORK),
+    **{name: both(works(note)) for note, names in WORKING_WHERE.items() for name in names.split()},
     # how long, how fast
-    "output_dir": WORKS,
-    "per_device_train_batch_size": WORKS,
-    "num_train_epochs": WORKS,
-    "max_steps": WORKS,
-    "learning_rate": WORKS,
     "lr_scheduler_type": Rules(works("cosine, linear, constant or warmup_stable_decay, after the warm-up"), works()),
     "lr_scheduler_kwargs": Rules(works("num_decay_steps, of warmup_stable_decay"), works()),
-    "warmup_steps": WORKS,
     "optim": Rules(works(OWN_SCHEDULE, OWN_SCHEDULE_OPTIMIZERS), works()),
-    "optim_args": WORKS,
-    "weight_decay": WORKS,
-    "adam_beta1": WORKS,
-    "adam_beta2": WORKS,
-    "adam_epsilon": WORKS,
     "optim_target_modules": both(unused("only GaLore and APOLLO read it, which are packages of their own")),
-    "gradient_accumulation_steps": WORKS,
     "average_tokens_across_devices": Rules(
         unused("a step's loss is always that of all its documents on all processes"),
         unused("the loss of a head is the mean over the rows of each process"),
     ),
-    "max_grad_norm": WORKS,
     "label_smoothing_factor": Rules(refused("the targets are vectors: there are no classes to smooth"), works()),
-    "auto_find_batch_size": WORKS,
     # numbers and memory
-    "bf16": WORKS,
-    "fp16": both(FP16),
-    "bf16_full_eval": Rules(
-        refused("it would cast the weights, of which the target encoder must stay in float32; use --bf16"), works()
-    ),
-    "fp16_full_eval": Rules(
-        refused("it would cast the weights, of which the target encoder must stay in float32; use --bf16"), works()
-    ),
-    "tf32": GPU_ONLY,
-    "activation_checkpointing": WORKS,
-    "activation_checkpointing_kwargs": WORKS,
+    "fp16": both(works("on a GPU only; on a CPU it is refused: --bf16 works there, too")),
+    "bf16_full_eval": Rules(refused(KEEP_WEIGHTS), works()),
+    "fp16_full_eval": Rules(refused(KEEP_WEIGHTS), works()),
     "gradient_checkpointing": both(works("the old name of activation_checkpointing")),
     "gradient_checkpointing_kwargs": both(works("the old name of activation_checkpointing_kwargs")),
-    "torch_compile": WORKS,
-    "torch_compile_backend": WORKS,
-    "torch_compile_mode": WORKS,
     "use_liger_kernel": both(refused("Liger has no kernels for these encoders")),
     "liger_kernel_config": both(refused("Liger has no kernels for these encoders")),
     "use_cache": both(unused("an encoder has no cache")),
-    "neftune_noise_alpha": WORKS,
-    "torch_empty_cache_steps": GPU_ONLY,
     # logs
-    "logging_strategy": WORKS,
-    "logging_steps": WORKS,
-    "logging_first_step": WORKS,
-    "log_on_each_node": DISTRIBUTED,
     "logging_nan_inf_filter": Rules(refused("a loss that is not finite ends the run instead"), works()),
-    "include_num_input_tokens_seen": Rules(
-        works(
-            "counts the tokens of all documents; use 'all': packed rows hold no padding token to tell",
-            ("non_padding",),
-        ),
-        works(),
-    ),
-    "log_level": WORKS,
-    "log_level_replica": DISTRIBUTED,
-    "disable_tqdm": WORKS,
-    "report_to": WORKS,
-    "run_name": REPORTING,
-    "project": REPORTING,
-    "trackio_space_id": REPORTING,
-    "trackio_bucket_id": REPORTING,
-    "trackio_static_space_id": REPORTING,
+    "include_num_input_tokens_seen": Rules(works(TOKENS_SEEN, refused_values=("non_padding",)), works()),
     # evaluation
-    "eval_strategy": WORKS,
-    "eval_steps": WORKS,
-    "eval_delay": WORKS,
-    "per_device_eval_batch_size": WORKS,
     "prediction_loss_only": Rules(unused(NO_METRICS), refused("the figures need the predictions")),
-    "eval_on_start": WORKS,
     "eval_do_concat_batches": Rules(unused(NO_METRICS), refused("the figures need the predictions in one piece")),
     "eval_use_gather_object": Rules(unused(NO_METRICS), refused("the predictions are tensors, gathered as such")),
     "eval_accumulation_steps": Rules(unused(NO_METRICS), works()),
@@ -149,65 +119,29 @@ FLAGS: dict[str, Rules] = {
     "batch_eval_metrics": Rules(unused(NO_METRICS), refused("F1 and correlations are not means over batches")),
     # checkpoints and the Hub
     "save_only_model": both(works("such a checkpoint cannot be resumed")),
-    "save_strategy": WORKS,
-    "save_steps": WORKS,
-    "save_on_each_node": DISTRIBUTED,
-    "save_total_limit": WORKS,
     "enable_jit_checkpoint": both(refused("SIGTERM always finishes the step and saves a checkpoint here")),
-    "push_to_hub": WORKS,
-    "hub_token": WORKS,
-    "hub_private_repo": WORKS,
-    "hub_model_id": WORKS,
-    "hub_strategy": WORKS,
-    "hub_always_push": WORKS,
-    "hub_revision": WORKS,
-    "load_best_model_at_end": WORKS,
-    "metric_for_best_model": WORKS,
-    "greater_is_better": WORKS,
     "resume_from_checkpoint": both(works("a folder, or 'last'")),
-    "ignore_data_skip": WORKS,
     "restore_callback_states_from_checkpoint": both(
         refused("it would restore the wish to stop of a run that a signal ended; all state is resumed without it")
     ),
     # random numbers and devices
-    "full_determinism": WORKS,
-    "seed": WORKS,
-    "data_seed": WORKS,
-    "use_cpu": WORKS,
     "accelerator_config": Rules(works("without split_batches and dispatch_batches, which are refused"), works()),
     "parallelism_config": both(refused(NO_PARALLELISM)),
-    "ddp_find_unused_parameters": DISTRIBUTED,
-    "ddp_bucket_cap_mb": DISTRIBUTED,
-    "ddp_broadcast_buffers": DISTRIBUTED,
-    "ddp_static_graph": DISTRIBUTED,
-    "ddp_backend": DISTRIBUTED,
-    "ddp_timeout": DISTRIBUTED,
-    "fsdp": DISTRIBUTED,
-    "fsdp_config": DISTRIBUTED,
     "deepspeed": both(works("with the package deepspeed, in float32; never run in the tests")),
     "local_rank": both(unused("the launcher says which process this is")),
     # batches
     "dataloader_drop_last": both(works("of training batches; an evaluation sees every row")),
-    "dataloader_num_workers": WORKS,
-    "dataloader_pin_memory": GPU_ONLY,
-    "dataloader_persistent_workers": WORKS,
-    "dataloader_prefetch_factor": WORKS,
-    "dataloader_multiprocessing_context": WORKS,
     "dataloader_in_order": both(refused("batches in the order in which workers finish cannot be repeated or resumed")),
     "remove_unused_columns": Rules(refused("it must stay false: the collator needs every column"), works()),
     "label_names": Rules(
         unused("the labels are the target encoder's outputs"), refused("the labels are in the column 'labels'")
     ),
-    "train_sampling_strategy": WORKS,
     "length_column_name": both(unused("lengths are counted")),
     # the rest
     "debug": Rules(
         works("with a value it is transformers' flag; without one an error ends with its traceback"),
         refused("transformers' detector cannot read attention masks; without a value --debug shows tracebacks"),
     ),
-    "skip_memory_metrics": WORKS,
-    "do_train": WORKS,
-    "do_eval": WORKS,
     "do_predict": Rules(refused("there is no test split in pretraining"), works()),
 }
 
@@ -225,12 +159,13 @@ def check_flags(args: TrainingArguments, kind: Literal["pretraining", "finetunin
     """
     problems = []
     for field in fields(args):
-        rule = getattr(FLAGS.get(field.name, WORKS), kind)
+        rule = getattr(FLAGS.get(field.name, BOTH_WORK), kind)
         value = getattr(args, field.name)
+        default = field.default if field.default is not MISSING else field.default_factory()
         if rule.status == "works":
-            if getattr(value, "value", value) in rule.refused_values if rule.refused_values else False:
-                problems.append(f"--{field.name} {getattr(value, 'value', value)} is refused: {rule.reason}")
-        elif value not in (None, _default(field)):  # the parser makes None of a list's default
+            if rule.refused_values and (chosen := getattr(value, "value", value)) in rule.refused_values:
+                problems.append(f"--{field.name} {chosen} is refused: {rule.reason}")
+        elif value not in (None, default):  # the parser makes None of a list's default
             if rule.status == "refused":
                 problems.append(f"--{field.name} is refused: {rule.reason}")
             else:
@@ -250,8 +185,21 @@ def check_precision(args: TrainingArguments) -> None:
         raise ValueError("--fp16 is refused on a CPU, which does not train in float16. Use --bf16, or leave it out.")
 
 
-def _default(field: Any) -> Any:
-    return field.default if field.default is not MISSING else field.default_factory()
+PAGE = """# Flags of `TrainingArguments`
+
+The scripts take every flag of the Trainer. A flag that *works* does what transformers says; one that is
+*refused* is an error in one line, before anything is read; one that *does not apply* has nothing to act on,
+and a warning says so. The flags of this project are in the `--help` of each command.
+
+This page is written by `python -m tjepa.training.flags > docs/flags.md`, and a test holds it equal to the
+table that the scripts check.
+
+These work in pretraining and in fine-tuning, and there is nothing more to say of them: {plain}.
+
+| flag | pretraining | fine-tuning |
+| --- | --- | --- |
+{rows}
+"""
 
 
 def to_markdown() -> str:
@@ -264,27 +212,13 @@ def to_markdown() -> str:
             text += ", but for " + ", ".join(f"`{value}`" for value in rule.refused_values)
         return f"{text}: {rule.reason}" if rule.reason else text
 
-    lines = [
-        "# Flags of `TrainingArguments`",
-        "",
-        "The scripts take every flag of the Trainer. A flag that *works* does what transformers says; one that is",
-        "*refused* is an error in one line, before anything is read; one that *does not apply* has nothing to act on,",
-        "and a warning says so. The flags of this project are in the `--help` of each command.",
-        "",
-        "This page is written by `python -m tjepa.training.flags > docs/flags.md`, and a test holds it equal to the",
-        "table that the scripts check.",
-        "",
-        "| flag | pretraining | fine-tuning |",
-        "| --- | --- | --- |",
+    rows = [
+        f"| `{name}` | {cell(rules.pretraining)} | {cell(rules.finetuning)} |"
+        for name, rules in FLAGS.items()
+        if rules != BOTH_WORK
     ]
-    lines += [f"| `{name}` | {cell(rules.pretraining)} | {cell(rules.finetuning)} |" for name, rules in FLAGS.items()]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Prints the page."""
-    print(to_markdown(), end="")
+    return PAGE.format(plain=", ".join(f"`{name}`" for name in WORKING.split()), rows="\n".join(rows))
 
 
 if __name__ == "__main__":
-    main()
+    print(to_markdown(), end="")

@@ -4,8 +4,8 @@ import logging
 import math
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
+from torch.nn import functional as F
 from transformers import TrainerState
 
 from ..configuration_tjepa import TJEPAConfig
@@ -20,72 +20,52 @@ MIN_TARGET_STD = 0.1
 MIN_RANK = 0.1
 MIN_STEPS = 10  # a predictor that was just drawn does not beat the mean target, warm-up or not
 COLLAPSE_PATIENCE = 3  # evaluations in a row, for a collapse to be called lasting
+NOT_FINITE_ADVICE = (
+    "; stopped before saving another checkpoint. The last checkpoint is good; resume from it with "
+    "--resume_from_checkpoint, with a lower --learning_rate, a longer warm-up or a lower --max_grad_norm."
+)
 
 
-class FeatureMoments:
+def moment_sums(features: torch.Tensor) -> torch.Tensor:
     """
-    Mean and covariance of features over all tokens seen, without keeping the tokens.
-
-    The first batch's mean is taken off before squaring, so that a large common mean does not swallow the variance.
+    What mean and covariance of features come from: float [num_tokens, width] -> float64 [1 + width, 1 + width], the
+    sums over tokens of 1, of the features (first row and column) and of their products. They add up over batches and
+    processes. In float64 a large common mean does not swallow the variance.
     """
-
-    def __init__(self):
-        self.count = 0
-
-    @torch.no_grad()
-    def update(self, features: torch.Tensor) -> None:
-        """features: float [num_tokens, hidden_size]."""
-        features = features.detach().float()
-        if self.count == 0:
-            self.shift = features.mean(dim=0) if len(features) > 0 else features.new_zeros(features.shape[1])
-            self.total = torch.zeros_like(self.shift)
-            self.products = features.new_zeros(features.shape[1], features.shape[1])
-        features = features - self.shift
-        self.count += len(features)
-        self.total += features.sum(dim=0)
-        self.products += features.T @ features
-
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.shift + self.total / self.count
-
-    def sums(self) -> torch.Tensor:
-        """Number, sum and sum of outer products of all tokens, flat: what can be added up over processes."""
-        shift, total = self.shift.double(), self.total.double()  # float64: a large common mean comes back in here
-        cross = torch.outer(shift, total)
-        products = self.products + cross + cross.T + self.count * torch.outer(shift, shift)
-        count = shift.new_tensor([self.count])
-        return torch.cat([count, total + self.count * shift, products.flatten()])
-
-    def set_sums(self, sums: torch.Tensor) -> None:
-        count, total, products = sums.split([1, len(self.total), len(self.total) ** 2])
-        mean = total / count.clamp(min=1)
-        self.count = int(count)
-        self.shift, self.total = mean.float(), torch.zeros_like(self.total)
-        self.products = (products.view_as(self.products) - count * torch.outer(mean, mean)).float()
-
-    def covariance(self) -> torch.Tensor:
-        mean = self.total / self.count
-        return self.products / self.count - torch.outer(mean, mean)
-
-    def std(self) -> float:
-        """Standard deviation across tokens, averaged over features."""
-        return self.covariance().diagonal().clamp(min=0).sqrt().mean().item()
-
-    def rank(self) -> float:
-        """
-        RankMe (arXiv 2210.02885) of the centred features divided by their width, in (0, 1]: the exponential of the
-        entropy of the singular values. NaN if a feature is not finite.
-        """
-        covariance = self.covariance().cpu().double()  # Apple's GPUs have neither float64 nor eigenvalues
-        if not covariance.isfinite().all():
-            return math.nan
-        singular_values = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
-        shares = singular_values / singular_values.sum().clamp(min=1e-12)
-        return torch.exp(-torch.xlogy(shares, shares).sum()).item() / len(shares)
+    extended = F.pad(in_float64(features), (1, 0), value=1.0)
+    return extended.T @ extended
 
 
-TERMS = ("variance_covariance_loss", "sigreg_loss", "denoising_loss")  # those that are not means over target slots
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    values = values.detach()
+    return (values.cpu() if values.device.type == "mps" else values).double()  # Apple's GPUs have no float64
+
+
+def covariance(sums: torch.Tensor) -> torch.Tensor:
+    moments = sums / sums[0, 0]
+    return moments[1:, 1:] - torch.outer(moments[0, 1:], moments[0, 1:])
+
+
+def feature_std(sums: torch.Tensor) -> float:
+    """Of `moment_sums`: the standard deviation across tokens, averaged over features."""
+    return covariance(sums).diagonal().clamp(min=0).sqrt().mean().item()
+
+
+def rank_share(sums: torch.Tensor) -> float:
+    """
+    Of `moment_sums`: RankMe (arXiv 2210.02885) of the centred features divided by their width, in (0, 1], the
+    exponential of the entropy of the singular values. NaN if a feature is not finite.
+    """
+    matrix = covariance(sums).cpu()
+    if not matrix.isfinite().all():
+        return math.nan
+    singular_values = torch.linalg.eigvalsh(matrix).clamp(min=0).sqrt()
+    shares = singular_values / singular_values.sum().clamp(min=1e-12)
+    return torch.exp(-torch.xlogy(shares, shares).sum()).item() / len(shares)
+
+
+SLOT_LOSSES = ("jepa_loss", "token_prediction_loss")  # means over target slots, by strategy
+TERMS = ("variance_covariance_loss", "sigreg_loss", "denoising_loss")  # means over something else
 
 
 class PretrainingStatistics:
@@ -101,80 +81,67 @@ class PretrainingStatistics:
     def __init__(self, strategy_names: list[str], config: TJEPAConfig):
         self.strategy_names = strategy_names
         self.config = config
-        self.num_batches = 0
-        self.targets, self.predictions, self.contexts = FeatureMoments(), FeatureMoments(), FeatureMoments()
-        self.target_directions, self.cosines = FeatureMoments(), FeatureMoments()
-        self.sums: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, torch.Tensor] = {}  # float64, over batches
 
     @torch.no_grad()
     def update(self, output: TJEPAForPreTrainingOutput, inputs: dict[str, torch.Tensor]) -> None:
-        self.num_batches += 1
         is_token = inputs["context_view_ids"].flatten() >= 0
-        self.targets.update(output.labels)
-        self.predictions.update(output.predictions)
-        self.contexts.update(output.context_states[is_token])
-        self.target_directions.update(torch.nn.functional.normalize(output.labels.float(), dim=-1))
-        self.cosines.update(torch.cosine_similarity(output.predictions.float(), output.labels.float())[:, None])
-
         # of a step's batches each has the mean of their slots, so these add up to all slots of the step
-        slots = inputs["slots_per_strategy"]
-        num_tokens = is_token.sum()
-        sums = {"slots": slots, "tokens": num_tokens, "jepa_loss": output.loss_per_strategy * slots}
+        slots, num_tokens = inputs["slots_per_strategy"], is_token.sum()
+        labels, predictions = output.labels.float(), output.predictions.float()
+        sums = {
+            "slots": slots,
+            "tokens": num_tokens,
+            "targets": moment_sums(labels),
+            "predictions": moment_sums(predictions),
+            "contexts": moment_sums(output.context_states[is_token]),
+            "target_directions": F.normalize(labels, dim=-1).sum(dim=0),
+            "cosines": torch.cosine_similarity(predictions, labels).sum(),
+            "jepa_loss": output.loss_per_strategy * slots,
+        }
         if output.token_loss_per_strategy is not None:
             sums["token_prediction_loss"] = output.token_loss_per_strategy * slots
-        for name in TERMS:
-            if getattr(output, name) is not None:
-                sums[name] = getattr(output, name) * num_tokens
+        sums |= {name: term * num_tokens for name in TERMS if (term := getattr(output, name)) is not None}
         for name, value in sums.items():
-            exact = torch.float32 if value.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-            self.sums[name] = self.sums.get(name, 0) + value.detach().to(exact)
-
-    def _add_other_processes(self) -> None:
-        """One all-reduce. Every process must take part."""
-        moments = [self.targets, self.predictions, self.contexts, self.target_directions, self.cosines]
-        parts = [*(moment.sums() for moment in moments), *(value.double().flatten() for value in self.sums.values())]
-        parts = reduce(torch.cat(parts), "sum").split([len(part) for part in parts])
-        for moment, sums in zip(moments, parts, strict=False):
-            moment.set_sums(sums)
-        for (name, value), sums in zip(self.sums.items(), parts[len(moments) :], strict=True):
-            self.sums[name] = sums.view_as(value)
+            self.sums[name] = self.sums.get(name, 0) + in_float64(value)
 
     def losses(self) -> dict[str, float]:
-        slots, num_tokens = self.sums["slots"], self.sums["tokens"]
+        slots = self.sums["slots"]
         seen = slots > 0
         losses, loss = {}, 0.0
-        for name, value in self.sums.items():
-            if name in ("jepa_loss", "token_prediction_loss"):
-                per_strategy = value[seen] / slots[seen]
+        for name in (*SLOT_LOSSES, *TERMS):
+            if name not in self.sums:
+                continue
+            if name in SLOT_LOSSES:
+                per_strategy = self.sums[name][seen] / slots[seen]
                 losses[name] = per_strategy.mean().item()
                 if name == "jepa_loss" and len(self.strategy_names) > 1:
                     names = [f"loss_{strategy}" for strategy, n in zip(self.strategy_names, slots, strict=True) if n]
                     losses.update(zip(names, per_strategy.tolist(), strict=True))
-            elif name in TERMS:
-                losses[name] = (value / num_tokens).item()
             else:
-                continue
+                losses[name] = (self.sums[name] / self.sums["tokens"]).item()
             weight = 1.0 if name == "jepa_loss" else getattr(self.config, name.replace("_loss", "_weight"))
             loss += weight * losses[name]
         return {"loss": loss, **losses}
 
     def summary(self) -> dict[str, float]:
-        """Figures of all processes together for the log; empty if there was no target slot."""
-        if self.num_batches and PartialState().num_processes > 1:
-            self._add_other_processes()
-        if self.targets.count == 0:
+        """
+        Figures of all processes together for the log, each of which must take part; empty if there was no target slot.
+        """
+        sums = self.sums = reduce(self.sums, "sum")
+        if not sums or not (num_targets := sums["targets"][0, 0]):
             return {}
         # the cosine that always predicting the mean label would get: no learning needed for that
-        mean_target = torch.nn.functional.normalize(self.targets.mean, dim=0)
+        mean_target = F.normalize(sums["targets"][0, 1:], dim=0)
         return {
             **self.losses(),
-            "target_std": self.targets.std(),
-            "prediction_std": self.predictions.std(),
-            "target_rank": self.targets.rank(),
-            "prediction_rank": self.predictions.rank(),
-            "context_rank": self.contexts.rank(),
-            "cosine": self.cosines.mean.item(),
-            "mean_target_cosine": torch.dot(mean_target, self.target_directions.mean).item(),
+            "target_std": feature_std(sums["targets"]),
+            "prediction_std": feature_std(sums["predictions"]),
+            "target_rank": rank_share(sums["targets"]),
+            "prediction_rank": rank_share(sums["predictions"]),
+            "context_rank": rank_share(sums["contexts"]),
+            "cosine": (sums["cosines"] / num_targets).item(),
+            "mean_target_cosine": (torch.dot(mean_target, sums["target_directions"]) / num_targets).item(),
         }
 
 
@@ -293,11 +260,7 @@ class HealthMonitor:
         for name, first_bad_step in self._first_bad_step.items():
             if (step := first_bad_step.item()) < math.inf:
                 self.num_nonfinite_gradients += int(self._new_bad_gradients)
-                raise FloatingPointError(
-                    f"The {name} was not finite in optimizer step {int(step)}; stopped before saving another "
-                    "checkpoint. The last checkpoint is good; resume from it with --resume_from_checkpoint, with a "
-                    "lower --learning_rate, a longer warm-up or a lower --max_grad_norm."
-                )
+                raise FloatingPointError(f"The {name} was not finite in optimizer step {int(step)}{NOT_FINITE_ADVICE}")
 
     def count_nonfinite_gradients(self, num_logged: int) -> dict[str, int]:
         """For the log: how many there were in all, `num_logged` of them in the log; empty if there were none."""
@@ -334,11 +297,7 @@ class HealthMonitor:
                 )
             return
         if is_training and self.verdict.startswith("not finite"):
-            raise FloatingPointError(
-                f"The evaluation after step {step} is {self.verdict}; stopped before saving another checkpoint. "
-                "Resume from the last one with --resume_from_checkpoint, with a lower --learning_rate, a longer "
-                "warm-up or a lower --max_grad_norm."
-            )
+            raise FloatingPointError(f"The evaluation after step {step} is {self.verdict}{NOT_FINITE_ADVICE}")
         steps = [step for step in collapsed_evaluations(state, MIN_STEPS) if step > num_warmup_steps]
         if len(steps) > 1:
             self.verdict += f"; so in the last {len(steps)} evaluations, since step {steps[0]}"

@@ -44,7 +44,7 @@ from ..training.trainer import keeping_the_last_batch
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
 from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
-from .tasks import HubMetric, TextTask, WordTask
+from .tasks import TextTask, WordTask
 
 
 logger = logging.getLogger(__name__)
@@ -390,46 +390,12 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 # ---- figures and predictions ----
 
 
-def load_metrics(hub_metrics: list[HubMetric], folder: str, configuration: str | None = None) -> Callable[..., dict]:
-    """
-    The metrics of the Hub or, where it cannot be reached or they need a package that is missing, our own.
-
-    Args:
-        hub_metrics (`list[HubMetric]`): what to load from the Hub.
-        folder (`str`): our module, in `metrics/`, which has figures of the same names.
-        configuration (`str`, *optional*): of our module.
-
-    Returns:
-        A function of `predictions` and `references` that returns the figures, by the same names from either source.
-    """
-    modules = sorted({metric.module for metric in hub_metrics})
-    try:
-        loaded = [
-            (evaluate.load(metric.module, metric.configuration, keep_in_memory=True), metric) for metric in hub_metrics
-        ]
-        logger.info(f"Metrics: {', '.join(modules)} of the Hub")
-    except (OSError, ImportError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ImportError) else "it cannot be reached"
-        logger.info(f"Metrics: metrics/{folder} of this repository, not {', '.join(modules)} of the Hub: {reason}")
-        names = {name: name for metric in hub_metrics for name in metric.figures.values()}
-        ours = evaluate.load(str(METRICS / folder), configuration, keep_in_memory=True)
-        loaded = [(ours, HubMetric(folder, configuration, {}, names))]
-
-    def compute(predictions: Any, references: Any) -> dict[str, float | None]:
-        results = {}
-        for module, metric in loaded:
-            computed = module.compute(predictions=predictions, references=references, **metric.arguments)
-            results.update({ours: computed[theirs] for theirs, ours in metric.figures.items() if theirs in computed})
-        return results
-
-    return compute
-
-
 def make_compute_metrics(task: TextTask | WordTask) -> Callable[[EvalPrediction], dict[str, float]]:
-    metrics = load_metrics(task.hub_metrics, task.our_metric, task.our_configuration)
+    metric = evaluate.load(str(METRICS / task.metric), task.metric_configuration, keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        figures = metrics(*task.judged(prediction.predictions, prediction.label_ids))
+        predictions, references = task.judged(prediction.predictions, prediction.label_ids)
+        figures = metric.compute(predictions=predictions, references=references)
         # not None, which the Trainer cannot compare with the best figure so far
         return {name: math.nan if value is None else float(value) for name, value in figures.items()}
 

@@ -7,7 +7,7 @@ figures and predictions. `finetuning.finetune` does the rest, the same way for b
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,15 +38,6 @@ from .labels import (
 
 
 logger = logging.getLogger(__name__)
-
-
-class HubMetric(NamedTuple):
-    """A module of the Hub, its configuration, further arguments of `compute`, and its figures -> our names of them."""
-
-    module: str
-    configuration: str | None
-    arguments: dict
-    figures: dict[str, str]
 
 
 def find_column(splits: DatasetDict, flag: str, given: str | None, usual: tuple[str, ...], can_lack: bool) -> str:
@@ -84,7 +75,7 @@ class TextTask:
     auto_class: ClassVar = AutoModelForSequenceClassification
     collator: ClassVar = DataCollatorWithPadding
     pipeline: ClassVar = "text-classification"
-    our_metric: ClassVar = "classification"
+    metric: ClassVar = "classification"
 
     LABEL_COLUMNS = ("label", "labels", "score", "target", "class")
     TEXT_COLUMNS = (  # the first that is there; a pair only where both are
@@ -96,23 +87,7 @@ class TextTask:
         ("sentence", None),
         ("content", None),
     )
-    HUB_METRICS = {
-        SINGLE: [
-            HubMetric("accuracy", None, {}, {"accuracy": "accuracy"}),
-            HubMetric("f1", None, {"average": "macro"}, {"f1": "f1_macro"}),
-            HubMetric("matthews_correlation", None, {}, {"matthews_correlation": "mcc"}),
-        ],
-        MULTI: [
-            HubMetric("accuracy", "multilabel", {}, {"accuracy": "accuracy"}),
-            HubMetric("f1", "multilabel", {"average": "macro"}, {"f1": "f1_macro"}),
-            HubMetric("f1", "multilabel", {"average": "micro"}, {"f1": "f1_micro"}),
-        ],
-        REGRESSION: [
-            HubMetric("pearsonr", None, {}, {"pearsonr": "pearson"}),
-            HubMetric("spearmanr", None, {}, {"spearmanr": "spearman"}),
-        ],
-    }
-    OUR_CONFIGURATIONS = {SINGLE: "default", MULTI: "multi_label", REGRESSION: "regression"}
+    METRIC_CONFIGURATIONS = {SINGLE: "default", MULTI: "multi_label", REGRESSION: "regression"}
 
     def __init__(self, splits: DatasetDict, args: TextArguments, config: PreTrainedConfig):
         given = (args.text_column, args.text_pair_column)
@@ -131,7 +106,7 @@ class TextTask:
         if self.kind != REGRESSION:
             self.names = find_class_names(splits["train"], self.label_column, labels, config)
         self.ids = {name: index for index, name in enumerate(self.names)}
-        self.hub_metrics, self.our_configuration = self.HUB_METRICS[self.kind], self.OUR_CONFIGURATIONS[self.kind]
+        self.metric_configuration = self.METRIC_CONFIGURATIONS[self.kind]
 
     # ---- rows ----
 
@@ -266,13 +241,11 @@ class WordTask:
     auto_class: ClassVar = AutoModelForTokenClassification
     collator: ClassVar = DataCollatorForTokenClassification
     pipeline: ClassVar = "token-classification"
-    our_metric: ClassVar = "tagging"
+    metric: ClassVar = "tagging"
+    metric_configuration: ClassVar = None
 
     WORD_COLUMNS = ("tokens", "words")
     TAG_COLUMNS = ("tags", "labels", "ner_tags", "pos_tags", "chunk_tags")
-    FIGURES = ("accuracy", "precision", "recall", "f1")
-    hub_metrics = [HubMetric("seqeval", None, {}, {f"overall_{name}": name for name in FIGURES})]
-    our_configuration = None
 
     def __init__(self, splits: DatasetDict, args: WordArguments, config: PreTrainedConfig):
         self.columns = [find_column(splits, "--text_column", args.text_column, self.WORD_COLUMNS, can_lack=False)]

@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import datasets
-import evaluate
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,9 +24,8 @@ from finetuning_helpers import COLOURS, arguments, make_rows, run, write
 from helpers import make_tiny_config, run_elsewhere
 from tjepa import TJEPAForSequenceClassification, TJEPAModel
 from tjepa.downstream.arguments import ModelArguments
-from tjepa.downstream.finetuning import METRICS, find_max_length, freeze_encoder, load_metrics, load_tokenizer
+from tjepa.downstream.finetuning import find_max_length, freeze_encoder, load_tokenizer
 from tjepa.downstream.labels import find_class_names, find_problem_type, read_labels
-from tjepa.downstream.tasks import HubMetric, TextTask
 
 
 # --- Every kind of label ---------------------------------------------------------------------------------------------
@@ -379,67 +376,6 @@ def test_tokenizer_without_padding_or_separator(folder, tmp_path):
     args = ModelArguments(model_name_or_path=str(tmp_path / "eos"))
     assert load_tokenizer(args, config, for_pairs=True).pad_token == "</s>"
     assert config.pad_token_id == bare.eos_token_id
-
-
-@pytest.mark.parametrize("problem_type", TextTask.HUB_METRICS)
-def test_figures_are_the_same_from_the_hub_and_from_here(monkeypatch, problem_type):
-    """The Hub's modules are thin wrappers of scikit-learn and scipy; here are stand-ins with their arguments."""
-    sklearn_metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
-    configuration = TextTask.OUR_CONFIGURATIONS[problem_type]
-
-    def load_ours(*args, **kwargs):
-        raise FileNotFoundError("no Hub")
-
-    load = evaluate.load
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluate,
-            "load",
-            lambda path, *args, **kwargs: load(path, *args, **kwargs) if str(METRICS) in path else load_ours(),
-        )
-        ours = load_metrics(TextTask.HUB_METRICS[problem_type], "classification", configuration)
-
-    functions = {
-        "accuracy": sklearn_metrics.accuracy_score,
-        "f1": sklearn_metrics.f1_score,
-        "matthews_correlation": sklearn_metrics.matthews_corrcoef,
-        "pearsonr": lambda x, y: stats.pearsonr(x, y).statistic,
-        "spearmanr": lambda x, y: stats.spearmanr(x, y).statistic,
-    }
-
-    class HubModule:
-        def __init__(self, name, configuration=None, **kwargs):
-            self.name = name
-            assert configuration == ("multilabel" if problem_type == "multi_label_classification" else None)
-
-        def compute(self, predictions, references, **kwargs):
-            return {self.name: float(functions[self.name](references, predictions, **kwargs))}
-
-    monkeypatch.setattr(evaluate, "load", HubModule)
-    hubs = load_metrics(TextTask.HUB_METRICS[problem_type], "classification", configuration)
-    rng = np.random.default_rng(0)
-    predictions, references = {
-        "single_label_classification": rng.integers(0, 3, size=(2, 40)),
-        "multi_label_classification": rng.integers(0, 2, size=(2, 40, 3)),
-        "regression": rng.normal(size=(2, 40)),
-    }[problem_type]
-    figures = ours(predictions, references)
-    assert len(figures) >= 2 and hubs(predictions, references) == pytest.approx(figures)
-
-
-def test_why_the_metrics_of_the_hub_are_not_used(monkeypatch, caplog):
-    load = evaluate.load
-
-    def load_without_package(path, *args, **kwargs):
-        if path == "seqeval":
-            raise ImportError("you need to install the following dependencies['seqeval']")
-        return load(path, *args, **kwargs)
-
-    monkeypatch.setattr(evaluate, "load", load_without_package)
-    with caplog.at_level(logging.INFO, logger="tjepa"):
-        compute = load_metrics([HubMetric("seqeval", None, {}, {"overall_f1": "f1"})], "tagging")
-    assert "not seqeval of the Hub: you need to install" in caplog.text
-    assert compute([["B-X"]], [["B-X"]]) == {"f1": 1.0}
 
 
 def test_sst2(shared_folder, folder, tmp_path, monkeypatch):

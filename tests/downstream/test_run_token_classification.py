@@ -15,7 +15,6 @@ from finetuning_helpers import WORDS, arguments, run, write
 from helpers import run_elsewhere
 from tjepa.downstream import run_token_classification
 from tjepa.downstream.arguments import WordArguments
-from tjepa.downstream.finetuning import load_metrics
 from tjepa.downstream.labels import IGNORED
 from tjepa.downstream.tasks import WordTask, words_of_tokens
 
@@ -59,7 +58,7 @@ def test_tagging_then_loaded_elsewhere(folder, tmp_path):
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert results["test_f1"] > 0.9 and results["test_accuracy"] > 0.9
     assert results["test_samples"] == 40 and results["test_lost_words"] == 0
-    assert "3 classes" in launched.stderr and "metrics/tagging of this repository, not seqeval" in launched.stderr
+    assert "3 classes" in launched.stderr
     assert "test_f1" in launched.stdout
 
     loaded = run_elsewhere(
@@ -148,22 +147,6 @@ def test_labels_of_tokens(folder, label_all_tokens):
     assert [label for label in others if label != IGNORED] == [label for label in inside if label != IGNORED]
     assert dataset[0]["first_tokens"] == [firsts[0], firsts[1], -1, firsts[2]]
     assert dataset[0]["num_tokens"] == len(tokens)
-
-
-def test_figures_of_the_hub(monkeypatch):
-    import evaluate
-
-    class Seqeval:  # what the Hub's module returns
-        def __init__(self, path, *args, **kwargs):
-            assert path == "seqeval"
-
-        def compute(self, predictions, references):
-            overall = {"overall_precision": 0.1, "overall_recall": 0.2, "overall_f1": 0.3, "overall_accuracy": 0.4}
-            return {"NP": {"f1": 0.9}, **overall}
-
-    monkeypatch.setattr(evaluate, "load", Seqeval)
-    figures = load_metrics(WordTask.hub_metrics, "tagging")([["O"]], [["O"]])
-    assert figures == {"accuracy": 0.4, "precision": 0.1, "recall": 0.2, "f1": 0.3}
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

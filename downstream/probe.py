@@ -5,12 +5,12 @@ regularised probe on the raw features never uses; without whitening an untrained
 The statistics come from the probe's training part alone, the strength from its validation part, the verdict from its
 test part. Everything after the encoder is scikit-learn's, on the CPU in float64: small and deterministic.
 
-Top to bottom: whitening, the probe, neighbours, and on these the tasks: `probe_tasks` for an encoder and
+Top to bottom: whitening, the probe, neighbours, and on these the tasks: `probe_embedded_task` for an encoder and
 `probe_tasks_with_tfidf` for the baseline give the same keys. Texts and words become vectors in embedding.py.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -193,40 +193,13 @@ class ProbeTask:
     splits: dict[str, dict[str, list]]
 
 
+Part = tuple[Any, Any]  # inputs and labels, a row each
+
+
 class LabelledFeatures(NamedTuple):
     features: Tensor  # float32 [num_rows, hidden_size], a row for each text or word
     labels: Tensor  # int64 [num_rows]
     groups: Tensor  # int64 [num_rows]: the text or sentence that a row comes from
-
-
-def probe_tasks(
-    model: torch.nn.Module,
-    tokenizer,
-    tasks: Sequence[ProbeTask],
-    max_length: int,
-    batch_size: int = 64,
-    add_special_tokens: bool | None = None,
-    seeds: Sequence[int] = (0, 1, 2),
-) -> dict[str, float]:
-    """
-    Judges a frozen encoder. Every text is embedded once; each seed then holds out another tenth of the training texts
-    (of the sentences, for tagging), which is the validation part where the data set has none.
-
-    Args:
-        model, tokenizer, max_length, batch_size, add_special_tokens: as in `embed_texts`.
-        tasks: the data sets.
-        seeds: of the held-out tenth.
-
-    Returns:
-        Means over seeds under `"{task}/{measure}"` and, with two seeds or more, their sample standard deviation under
-        `"{task}/{measure}_std"`. The measures are `linear_probe` and `knn` (accuracy on the test part) for
-        classification, `linear_probe` (accuracy per word) for tagging, and those of `sts_spearman` for similarity.
-    """
-    results = {}
-    for task in tasks:
-        embedded = embed_task(model, tokenizer, task, max_length, batch_size, add_special_tokens)
-        results.update(probe_embedded_task(task, embedded, seeds))
-    return results
 
 
 def embed_task(
@@ -238,8 +211,8 @@ def embed_task(
     add_special_tokens: bool | None = None,
 ) -> dict[str, LabelledFeatures]:
     """
-    The task's splits as features and labels. Of similarity the two sentences of a pair are two rows, one after the
-    other, whose label is 0. Arguments as in `probe_tasks`.
+    The task's splits as features and labels, every text embedded once. Of similarity the two sentences of a pair are
+    two rows, one after the other, whose label is 0. Other arguments as in `embed_texts`.
     """
     options = (max_length, batch_size, add_special_tokens)
     embedded = {}
@@ -262,29 +235,37 @@ def embed_task(
 def probe_embedded_task(
     task: ProbeTask, embedded: dict[str, LabelledFeatures], seeds: Sequence[int] = (0, 1, 2)
 ) -> dict[str, float]:
-    """What `probe_tasks` returns for one task, from what `embed_task` gave."""
-    test = embedded["test"]
+    """
+    The figures of a frozen encoder on one task. Each seed holds out another tenth of the training texts (of the
+    sentences, for tagging), which is the validation part where the data set has none.
+
+    Args:
+        task: the data set.
+        embedded: what `embed_task` made of it.
+        seeds: of the held-out tenth.
+
+    Returns:
+        Means over seeds under `"{task}/{measure}"` and, with two seeds or more, their sample standard deviation under
+        `"{task}/{measure}_std"`. The measures are `linear_probe` and `knn` (accuracy on the test part) for
+        classification, `linear_probe` (accuracy per word) for tagging, and those of `sts_spearman` for similarity.
+    """
     if task.kind == "similarity":
-        scores = torch.tensor(task.splits["test"]["score"], dtype=torch.float64)
-        figures = sts_spearman(test.features[0::2], test.features[1::2], scores)
+        features, scores = embedded["test"].features, task.splits["test"]["score"]
+        figures = sts_spearman(features[0::2], features[1::2], torch.tensor(scores, dtype=torch.float64))
         return {f"{task.name}/{measure}": figure for measure, figure in figures.items()}
-    per_seed = []
-    for seed in seeds:
-        is_held_out = hold_out(embedded["train"].groups, seed)
-        train = LabelledFeatures(*(column[~is_held_out] for column in embedded["train"]))
-        validation = embedded.get("validation") or LabelledFeatures(*(part[is_held_out] for part in embedded["train"]))
-        probe = linear_probe(*train[:2], *validation[:2], *test[:2])
-        per_seed.append({f"{task.name}/linear_probe": probe.accuracy})
-        if task.kind == "classification":
-            per_seed[-1][f"{task.name}/knn"] = knn_accuracy(*train[:2], *test[:2])
-    return mean_and_std(per_seed)
+
+    def judge(train: Part, validation: Part, test: Part) -> dict[str, float]:
+        figures = {"linear_probe": linear_probe(*train, *validation, *test).accuracy}
+        return {**figures, "knn": knn_accuracy(*train, *test)} if task.kind == "classification" else figures
+
+    return over_seeds(task, embedded, seeds, judge)
 
 
 def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0, 1, 2)) -> dict[str, float]:
     """
-    What `probe_tasks` returns, for a baseline that counts words: TF-IDF of words and pairs of words (for tagging the
-    word alone), with the same classifiers, splits, held-out tenths and strengths. Vectors as sparse as these are not
-    whitened: that would put all training texts at the same distance from each other.
+    What `probe_embedded_task` returns, of all tasks, for a baseline that counts words: TF-IDF of words and pairs of
+    words (for tagging the word alone), with the same classifiers, splits, held-out tenths and strengths. Vectors as
+    sparse as these are not whitened: that would put all training texts at the same distance from each other.
     """
     results = {}
     for task in tasks:
@@ -295,28 +276,40 @@ def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0
             cosines = np.asarray(first.multiply(second).sum(axis=1)).ravel()  # of vectors of unit length
             results[f"{task.name}/spearman"] = spearman(cosines, columns["score"])
             continue
-        parts = {split: _texts_and_labels(task, columns) for split, columns in task.splits.items()}
-        texts, labels, groups = parts["train"]
-        per_seed = []
-        for seed in seeds:
-            is_held_out = hold_out(groups, seed).numpy()
+
+        def judge(*parts: Part, is_tagging: bool = task.kind == "tagging") -> dict[str, float]:
             vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-            if task.kind == "tagging":
+            if is_tagging:
                 vectorizer = TfidfVectorizer(analyzer=lambda word: [word])
-            train = vectorizer.fit_transform(texts[~is_held_out]), labels[~is_held_out]
-            validation_texts, validation_labels, _ = parts.get(
-                "validation", (texts[is_held_out], labels[is_held_out], None)
-            )
-            validation = vectorizer.transform(validation_texts), validation_labels
-            test = vectorizer.transform(parts["test"][0]), parts["test"][1]
+            vectorizer.fit(parts[0][0])
+            train, validation, test = ((vectorizer.transform(texts), labels) for texts, labels in parts)
             model = LogisticRegression(max_iter=1000)
-            probe = best_logistic_regression(model, train, validation, test, STRENGTHS)
-            per_seed.append({f"{task.name}/linear_probe": probe.accuracy})
-            if task.kind == "classification":
+            figures = {"linear_probe": best_logistic_regression(model, train, validation, test, STRENGTHS).accuracy}
+            if not is_tagging:
                 voters = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(train[1])), metric="cosine")
-                per_seed[-1][f"{task.name}/knn"] = voters.fit(*train).score(*test)
-        results.update(mean_and_std(per_seed))
+                figures["knn"] = voters.fit(*train).score(*test)
+            return figures
+
+        parts = {split: _texts_and_labels(task, columns) for split, columns in task.splits.items()}
+        results.update(over_seeds(task, parts, seeds, judge))
     return results
+
+
+def over_seeds(
+    task: ProbeTask,
+    parts: dict[str, tuple],
+    seeds: Sequence[int],
+    judge: Callable[[Part, Part, Part], dict[str, float]],
+) -> dict[str, float]:
+    """The figures that `judge` gives of (inputs, labels) to train, to choose and to test with, as mean and spread."""
+    inputs, labels, groups = parts["train"]
+    per_seed = []
+    for seed in seeds:
+        is_held_out = hold_out(groups, seed).numpy()
+        validation = parts.get("validation") or (inputs[is_held_out], labels[is_held_out])
+        figures = judge((inputs[~is_held_out], labels[~is_held_out]), validation[:2], parts["test"][:2])
+        per_seed.append({f"{task.name}/{measure}": figure for measure, figure in figures.items()})
+    return mean_and_std(per_seed)
 
 
 def hold_out(groups: Tensor, seed: int) -> Tensor:

@@ -89,7 +89,8 @@ class ProbingArguments(HubArguments):
 
 def main():
     (args,) = parse_arguments(ProbingArguments, description=__doc__)
-    require_packages(["matplotlib"] * bool(args.plot))
+    if args.plot and find_spec("matplotlib") is None:  # before the work that would be lost
+        raise ImportError("--plot needs matplotlib: pip install matplotlib")
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     transformers.utils.logging.set_verbosity_error()  # a head that is left out is not news here
@@ -113,12 +114,6 @@ def main():
         Path(args.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot(results, args.plot)
-
-
-def require_packages(names: Sequence[str]) -> None:
-    """Before the work that would be lost without them."""
-    if missing := [name for name in names if find_spec(name) is None]:
-        raise ImportError(f"This needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 # --- Data sets -------------------------------------------------------------------------------------------------------
@@ -324,7 +319,7 @@ def probe_model(
 def probe_encoder(
     model: PreTrainedModel, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int], options: dict
 ) -> dict[str, float]:
-    """What `probing_tjepa.probe_tasks` returns, and the quality of the same embeddings (`"quality/{measure}"`)."""
+    """The figures of all tasks, and the quality of the same embeddings (`"quality/{measure}"`)."""
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results, features_of_texts = {}, []
     for task in tasks:
@@ -405,16 +400,15 @@ def format_figure(column: dict[str, float], measure: str) -> str:
 
 def plot(results: dict[str, dict[str, float]], path: str) -> None:
     """Bars for encoders, a line across each group for TF-IDF; all but k-NN and the quality."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     shown = [key for key in measures(results) if not key.startswith("quality/") and not key.endswith("/knn")]
     encoders = [name for name in results if name != TFIDF]
     width = 0.8 / len(encoders)
-    figure, axis = plt.subplots(figsize=(2 + 1.4 * len(shown), 4))
-    colours = plt.get_cmap("tab20").colors  # pairs, dark and light: trained and untrained
+    figure = Figure(figsize=(2 + 1.4 * len(shown), 4))
+    axis = figure.subplots()
+    colours = colormaps["tab20"].colors  # pairs, dark and light: trained and untrained
     for index, name in enumerate(encoders):
         places = [group + (index - (len(encoders) - 1) / 2) * width for group in range(len(shown))]
         heights = [100 * results[name].get(key, math.nan) for key in shown]

@@ -23,7 +23,7 @@ from tjepa.downstream.probe import (
     knn_accuracy,
     linear_probe,
     mean_and_std,
-    probe_tasks,
+    probe_embedded_task,
     spearman,
     sts_spearman,
 )
@@ -268,7 +268,10 @@ def test_tasks(model, tokenizer):
         ProbeTask("pairs", "similarity", {"test": pairs}),
     ]
     options = {"max_length": 8}
-    results = probe_tasks(model, tokenizer, tasks, **options, seeds=(0, 1))
+    embedded = [embed_task(model, tokenizer, task, **options) for task in tasks]
+    results = {}
+    for task, features in zip(tasks, embedded, strict=True):
+        results.update(probe_embedded_task(task, features, seeds=(0, 1)))
     assert list(results) == [
         *("texts/linear_probe", "texts/linear_probe_std", "texts/knn", "texts/knn_std"),
         *("given/linear_probe", "given/linear_probe_std", "given/knn", "given/knn_std"),
@@ -276,11 +279,11 @@ def test_tasks(model, tokenizer):
     ]
     assert results["texts/linear_probe"] > 0.9 and results["words/linear_probe"] > 0.9
     features = embed_texts(model, tokenizer, texts, **options)
-    sentences = embed_task(model, tokenizer, tasks[3], **options)["test"].features
+    sentences = embedded[3]["test"].features
     torch.testing.assert_close(torch.cat([sentences[0::2], sentences[1::2]]), features, atol=1e-5, rtol=1e-4)
     held_out, labels = hold_out(torch.arange(60), 1), torch.tensor(labels)
     expected = linear_probe(
         features[~held_out], labels[~held_out], features[held_out], labels[held_out], features, labels
     )
-    alone = probe_tasks(model, tokenizer, tasks[:1], **options, seeds=(1,))
+    alone = probe_embedded_task(tasks[0], embedded[0], seeds=(1,))
     assert alone["texts/linear_probe"] == expected.accuracy

@@ -15,8 +15,8 @@ from helpers import make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream import run_probing
-from tjepa.downstream.probe import embed_task, probe_tasks, probe_tasks_with_tfidf
-from tjepa.downstream.run_probing import choose_max_length, find_files, load_tasks, require_packages, short_names
+from tjepa.downstream.probe import embed_task, probe_tasks_with_tfidf
+from tjepa.downstream.run_probing import choose_max_length, find_files, load_tasks, short_names
 
 
 ANIMALS = ["fox", "hen", "cow", "owl", "ant"]
@@ -101,15 +101,15 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
     assert results["ours untrained"]["pairs/spearman_std"] > 0  # other initialisations, other figures
 
     # what the script reports is what the functions give
-    tasks = load_tasks(None, str(data))
+    tasks, options = load_tasks(None, str(data)), {"max_length": 10}
     encoder, tokenizer = AutoModel.from_pretrained(models / "ours"), AutoTokenizer.from_pretrained(models / "ours")
-    for name, figure in probe_tasks(encoder, tokenizer, tasks, max_length=10, seeds=(0, 1)).items():
+    for name, figure in run_probing.probe_encoder(encoder, tokenizer, tasks, (0, 1), options).items():
         assert results["ours"][name] == pytest.approx(figure, abs=1e-6), name
     torch.manual_seed(1)
     untrained = TJEPAModel(encoder.config)
-    one = probe_tasks(untrained, tokenizer, tasks, max_length=10, seeds=(1,))
+    one = run_probing.probe_encoder(untrained, tokenizer, tasks, (1,), options)
     torch.manual_seed(0)
-    other = probe_tasks(TJEPAModel(encoder.config), tokenizer, tasks, max_length=10, seeds=(0,))
+    other = run_probing.probe_encoder(TJEPAModel(encoder.config), tokenizer, tasks, (0,), options)
     for name, figure in one.items():
         assert results["ours untrained"][name] == pytest.approx((figure + other[name]) / 2, abs=1e-6), name
 
@@ -252,10 +252,11 @@ def test_lengths_and_names(models):
     assert short_names(["runs/a", "other/a"]) == ["runs/a", "other/a"]
 
 
-def test_missing_packages_are_named():
-    require_packages(["torch"])
-    with pytest.raises(ImportError, match="pip install a-plotting-library"):
-        require_packages(["torch", "a-plotting-library"])
+def test_a_missing_package_is_named_before_the_work(monkeypatch, models, data):
+    monkeypatch.setattr(run_probing, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["probe", "--model_name_or_path", str(models / "ours"), "--plot", "out.png"])
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        run_probing.main()
 
 
 def test_tfidf_uses_the_same_held_out_tenths(data):

@@ -1,18 +1,17 @@
 """Document tokens per second of the collator alone, on one core, seven strategies, ours against the plain one.
 
-python benchmarks/collator_throughput.py --output result.json --plot result.png
+python benchmarks/collator_throughput.py --output result.json
 """
 
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from plain_reference import plain_batch
-from pretraining_throughput import SHARED, read_documents
-from reporting import add_report_arguments, write_report
+from pretraining_throughput import read_documents
+from reporting import add_data_arguments, add_report_arguments, write_report
 
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, draw_views, hash_keys
 
@@ -55,28 +54,17 @@ def measure(args) -> dict:
     return result
 
 
-def draw(plt, result: dict):
-    figure, axis = plt.subplots(figsize=(5, 3))
-    for offset, side, colour in ((-0.2, "ours", "#2a6f97"), (0.2, "plain", "#bbbbbb")):
-        axis.bar(np.arange(len(result)) + offset, [r[side] for r in result.values()], 0.4, label=side, color=colour)
-    axis.set_xticks(range(len(result)), [f"maximum length {length}" for length in result])
-    axis.set_ylabel("document tokens/s, one core")
-    axis.legend()
-    return figure
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_documents", type=int, default=32, help="documents per batch")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
-    add_report_arguments(parser)
+    add_data_arguments(parser)
+    add_report_arguments(parser, plot=False)
     args = parser.parse_args()
     args.model = "reference"
     torch.set_num_threads(1)
     result = measure(args)
-    write_report(args, result, draw)
+    write_report(args, result)
 
 
 if __name__ == "__main__":

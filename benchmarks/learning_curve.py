@@ -27,7 +27,8 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
-from reporting import pyplot, save_figure
+from matplotlib.figure import Figure
+from reporting import save_figure
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, set_seed
 
@@ -336,7 +337,8 @@ def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) 
         "RankMe / width": lambda checkpoint: checkpoint.get("rank"),
         "loss (own objective)": lambda checkpoint: checkpoint.get("loss"),
     }
-    figure, axes = pyplot().subplots(2, len(panels), figsize=(3.2 * len(panels), 6), squeeze=False)
+    figure = Figure(figsize=(3.2 * len(panels), 6))
+    axes = figure.subplots(2, len(panels), squeeze=False)
     baselines = {UNTRAINED: ":", TFIDF: "--"}
     for row, (unit, scale, label) in enumerate((("seconds", 1, "CPU seconds"), ("tokens", 1e6, "million tokens"))):
         for axis, (title, value_of) in zip(axes[row], panels.items(), strict=True):

@@ -25,12 +25,12 @@ import resource
 import statistics
 import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from plain_reference import batch_bytes, plain_batch, plain_forward_backward
-from reporting import add_report_arguments, write_report
+from reporting import add_data_arguments, add_report_arguments, write_report
 from transformers import AutoTokenizer
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -42,7 +42,6 @@ from tjepa.training.setup import keep_freed_memory
 
 SIDES = ("ours", "plain")
 MATMUL_SHAPES = [(2048, 2048, 2048), (1024, 1024, 1024), (4096, 384, 1536), (1024, 384, 384)]
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = {
     "reference": {},
     "quickstart": {
@@ -56,13 +55,6 @@ MODELS = {
 
 
 def read_documents(args) -> list[np.ndarray]:
-    for option in ("train_file", "tokenizer"):
-        path = getattr(args, option)
-        if not path.exists():
-            raise SystemExit(
-                f"{path} is not there: pass --{option} of your own (--train_file: a .parquet, .jsonl or .txt file "
-                "with one document per row; --tokenizer: a folder with a tokenizer)."
-            )
     data_args = DataArguments(train_file=str(args.train_file), max_length=args.max_length, max_train_samples=2000)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     dataset, _ = tokenize_documents(load_documents(data_args)["train"], tokenizer, data_args, "train")
@@ -295,10 +287,10 @@ def report(result: dict) -> None:
         print(f"{share:>8.1%}  {name}")
 
 
-def draw(plt, result: dict):
+def draw(result: dict) -> Figure:
     names = ["tokens_per_second", "peak_memory_bytes", "batch_bytes"]
-    figure, axes = plt.subplots(1, len(names), figsize=(9, 2.8))
-    for axis, name in zip(axes, names, strict=True):
+    figure = Figure(figsize=(9, 2.8))
+    for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
         axis.bar(["ours", "plain"], [result["ours"][name], result["plain"][name]], color=["#2a6f97", "#bbbbbb"])
         axis.set_title(name.replace("_", " "), fontsize=9)
     figure.suptitle(f"one training step, maximum length {result['max_length']}", fontsize=10)
@@ -312,8 +304,7 @@ def main():
     parser.add_argument("--micro_batch_size", type=int, default=1, help="documents per micro-batch of ours")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", choices=MODELS, default="reference")
-    parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
+    add_data_arguments(parser)
     parser.add_argument("--num_threads", type=int, default=2)
     add_report_arguments(parser)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of ours: less memory, more arithmetic")

@@ -1,9 +1,14 @@
-"""What every benchmark does with its figures: a JSON file with `--output`, a picture with `--plot`."""
+"""What the benchmarks share: which documents, a JSON file with `--output`, a picture with `--plot`."""
 
 import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, plot: bool = True) -> None:
@@ -12,24 +17,32 @@ def add_report_arguments(parser: argparse.ArgumentParser, plot: bool = True) -> 
         parser.add_argument("--plot", type=Path, help="PNG file")
 
 
-def write_report(args: argparse.Namespace, result: dict | list, draw: Callable | None = None) -> None:
-    """`draw(plt, result)` makes and returns the figure."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train_file",
+        type=existing,
+        default=str(SHARED / "data" / "books-train.parquet"),
+        help="a .parquet, .jsonl or .txt file with one document per row",
+    )
+    parser.add_argument(
+        "--tokenizer", type=existing, default=str(SHARED / "tokenizers" / "open-llama"), help="a folder"
+    )
+
+
+def existing(path: str) -> Path:
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"{path} is not there: pass one of your own")
+    return Path(path)
+
+
+def write_report(args: argparse.Namespace, result: dict | list, draw: Callable[..., Figure] | None = None) -> None:
+    """`draw(result)` makes the figure."""
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     if draw is not None and args.plot:
-        save_figure(draw(pyplot(), result), args.plot)
+        save_figure(draw(result), args.plot)
 
 
-def pyplot():
-    """Matplotlib without a screen, imported only when a picture is asked for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from pretraining_throughput import useful_flops
 from reporting import add_report_arguments, write_report
 
@@ -66,8 +67,9 @@ def in_own_process(length: int, num_strategies: int, argv: list[str]) -> dict:
     return row
 
 
-def draw(plt, result: dict):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
+def draw(result: dict) -> Figure:
+    figure = Figure(figsize=(10, 3.2))
+    axes = figure.subplots(1, 2)
     for axis, rows, x in zip(axes, result.values(), ("length", "num_strategies"), strict=True):
         counts = [row[x] for row in rows]
         times = np.array([row["microseconds_per_token"] for row in rows])

@@ -1,6 +1,6 @@
 """Memory of the streaming pipeline (read, tokenize, split, shuffle, draw masks, pack) over a long run.
 
-    python benchmarks/streaming_memory.py --minutes 60 --output result.json --plot result.png
+    python benchmarks/streaming_memory.py --minutes 60 --output result.json
 
 Runs what a training process does before the model, as fast as it goes: a `DocumentStream` over files (endless: they
 are read again with new masks), tokenized on the way, shuffled, collated with the seven UL2 strategies. The resident
@@ -20,8 +20,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from pretraining_throughput import SHARED
-from reporting import add_report_arguments, write_report
+from reporting import add_data_arguments, add_report_arguments, write_report
 from transformers import AutoTokenizer
 
 from tjepa.corpus.documents import DataArguments, load_documents
@@ -100,16 +99,6 @@ def measure(args, folder: Path) -> dict:
     }
 
 
-def draw(plt, result: dict):
-    figure, axis = plt.subplots(figsize=(6, 3))
-    rows = result["rows"]
-    axis.plot([row["minutes"] for row in rows], [row["resident_megabytes"] for row in rows], color="#2a6f97")
-    axis.set_xlabel(f"minutes' worth of documents at {int(result['arguments']['tokens_per_second']):,} tokens/s")
-    axis.set_ylabel("resident memory (MB)")
-    axis.set_ylim(bottom=0)
-    return figure
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="of a training run")
@@ -119,13 +108,9 @@ def main():
     parser.add_argument("--shuffle_buffer_size", type=int, default=10_000, help="documents")
     parser.add_argument("--files", type=int, default=16, help="into which the corpus is divided")
     parser.add_argument("--points", type=int, default=60, help="measurements")
-    parser.add_argument("--train_file", type=Path, default=SHARED / "data" / "books-train.parquet")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "open-llama")
-    add_report_arguments(parser)
+    add_data_arguments(parser)
+    add_report_arguments(parser, plot=False)
     args = parser.parse_args()
-    for option in ("train_file", "tokenizer"):
-        if not getattr(args, option).exists():
-            raise SystemExit(f"{getattr(args, option)} is not there: pass --{option} of your own.")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
@@ -136,7 +121,7 @@ def main():
         f"{result['megabytes_at_the_end']:.1f} MB after {args.minutes:g}; "
         f"{result['tokens_per_cpu_second']:,.0f} tokens per CPU second"
     )
-    write_report(args, result, draw)
+    write_report(args, result)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
-from matplotlib.figure import Figure
-from reporting import save_figure
+from reporting import new_figure, save_figure
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, set_seed
 
@@ -337,7 +336,7 @@ def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) 
         "RankMe / width": lambda checkpoint: checkpoint.get("rank"),
         "loss (own objective)": lambda checkpoint: checkpoint.get("loss"),
     }
-    figure = Figure(figsize=(3.2 * len(panels), 6))
+    figure = new_figure(3.2 * len(panels), 6)
     axes = figure.subplots(2, len(panels), squeeze=False)
     baselines = {UNTRAINED: ":", TFIDF: "--"}
     for row, (unit, scale, label) in enumerate((("seconds", 1, "CPU seconds"), ("tokens", 1e6, "million tokens"))):

@@ -28,9 +28,8 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from plain_reference import batch_bytes, plain_batch, plain_forward_backward
-from reporting import add_data_arguments, add_report_arguments, write_report
+from reporting import add_data_arguments, add_report_arguments, new_figure, write_report
 from transformers import AutoTokenizer
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -287,9 +286,9 @@ def report(result: dict) -> None:
         print(f"{share:>8.1%}  {name}")
 
 
-def draw(result: dict) -> Figure:
+def draw(result: dict):
     names = ["tokens_per_second", "peak_memory_bytes", "batch_bytes"]
-    figure = Figure(figsize=(9, 2.8))
+    figure = new_figure(9, 2.8)
     for axis, name in zip(figure.subplots(1, len(names)), names, strict=True):
         axis.bar(["ours", "plain"], [result["ours"][name], result["plain"][name]], color=["#2a6f97", "#bbbbbb"])
         axis.set_title(name.replace("_", " "), fontsize=9)

@@ -5,8 +5,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -35,7 +33,7 @@ def existing(path: str) -> Path:
     return Path(path)
 
 
-def write_report(args: argparse.Namespace, result: dict | list, draw: Callable[..., Figure] | None = None) -> None:
+def write_report(args: argparse.Namespace, result: dict | list, draw: Callable | None = None) -> None:
     """`draw(result)` makes the figure."""
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -43,6 +41,13 @@ def write_report(args: argparse.Namespace, result: dict | list, draw: Callable[.
         save_figure(draw(result), args.plot)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def new_figure(width: float, height: float):
+    """In inches. Matplotlib is imported only when a picture is asked for."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def save_figure(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -16,9 +16,8 @@ import time
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from pretraining_throughput import useful_flops
-from reporting import add_report_arguments, write_report
+from reporting import add_report_arguments, new_figure, write_report
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys, pack_batch
@@ -67,8 +66,8 @@ def in_own_process(length: int, num_strategies: int, argv: list[str]) -> dict:
     return row
 
 
-def draw(result: dict) -> Figure:
-    figure = Figure(figsize=(10, 3.2))
+def draw(result: dict):
+    figure = new_figure(10, 3.2)
     axes = figure.subplots(1, 2)
     for axis, rows, x in zip(axes, result.values(), ("length", "num_strategies"), strict=True):
         counts = [row[x] for row in rows]

@@ -1,11 +1,12 @@
 """Every argument of a pretraining run that is not about its model, data or masks."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .flags import check_flags, check_precision
@@ -25,109 +26,86 @@ MOVES = 10.0  # 1 - MOVES / steps is the momentum at which a target encoder forg
 class PretrainingArguments(TrainingArguments):
     """`TrainingArguments` with the reference's optimization as defaults, and what it has beyond them."""
 
-    output_dir: str | None = field(default="runs/tjepa", metadata={"help": "Model, checkpoints and logs go here."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Go on although output_dir holds a run."})
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate at the end."})
-    learning_rate: float | None = field(
+    output_dir: str | None = HfArg(default="runs/tjepa", help="Model, checkpoints and logs go here.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Go on although output_dir holds a run.")
+    do_train: bool = HfArg(default=True, help="Whether to train.")
+    do_eval: bool = HfArg(default=True, help="Whether to evaluate at the end.")
+    learning_rate: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Highest learning rate, after the warm-up. Default: 1e-3; 3e-5 for a trained encoder of another "
-            "architecture."
-        },
+        help="Highest learning rate, after the warm-up. Default: 1e-3; 3e-5 for a trained encoder of another "
+        "architecture.",
     )
-    head_learning_rate: float | None = field(
+    head_learning_rate: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Highest rate of the predictor and the heads. Default: the learning rate; 30 times as much beside "
-            "a trained encoder of another architecture."
-        },
+        help="Highest rate of the predictor and the heads. Default: the learning rate; 30 times as much beside "
+        "a trained encoder of another architecture.",
     )
-    heads_first_ratio: float | None = field(
+    heads_first_ratio: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Share of the steps in which predictor and heads train alone. Default: 0; 0.1 where they are new "
-            "beside a trained encoder."
-        },
+        help="Share of the steps in which predictor and heads train alone. Default: 0; 0.1 where they are new "
+        "beside a trained encoder.",
     )
-    start_lr: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate at the start of the warm-up. Default: a fifth of the highest one."},
+    start_lr: float | None = HfArg(
+        default=None, help="Learning rate at the start of the warm-up. Default: a fifth of the highest one."
     )
-    final_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate at the end. Default: a thousandth of the highest one."}
+    final_lr: float | None = HfArg(
+        default=None, help="Learning rate at the end. Default: a thousandth of the highest one."
     )
-    lr_scheduler_type: SchedulerType | str = field(
+    lr_scheduler_type: SchedulerType | str = HfArg(
         default="cosine",
-        metadata={
-            "help": "How the learning rate gets there after the warm-up: cosine, linear, constant or "
-            "warmup_stable_decay, which has --lr_scheduler_kwargs '{\"num_decay_steps\": 100}' (default: a tenth).",
-        },
+        help="How the learning rate gets there after the warm-up: cosine, linear, constant or "
+        "warmup_stable_decay, which has --lr_scheduler_kwargs '{\"num_decay_steps\": 100}' (default: a tenth).",
     )
-    weight_decay: float = field(default=0.04, metadata={"help": "Weight decay of matrices at the start."})
-    final_weight_decay: float = field(default=0.4, metadata={"help": "Weight decay of matrices at the end."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
-    ema_momentum: float | None = field(
+    weight_decay: float = HfArg(default=0.04, help="Weight decay of matrices at the start.")
+    final_weight_decay: float = HfArg(default=0.4, help="Weight decay of matrices at the end.")
+    adam_beta2: float = HfArg(default=0.95, help="Beta2 of AdamW.")
+    ema_momentum: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Momentum of the target encoder at the start; 1 freezes it. Default: 0.996; for a trained encoder "
-            "of another architecture 1 - 10 / steps, with which it moves in a run of any length."
-        },
+        help="Momentum of the target encoder at the start; 1 freezes it. Default: 0.996; for a trained encoder "
+        "of another architecture 1 - 10 / steps, with which it moves in a run of any length.",
     )
-    final_ema_momentum: float = field(default=1.0, metadata={"help": "Momentum of the target encoder at the end."})
-    ema_schedule: str = field(default="linear", metadata={"help": "How the momentum gets there: linear or cosine."})
-    ema_anneal_ratio: float = field(
-        default=1.0, metadata={"help": "The momentum is at its end after this share of the steps, and stays there."}
+    final_ema_momentum: float = HfArg(default=1.0, help="Momentum of the target encoder at the end.")
+    ema_schedule: str = HfArg(default="linear", help="How the momentum gets there: linear or cosine.")
+    ema_anneal_ratio: float = HfArg(
+        default=1.0, help="The momentum is at its end after this share of the steps, and stays there."
     )
-    export_encoder: str | None = field(
+    export_encoder: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Of an encoder of another architecture, which one the run's folder holds: target or context. "
-            "Default: target, or context where the target is frozen."
-        },
+        help="Of an encoder of another architecture, which one the run's folder holds: target or context. "
+        "Default: target, or context where the target is frozen.",
     )
-    schedule_stretch: float = field(
-        default=1.0,
-        metadata={"help": "Schedules are made for this many times the number of training steps (I-JEPA's ipe_scale)."},
+    schedule_stretch: float = HfArg(
+        default=1.0, help="Schedules are made for this many times the number of training steps (I-JEPA's ipe_scale)."
     )
-    resume_from_checkpoint: str | None = field(
+    resume_from_checkpoint: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
-            "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130."
-        },
+        help="Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
+        "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130.",
     )
-    extend_schedule: str | None = field(
+    extend_schedule: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "How a checkpoint goes on whose run had another number of steps. warm_up_again: from its last "
-            "rate through a new warm-up and decay; weight decay and momentum begin anew, too. decay_again: from the "
-            "last checkpoint before the decay of --lr_scheduler_type warmup_stable_decay, which is always kept.",
-        },
+        help="How a checkpoint goes on whose run had another number of steps. warm_up_again: from its last "
+        "rate through a new warm-up and decay; weight decay and momentum begin anew, too. decay_again: from the "
+        "last checkpoint before the decay of --lr_scheduler_type warmup_stable_decay, which is always kept.",
     )
-    stop_on_collapse: bool = field(
+    stop_on_collapse: bool = HfArg(
         default=False,
-        metadata={
-            "help": "End training, with exit code 3, when collapse_patience evaluations in a row find a collapse."
-        },
+        help="End training, with exit code 3, when collapse_patience evaluations in a row find a collapse.",
     )
-    collapse_patience: int = field(
-        default=COLLAPSE_PATIENCE,
-        metadata={"help": "Collapsed evaluations in a row, after the warm-up."},
+    collapse_patience: int = HfArg(
+        default=COLLAPSE_PATIENCE, help="Collapsed evaluations in a row, after the warm-up."
     )
-    shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "With --streaming: documents that each worker shuffles at a time. 0: none."}
+    shuffle_buffer_size: int = HfArg(
+        default=10_000, help="With --streaming: documents that each worker shuffles at a time. 0: none."
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
-    push_to_hub: bool = field(
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay False: the collator needs all.")
+    push_to_hub: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
-            "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'."
-        },
+        help="Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
+        "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'.",
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run instead."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+    logging_nan_inf_filter: bool = HfArg(default=False, help="A non-finite loss stops the run instead.")
+    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Every parameter is used.")
 
     def __post_init__(self):
         check_flags(self, "pretraining")

@@ -2,6 +2,7 @@
 
     tjepa prepare configs/prepare_tinystories.yaml
     tjepa pretrain --train_file stories.parquet --tokenizer_name my-tokenizer
+    tjepa adapt sentence-transformers/all-MiniLM-L6-v2 --train_file my.txt --output_dir my-encoder
     tjepa probe --help
 
 Several processes are started by `accelerate launch`: `accelerate launch run_pretraining.py` in a clone, or
@@ -9,7 +10,9 @@ Several processes are started by `accelerate launch`: `accelerate launch run_pre
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from itertools import takewhile
 
 from .corpus.arguments import start
 
@@ -21,12 +24,29 @@ COMMANDS = {  # subcommand -> (module, what it does)
     ),
     "tokenizer": ("corpus.train_tokenizer", "train a tokenizer on your own documents"),
     "pretrain": ("run_pretraining", "pretrain a text encoder"),
+    "adapt": ("run_pretraining", "continue the pretraining of any text encoder on your own texts"),
     "probe": ("downstream.run_probing", "judge frozen encoders, beside the untrained encoder and TF-IDF"),
     "classify": ("downstream.run_classification", "fine-tune an encoder to classify texts or pairs of texts"),
     "tag": ("downstream.run_token_classification", "fine-tune an encoder to tag the words of sentences"),
     "convert": ("tools.convert_checkpoint", "turn a run folder of the original T-JEPA code into a model folder"),
     "export": ("tools.export_sentence_transformer", "write a folder that sentence-transformers loads"),
 }
+
+
+ADAPT_USAGE = """usage: tjepa adapt ENCODER [FILE.yaml] --train_file FILE --output_dir FOLDER [--name value ...]
+
+Continue the pretraining of a text encoder on your own texts, without destroying what it knows. ENCODER is a folder
+or a name on the Hub: BERT, RoBERTa, ModernBERT, ..., or a model of sentence-transformers. The output folder is of
+the same kind. At the end stands what it did to the encoder, judged on texts that were held out.
+
+  --train_file FILE             parquet, json, jsonl, csv, tsv or txt (one text per line); or --dataset_name
+  --output_dir FOLDER           where the encoder goes. Default: runs/adapted
+  --max_length N                tokens of a text that are read at once. Default: 128; longer texts are split
+  --num_train_epochs N          how often each text is seen. Default: 3; or --max_steps
+  --probe_file FILE             texts with labels (columns text and label), to judge by as well
+  --learning_rate X             of the encoder. Default: 3e-5; more teaches, and forgets, more
+
+All other flags are those of `tjepa pretrain --help`. What is not given is taken from configs/adapt.yaml."""
 
 
 def usage() -> str:
@@ -36,6 +56,9 @@ def usage() -> str:
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
+    if name == "adapt" and {"-h", "--help"}.intersection(arguments):
+        print(ADAPT_USAGE)
+        return
     if name in ("-h", "--help"):
         print(usage())
         return
@@ -43,7 +66,30 @@ def main() -> None:
         print(f"tjepa: error: there is no command {name!r}.\n{usage()}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"tjepa {name}", *arguments]
-    start(import_module(f".{COMMANDS[name][0]}", __package__).main)
+    module = import_module(f".{COMMANDS[name][0]}", __package__)
+    start(module.main if name != "adapt" else lambda: adapt(module.main))
+
+
+def adapt(pretrain: Callable[[], None]) -> None:
+    """
+    `ENCODER [FILE.yaml] --name value ...` as `tjepa pretrain` takes it, with the recipe for trained encoders.
+
+    Raises:
+        ValueError: if no encoder is named.
+    """
+    command, *arguments = sys.argv
+    if not arguments or arguments[0].startswith("-") or arguments[0].endswith((".yaml", ".yml")):
+        raise ValueError(
+            "Which encoder? Its folder, or its name on the Hub, comes first: tjepa adapt ENCODER --train_file my.txt "
+            "--output_dir my-encoder"
+        )
+    encoder, *others = arguments
+    files = list(takewhile(lambda argument: not argument.startswith("-"), others))
+    if texts := [file for file in files if not file.endswith((".yaml", ".yml"))]:
+        raise ValueError(f"{texts[0]} stands behind the encoder without a flag. Texts are --train_file {texts[0]}.")
+    flags = others[len(files) :]
+    sys.argv = [command, "configs/adapt.yaml", *files, "--model_name_or_path", encoder, *flags]
+    pretrain()
 
 
 if __name__ == "__main__":

@@ -38,13 +38,14 @@ from tjepa.data_collator_tjepa import (
     DataCollatorForTJEPA,
     load_masking_strategies,
 )
+from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.loading import load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
-from tjepa.training.model_folder import save_model_folder
+from tjepa.training.model_folder import exported_encoder, save_model_folder
 from tjepa.training.publishing import create_publisher
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
@@ -115,8 +116,8 @@ class MaskingArguments:
 
 
 def main():
-    model_args, data_args, masking_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments),
+    model_args, data_args, masking_args, training_args, report_args = parse_arguments(
+        (ModelArguments, DataArguments, MaskingArguments, PretrainingArguments, BeforeAfterArguments),
         description=__doc__,
         default_file=QUICKSTART_CONFIG,
         default_unless=("dataset_name", "train_file"),
@@ -165,6 +166,7 @@ def main():
     with training_args.main_process_first(desc="preparing the documents"):
         documents = load_documents(data_args, model_args.cache_dir, model_args.token)
         tokenizer = choose_tokenizer(model_args, data_args, documents, config)
+        comparison = create_comparison(report_args, data_args, documents, tokenizer)
         if not training_args.do_train:
             documents.pop("train")
         datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
@@ -198,6 +200,9 @@ def main():
         load_state(trainer, model_args.model_name_or_path)
         save_figures("eval_results.json", evaluate(trainer), training_args)
         return
+    before = None
+    if comparison is not None and trainer.is_world_process_zero():
+        before = comparison.embed(model.target_encoder, tokenizer, data_args.max_length)
     results = train(trainer, checkpoint, publisher)
 
     # The model folder: the weights first, whatever becomes of the figures
@@ -232,6 +237,11 @@ def main():
         if is_quickstart:
             encoders = (model.target_encoder, untrained_encoder)
             results |= report_what_was_learned(*encoders, tokenizer, model_args.cache_dir)
+            save_results()
+        if comparison is not None:
+            after = comparison.embed(exported_encoder(model, training_args), tokenizer, data_args.max_length)
+            results["before_after"] = comparison.report(before, after)
+            print("\nWhat it did to the encoder", *results["before_after"]["lines"], "", sep="\n  ")
             save_results()
         if publisher is not None:
             publisher.publish_model_folder(training_args.output_dir, tokenizer)
@@ -289,6 +299,26 @@ def find_weights_to_evaluate(
         f"--do_train False evaluates a trained model, and {training_args.output_dir} holds none. Name one with "
         "--model_name_or_path, a checkpoint with --resume_from_checkpoint, or the --output_dir of a run."
     )
+
+
+def create_comparison(
+    args: BeforeAfterArguments,
+    data_args: DataArguments,
+    documents: datasets.DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+) -> BeforeAfter | None:
+    """
+    Raises:
+        ValueError: if there are no held-out texts to compare on; as `BeforeAfter`.
+    """
+    if not args.report_before_after:
+        return None
+    if "validation" not in documents:
+        raise ValueError(
+            "--report_before_after judges on held-out texts, and there is no validation split: pass --validation_file "
+            "or a --validation_split_percentage above 0, or --report_before_after false."
+        )
+    return BeforeAfter(held_out_texts(documents["validation"], data_args.text_column_name, tokenizer), args.probe_file)
 
 
 def create_trainer(

@@ -35,10 +35,10 @@ def parse_arguments(
     default_file: str | Path | None = None,
     default_unless: tuple[str, ...] = (),
 ) -> tuple:
-    """Parses the command line, `[file.yaml] [--name value ...]`; what is on the command line wins over the file.
+    """Parses the command line, `[file.yaml ...] [--name value ...]`; what is on the command line wins over the files.
 
-    A line `name: value` of the file means what `--name value` means, with the same conversions and errors.
-    `config_overrides` of the command line are added to those of the file.
+    A line `name: value` of a file means what `--name value` means, with the same conversions and errors. Of several
+    files a later one wins. `config_overrides` of the command line, and of a later file, are added to those before.
 
     Args:
         dataclass_types (`type` or `list[type]`): The dataclasses to fill.
@@ -58,18 +58,22 @@ def parse_arguments(
     """
     parser = _Parser(dataclass_types, description)
     flags = parser.normalise(list(sys.argv[1:] if arguments is None else arguments))
-    path = None
-    if flags and flags[0].endswith((".yaml", ".yml")):
-        path = find_config(flags.pop(0))
-    elif default_file is not None and not any(flag.split("=")[0][2:] in default_unless for flag in flags):
-        path = Path(default_file)
+    paths = []
+    while flags and flags[0].endswith((".yaml", ".yml")):
+        paths.append(find_config(flags.pop(0)))
+    if not paths and default_file is not None and not any(f.split("=")[0][2:] in default_unless for f in flags):
+        paths = [Path(default_file)]
     if wants_help := {"-h", "--help"}.intersection(flags):
-        flags, path = sorted(wants_help), None
+        flags, paths = sorted(wants_help), []
     parser.check_names(flags)
 
     from_file = []
-    if path is not None:
-        values = _read_yaml(path, parser.names)
+    if paths:
+        values = {}
+        for path in paths:
+            new = _read_yaml(path, parser.names)
+            joined = {name: f"{values[name]},{new[name]}" for name in JOINED if values.get(name) and new.get(name)}
+            values |= new | joined
         # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
         scalars = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
         parser.set_defaults(**{name: value for name, value in values.items() if name not in scalars})

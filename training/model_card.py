@@ -17,7 +17,7 @@ from ..corpus.documents import QUICKSTART
 from ..corpus.files import without_query
 from ..data_collator_tjepa import MaskingStrategy
 from .arguments import PretrainingArguments
-from .model_folder import exported_encoder
+from .model_folder import name_of_exported
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -36,7 +36,7 @@ def write_card(
     tags: list[str],
     license: str | None,
     base_model: str | None = None,
-    **sections: str | None,
+    **sections: object,
 ) -> None:
     """
     Writes `README.md` into `args.output_dir`, with `model_card.md` as its template.
@@ -52,8 +52,8 @@ def write_card(
         tags (`list[str]`): Of the Hub.
         license (`str`, *optional*): Of the weights.
         base_model (`str`, *optional*): What the model was fine-tuned from, if it is on the Hub.
-        sections: What else the template shows: `summary`, `auto_class`, `loaded`, `source`, `rows`, `strategies`,
-            `health`.
+        sections: What else the template shows: `summary`, `auto_class`, `loaded`, `before_after`, `source`, `rows`,
+            `strategies`, `health`.
     """
     repo_id = args.hub_model_id or "PATH_OR_REPO_ID"
     name = Path(args.hub_model_id or Path(args.output_dir).resolve()).name
@@ -152,8 +152,9 @@ def write_pretraining_card(
         "predict the representations of hidden text rather than the hidden words. "
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide, vocabulary {config.vocab_size}.",
         auto_class="AutoModel",
-        loaded=f"the {'target' if encoder is None else exported_encoder(args)} encoder",
+        loaded=f"the {name_of_exported(config, args)} encoder",
         has_code=encoder is None,
+        before_after=metrics.get("before_after", {}).get("lines"),
         source=dataset,
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
         strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),

@@ -10,8 +10,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_tjepa import TJEPAConfig
 from ..corpus.atomic_writes import replacing_files
 from ..data_collator_tjepa import MaskingStrategy
 from ..modeling_tjepa import TJEPAForPreTraining
@@ -44,14 +45,20 @@ def save_model_folder(
         content = json.dumps([asdict(strategy) for strategy in strategies], indent=2) + "\n"
         (folder / "masking_strategies.json").write_text(content, encoding="utf-8")
         if model.config.encoder is not None:
-            encoder = {"target": model.target_encoder, "context": model.context_encoder}[exported_encoder(args)]
-            encoder.save_pretrained(root)
+            exported_encoder(model, args).save_pretrained(root)
             tokenizer.save_pretrained(root)
             copy_sentence_modules(source, root)
 
 
-def exported_encoder(args: PretrainingArguments) -> str:
+def exported_encoder(model: TJEPAForPreTraining, args: PretrainingArguments) -> PreTrainedModel:
+    """The encoder that is the product of a run: the one of our own architecture that `AutoModel` loads, too."""
+    return {"target": model.target_encoder, "context": model.context_encoder}[name_of_exported(model.config, args)]
+
+
+def name_of_exported(config: TJEPAConfig, args: PretrainingArguments) -> str:
     """The target encoder, which is the product, unless it was frozen: then the context encoder is what was trained."""
+    if config.encoder is None:
+        return "target"
     is_frozen = args.ema_momentum == args.final_ema_momentum == 1.0
     return args.export_encoder or ("context" if is_frozen else "target")
 

@@ -92,10 +92,7 @@ def test_a_difference_counts_beyond_two_standard_errors():
 
 def report(first, second, texts, labelled=None):
     comparison = BeforeAfter(some_texts(texts))
-    before, after = (
-        Embedded(vectors, comparison_answers, labelled) for vectors, comparison_answers in (first, second)
-    )
-    return comparison.report(before, after)
+    return comparison.report(Embedded(*first, labelled), Embedded(*second, labelled))
 
 
 def test_the_lines_say_what_helped_and_what_hurt():

@@ -4,6 +4,8 @@ The predictor is built from the same layers as the encoder, so it gets a configu
 `TJEPAConfig.predictor_config()`; a predictor size left at `None` is the encoder's.
 """
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -186,6 +188,7 @@ class TJEPAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if isinstance(self.encoder, dict):
             self.encoder = AutoConfig.for_model(**self.encoder)
+        self.encoder = copy.deepcopy(self.encoder)  # setting our attention backend sets that of a sub-config, too
         for name in ENCODER_SIZES if self.encoder is not None else ():
             if isinstance(size := getattr(self.encoder, name, None), int) and size > 0:
                 setattr(self, name, size)

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoModel,
+    AutoModelForTextEncoding,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .configuration_tjepa import TJEPAConfig
@@ -115,8 +121,12 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
     config = copy.deepcopy(config)  # T5EncoderModel writes into it, and two encoders must not share one
     config._attn_implementation = None  # what suits it
-    auto_class = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-    return auto_class.from_config(config)
+    return encoder_class(config).from_config(config)
+
+
+def encoder_class(config: PreTrainedConfig) -> type:
+    """The Auto class that makes an encoder of a configuration: of T5 AutoModel would make encoder and decoder."""
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
 
 
 def encode_padded(
@@ -378,22 +388,23 @@ def measure_packed(
 def make_labels(
     encoder: nn.Module,
     config: TJEPAConfig,
-    traits: EncoderTraits | None,
     input_ids: torch.LongTensor,
     position_ids: torch.LongTensor,
     document_ids: torch.LongTensor,
     label_indices: torch.LongTensor,
     groups: list[tuple[int, int, int]] | None = None,
+    traits: EncoderTraits | None = None,
 ) -> torch.Tensor:
     """
     What the predictions should be: the target encoder's outputs at the hidden positions, normalised
     (`config.target_normalization`) and averaged over its last `config.target_layers` blocks.
 
     Args:
-        encoder, traits: the target encoder, as in `encode`.
+        encoder: the target encoder.
         input_ids, position_ids, document_ids (`torch.LongTensor` of shape `[rows, row_length]`): the documents.
         label_indices (`torch.LongTensor` of shape `[num_slots]`): where the labels lie in the flattened rows.
         groups: of equal documents, where they are known; see [`PackedViews`].
+        traits: of an encoder of another architecture.
 
     Returns:
         `torch.FloatTensor` of shape `[num_slots, hidden_size]`, float32.

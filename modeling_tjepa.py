@@ -6,7 +6,6 @@ layers, encoders, predictors, losses. None of them knows masking strategies, tra
 are copied to the Hub beside every checkpoint.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -278,7 +277,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         boundary = config.predictor_type == "boundary"
         self.predictor = (TJEPABoundaryPredictor if boundary else TJEPAPredictor)(config)
         predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
-        width = self.context_encoder.get_input_embeddings().embedding_dim
+        width = self.context_encoder.get_input_embeddings().weight.shape[1]
         self.token_head = TJEPATokenHead(config, width) if predicts_tokens else None
         self.post_init()
         self._keys_to_ignore_on_load_unexpected = set()  # the encoders' own, of folders like this one, do not apply
@@ -306,7 +305,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         Raises:
             ValueError: if the encoder cannot be trained (see `measure_encoder`).
         """
-        model = cls(config or TJEPAConfig(encoder=copy.deepcopy(encoder.config)))
+        model = cls(config or TJEPAConfig(encoder=encoder.config))
         for part in (model.context_encoder, model.target_encoder):
             part.load_state_dict(encoder.state_dict())
         if model.token_head is not None:
@@ -454,12 +453,12 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             labels = make_labels(
                 self.target_encoder,
                 self.config,
-                traits,
                 input_ids,
                 position_ids,
                 document_ids,
                 label_indices,
                 getattr(view_groups, "documents", None),
+                traits,
             )
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]

@@ -15,6 +15,7 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
@@ -85,11 +86,11 @@ class ModelArguments(HubArguments):
         default=None,
         metadata={"help": "sdpa, flex_attention, eager, ... Default: flex_attention on a GPU, sdpa elsewhere."},
     )
-    encoder_input: str | None = field(
+    encoder_input: Literal["auto", "packed", "padded"] | None = field(
         default=None,
         metadata={
-            "help": "How an encoder of another architecture is fed: packed, padded or auto (packed where it gives the "
-            "same states, which is measured)."
+            "help": "How an encoder of another architecture is fed. Default: packed where that gives the same states "
+            "as padded, which is measured."
         },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of model_name_or_path."})
@@ -157,7 +158,6 @@ def main():
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
     if model_args.encoder_input is not None:
         config.encoder_input = model_args.encoder_input
-        config.validate()
     publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 

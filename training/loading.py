@@ -11,8 +11,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +20,7 @@ from ..configuration_tjepa import ENCODER_SIZES, TJEPAConfig
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
 from ..corpus.private import get_attention, set_attention
 from ..corpus.tokenizers import load_tokenizer, same_ids, special_tokens_around, vocabulary_size
-from ..encoders_tjepa import position_offsets
+from ..encoders_tjepa import encoder_class, position_offsets
 from ..modeling_tjepa import TJEPAForPreTraining
 
 
@@ -290,8 +288,8 @@ def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPre
         )
         check_weights(model, info, ("context_encoder.", "target_encoder."), name)
         return model
-    auto_class = AutoModelForTextEncoding if config.encoder.is_encoder_decoder else AutoModel
-    encoder, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **for_hub)
+    loader = encoder_class(config.encoder)
+    encoder, info = loader.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **for_hub)
     model = TJEPAForPreTraining.from_encoder(encoder, config)
     model.config.encoder.name_or_path = name
     missing = set(info["missing_keys"]) - set(model.encoder_traits.unused_parameters)

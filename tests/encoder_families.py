@@ -20,7 +20,7 @@ SIZES = {
 }
 NARROW_EMBEDDING = {**SIZES, "embedding_size": 16}
 T5 = {"vocab_size": NUM_TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
-XLM = {
+XLM = {"vocab_size": NUM_TOKENS, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 1, "pad_token_id": 1}
     "vocab_size": NUM_TOKENS,
     "emb_dim": 32,
     "n_layers": 3,

@@ -46,7 +46,7 @@ from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.loading import load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
-from tjepa.training.model_folder import exported_encoder, save_model_folder
+from tjepa.training.model_folder import PRETRAINING_FOLDER, exported_encoder, save_model_folder
 from tjepa.training.publishing import create_publisher
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
@@ -291,10 +291,13 @@ def find_weights_to_evaluate(
     """
     if checkpoint is not None:
         return checkpoint
-    if training_args.resume_from_checkpoint is None and model_args.model_name_or_path is not None:
-        return model_args.model_name_or_path
-    if training_args.resume_from_checkpoint is None and (Path(training_args.output_dir) / "config.json").is_file():
-        return training_args.output_dir
+    if training_args.resume_from_checkpoint is None:
+        for folder in (model_args.model_name_or_path, training_args.output_dir):
+            # of another architecture the folder's root is the encoder alone
+            if folder is not None and (Path(folder) / PRETRAINING_FOLDER / "config.json").is_file():
+                return str(Path(folder) / PRETRAINING_FOLDER)
+            if folder is not None and (folder != training_args.output_dir or (Path(folder) / "config.json").is_file()):
+                return folder
     raise FileNotFoundError(
         f"--do_train False evaluates a trained model, and {training_args.output_dir} holds none. Name one with "
         "--model_name_or_path, a checkpoint with --resume_from_checkpoint, or the --output_dir of a run."

@@ -21,13 +21,6 @@ SIZES = {
 NARROW_EMBEDDING = {**SIZES, "embedding_size": 16}
 T5 = {"vocab_size": NUM_TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
 XLM = {"vocab_size": NUM_TOKENS, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 1, "pad_token_id": 1}
-    "vocab_size": NUM_TOKENS,
-    "emb_dim": 32,
-    "n_layers": 3,
-    "n_heads": 4,
-    "pad_index": PADDING,
-    "pad_token_id": PADDING,
-}
 DEBERTA = {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 
 PACKED = {  # model type -> its configuration

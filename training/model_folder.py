@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_tjepa import TJEPAConfig
-from ..corpus.atomic_writes import replacing_files
+from ..corpus.atomic_writes import files_in, replacing_files
 from ..data_collator_tjepa import MaskingStrategy
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import PretrainingArguments
@@ -68,13 +68,18 @@ def copy_sentence_modules(source: str | None, root: Path) -> None:
     folder = None if source is None else Path(source)
     if folder is not None and folder.name == PRETRAINING_FOLDER:
         folder = folder.parent
-    if folder is None or not (folder / "modules.json").is_file():
-        return
+    for name in () if folder is None else sentence_files(folder):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, root / name)
+
+
+def sentence_files(folder: Path) -> list[str]:
+    """The files of a folder that are sentence-transformers', by their names in it; none where it has none."""
+    if not (folder / "modules.json").is_file():
+        return []
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    for name in SENTENCE_FILES:
-        if (folder / name).is_file():
-            shutil.copy(folder / name, root / name)
+    paths = [folder / name for name in SENTENCE_FILES if (folder / name).is_file()]
     for module in modules:
-        # the encoder's own is the root; one without settings may have no folder
-        if module["path"] and (folder / module["path"]).is_dir():
-            shutil.copytree(folder / module["path"], root / module["path"], dirs_exist_ok=True)
+        if module["path"]:  # the encoder's own is the root
+            paths += files_in(folder / module["path"])
+    return [path.relative_to(folder).as_posix() for path in paths]

@@ -11,6 +11,8 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .model_folder import PRETRAINING_FOLDER, sentence_files
+
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class HubPublisher(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         disable_progress_bars()  # tqdm breaks when bars come and go in the background while the Trainer's is written
 
-    def on_save(self, args, state, control, processing_class: PreTrainedTokenizerBase = None, **kwargs):
+    def on_save(self, args, state, control, model=None, processing_class: PreTrainedTokenizerBase = None, **kwargs):
         """Uploads in the background; while one upload runs the next is left out, unless `hub_always_push`."""
         if self.strategy == HubStrategy.END or not state.is_world_process_zero:
             return
@@ -74,7 +76,9 @@ class HubPublisher(TrainerCallback):
             copy.cleanup()
             logger.warning(f"Step {state.global_step} is not pushed: {checkpoint} could not be copied. {error}")
             return
-        uploads = [{"allow_patterns": published_files(processing_class)}]
+        is_ours = getattr(model.config, "encoder", None) is None  # else the repository's root is for the encoder
+        where = {} if is_ours else {"path_in_repo": PRETRAINING_FOLDER}
+        uploads = [{"allow_patterns": published_files(processing_class), **where}]
         if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last_only = self.strategy == HubStrategy.CHECKPOINT
             uploads.append({"path_in_repo": "last-checkpoint" if is_last_only else checkpoint.name})
@@ -97,6 +101,8 @@ class HubPublisher(TrainerCallback):
 
     def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """
+        Of an encoder of another architecture also the modules of sentence-transformers and `pretraining/`.
+
         Raises:
             RuntimeError: if the upload failed; the folder is whole all the same.
         """
@@ -104,7 +110,7 @@ class HubPublisher(TrainerCallback):
             self.job.result()
         enable_progress_bars()
         try:
-            self._upload(folder, "End of training", allow_patterns=published_files(tokenizer))
+            self._upload(folder, "End of training", allow_patterns=published_files(tokenizer, folder))
         except Exception as error:
             raise RuntimeError(
                 f"The push to {self.repo_id} failed, but nothing is lost: {folder} holds the whole model. Push it "
@@ -113,8 +119,13 @@ class HubPublisher(TrainerCallback):
         logger.info(f"Pushed to {self.repo_id}")
 
 
-def published_files(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
+def published_files(tokenizer: PreTrainedTokenizerBase, folder: str | None = None) -> list[str]:
+    """Patterns of `upload_folder`; with the folder that was written also for what is not in every one."""
+    files = [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
+    if folder is not None and (Path(folder) / PRETRAINING_FOLDER).is_dir():
+        files += [f"{PRETRAINING_FOLDER}/{name}" for name in (*files, "masking_strategies.json")]
+        files += sentence_files(Path(folder))
+    return files
 
 
 def create_publisher(args: TrainingArguments, token: str | None) -> HubPublisher | None:

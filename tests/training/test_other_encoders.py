@@ -1,0 +1,287 @@
+"""Runs that go on with an encoder of another architecture: what they write, how they resume, and what they refuse."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+
+from encoder_families import make_encoder
+from helpers import WORDS, arguments, run, run_elsewhere
+from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa.training.arguments import PretrainingArguments
+from tjepa.training.ema import EMACallback
+from tjepa.training.model_folder import sentence_files
+from tjepa.training.schedules import WarmupThenDecay, split_heads
+
+
+PREDICTOR = "predictor_type=boundary,token_prediction_weight=1.0,denoising_weight=0.3"
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+
+
+def make_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
+    """Words, between [CLS] and [SEP]."""
+    names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special |= {"mask_token": "[MASK]", **special_tokens}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=64, **{name: token for name, token in special.items() if token}
+    )
+
+
+def make_folder(folder: Path, model_type: str = "bert", **special_tokens) -> Path:
+    """A stock folder, as sentence-transformers has it."""
+    make_encoder(model_type).save_pretrained(folder)
+    make_tokenizer(**special_tokens).save_pretrained(folder)
+    (folder / "modules.json").write_text(json.dumps(MODULES))
+    (folder / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": false}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(POOLING))
+    return folder
+
+
+def options(inputs: Path, output_dir: Path, encoder: Path | None, **overrides) -> list[str]:
+    values = {"tokenizer_name": None, "config_overrides": PREDICTOR, "max_length": 60, "ema_momentum": 0.5}
+    return arguments(inputs, output_dir, model_name_or_path=encoder, **{**values, **overrides})
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("encoders") / "bert")
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, bert, tmp_path_factory) -> Path:
+    """The folder of a run of ten steps, the first of which trains the heads alone; a checkpoint is at five."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, options(inputs, folder, bert, max_steps=10, save_steps=5))
+    return folder
+
+
+def test_the_folder_is_a_stock_folder(finished, bert, tmp_path):
+    code = """
+from transformers import AutoModel, AutoTokenizer
+import torch
+model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+assert type(model).__name__ == "BertModel" and type(model).__module__.startswith("transformers.")
+states = model(**AutoTokenizer.from_pretrained(folder)("the fox", return_tensors="pt")).last_hidden_state
+torch.save({"weights": model.state_dict(), "states": states.detach()}, "loaded.pt")
+"""
+    done = run_elsewhere(code, finished, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.rglob("loaded.pt")
+    loaded = torch.load(path)
+    pretraining = TJEPAForPreTraining.from_pretrained(finished / "pretraining")
+    for name, tensor in pretraining.target_encoder.state_dict().items():
+        assert loaded["weights"][name].equal(tensor), name
+    before = AutoModel.from_pretrained(bert)
+    assert not loaded["weights"]["encoder.layer.0.output.dense.weight"].equal(
+        before.encoder.layer[0].output.dense.weight
+    )
+    assert loaded["weights"]["pooler.dense.weight"].equal(before.pooler.dense.weight), "what does not train, stays"
+    assert loaded["states"].shape == (1, 4, 32), "[CLS] the fox [SEP]"
+
+    assert AutoTokenizer.from_pretrained(finished)("the fox").input_ids == make_tokenizer()("the fox").input_ids
+    assert sentence_files(finished) == sentence_files(bert) and len(sentence_files(bert)) == 4
+    assert all((finished / name).read_bytes() == (bert / name).read_bytes() for name in sentence_files(bert))
+    config = json.loads((finished / "config.json").read_text())
+    assert config["model_type"] == "bert" and config["architectures"] == ["BertModel"] and "auto_map" not in config
+    assert not list(finished.glob("*.py")) and (finished / "pretraining" / "modeling_tjepa.py").is_file()
+    card = (finished / "README.md").read_text()
+    assert "trust_remote_code" not in card and "(bert)" in card and "# the target encoder" in card
+
+
+def test_sentence_transformers_opens_it(finished, bert):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    texts = ["the fox sees a red hen", "night falls"]
+    embeddings, before = (library.SentenceTransformer(str(folder)).encode(texts) for folder in (finished, bert))
+    assert embeddings.shape == (2, 32) and (embeddings**2).sum(axis=1) == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert abs(embeddings - before).max() > 1e-6
+
+
+def test_a_run_resumes_to_the_bit_and_goes_on_from_its_folder(inputs, finished, bert, tmp_path, monkeypatch, caplog):
+    shutil.copytree(finished / "checkpoint-5", tmp_path / "out" / "checkpoint-5")
+    run(
+        monkeypatch,
+        options(inputs, tmp_path / "out", bert, max_steps=10, save_steps=5, resume_from_checkpoint="last"),
+    )
+    for name in ("model.safetensors", "pretraining/model.safetensors"):
+        weights, expected = load_file(tmp_path / "out" / name), load_file(finished / name)
+        assert weights.keys() == expected.keys() and all(weights[key].equal(expected[key]) for key in weights), name
+
+    history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
+    rates = [line["learning_rate"] for line in history if "loss" in line]
+    assert rates[0] == 0.0 and all(rate > 0 for rate in rates[1:]), "the heads alone, then both"
+
+    run(monkeypatch, options(inputs, tmp_path / "more", finished / "pretraining", max_steps=2))
+    history = json.loads((tmp_path / "more" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["learning_rate"] > 0, "the heads are not new"
+    assert sentence_files(tmp_path / "more") == sentence_files(bert)
+    assert "packed rows" in caplog.text
+
+
+def test_evaluation_takes_the_trained_predictor(inputs, finished, tmp_path, monkeypatch):
+    expected = json.loads((finished / "all_results.json").read_text())
+    for folder, source in ((finished, None), (tmp_path / "elsewhere", finished)):
+        run(monkeypatch, options(inputs, folder, source, do_train=False, eval_strategy="no", max_steps=10))
+        results = json.loads((folder / "eval_results.json").read_text())
+        assert results["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["deberta-v2", "modernbert"])
+def test_from_scratch_and_padded(inputs, model_type, tmp_path, monkeypatch, caplog):
+    """`--config_name` takes the architecture and, with it, the tokenizer; a row length and bfloat16 work, too."""
+    folder = make_folder(tmp_path / "encoder", model_type)
+    run(
+        monkeypatch,
+        options(
+            inputs,
+            tmp_path / "out",
+            None,
+            config_name=folder,
+            encoder_input="padded",
+            row_length=128,
+            bf16=True,
+            gradient_checkpointing=True,
+        ),
+    )
+    assert "padded rows" in caplog.text
+    encoder = AutoModel.from_pretrained(tmp_path / "out")
+    assert encoder.config.model_type == model_type and encoder.dtype == torch.float32
+    args = torch.load(tmp_path / "out" / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert (args.learning_rate, args.head_learning_rate) == (1e-3, None), "from scratch the rates are the reference's"
+
+
+def test_a_frozen_teacher_is_not_what_is_exported(inputs, bert, tmp_path, monkeypatch):
+    for choice in (None, "target"):
+        out = tmp_path / str(choice)
+        run(monkeypatch, options(inputs, out, bert, ema_momentum=1, export_encoder=choice))
+        before, after = load_file(bert / "model.safetensors"), load_file(out / "model.safetensors")
+        pretraining = load_file(out / "pretraining" / "model.safetensors")
+        assert all(pretraining[f"target_encoder.{name}"].equal(tensor) for name, tensor in before.items())
+        assert all(after[name].equal(before[name]) for name in after) == (choice == "target")
+        assert f"# the {choice or 'context'} encoder" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flags", "message"),
+    [
+        ("gpt2", {}, "GPT2Model does not look ahead"),
+        ("fnet", {}, "FNetModel cannot be trained: tokens that its attention_mask hides change"),
+        ("bert", {"max_length": 159}, "--max_length is 159, but a bert encoder of 160 .* 158 tokens at most"),
+        ("roberta", {"max_length": 157}, "roberta encoder of 160 positions .* pass --max_length 156"),
+        ("bert", {"tokenizer_name": "inputs"}, "The tokenizer has 300 tokens .* the embedding of .* 120"),
+        ("bert", {"config_overrides": "target_layers=4"}, "target_layers must be between 1 and .* got 4"),
+        ("bert", {"config_overrides": "hidden_size=64"}, "hidden_size belong to the bert encoder"),
+        ("deberta", {"encoder_input": "packed"}, "DebertaModel cannot be fed packed rows"),
+        ("bert", {"learning_rate": "-1e-3"}, "learning_rate must be above 0"),
+        ("bert", {"heads_first_ratio": "1.0"}, "heads_first_ratio must be in"),
+        ("bert", {"export_encoder": "both"}, "--export_encoder must be target or context, got 'both'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(inputs, model_type, flags, message, tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "encoder", model_type)
+    if flags.get("tokenizer_name") == "inputs":
+        flags = {"tokenizer_name": inputs / "tokenizer"}
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, options(inputs, tmp_path / "out", folder, **flags))
+
+
+def test_a_folder_without_the_weights_is_refused(inputs, bert, tmp_path, monkeypatch):
+    folder = tmp_path / "encoder"
+    shutil.copytree(bert, folder)
+    encoder = AutoModel.from_pretrained(folder)
+    weights = {name: tensor for name, tensor in encoder.state_dict().items() if "layer.1.output" not in name}
+    encoder.save_pretrained(folder, state_dict=weights)
+    with pytest.raises(ValueError, match="has no weights for 4 parameters of BertModel, such as encoder.layer.1.ou"):
+        run(monkeypatch, options(inputs, tmp_path / "out", folder))
+
+
+def test_without_a_mask_token_another_stands_in(inputs, tmp_path, monkeypatch, caplog):
+    folder = make_folder(tmp_path / "encoder", "deberta-v2", mask_token=None)
+    run(monkeypatch, options(inputs, tmp_path / "out", folder, max_steps=1))
+    assert "no mask token: in hidden places stands [UNK]" in caplog.text
+    assert TJEPAConfig.from_pretrained(tmp_path / "out" / "pretraining").mask_token_id == 0
+
+
+# --- Rates -----------------------------------------------------------------------------------------------------------
+
+
+def test_rates_follow_what_starts_the_run(tmp_path):
+    def settled(goes_on: bool, new_heads: bool, **given) -> tuple:
+        args = PretrainingArguments(output_dir=str(tmp_path), **given)
+        args.settle_rates(goes_on, new_heads)
+        return args.learning_rate, args.head_learning_rate, args.heads_first_ratio, args.ema_momentum
+
+    assert settled(False, False) == (1e-3, None, None, 0.996)
+    assert settled(True, True) == (3e-5, pytest.approx(9e-4), 0.1, None)
+    assert settled(True, False) == (3e-5, pytest.approx(9e-4), 0.0, None)
+    given = {"learning_rate": 1e-4, "head_learning_rate": 2e-4, "heads_first_ratio": 0.2, "ema_momentum": 0.9}
+    assert settled(True, True, **given) == tuple(given.values())
+    args = PretrainingArguments(output_dir=str(tmp_path))
+    args.settle_rates(True, True)
+    assert (args.start_lr, args.final_lr) == (pytest.approx(6e-6), pytest.approx(3e-8))
+    args = PretrainingArguments(output_dir=str(tmp_path), start_lr=1e-4)
+    with pytest.raises(ValueError, match="start_lr must be between 0 and the learning rate.*1e-04|0.0001 with"):
+        args.settle_rates(True, True)
+
+
+def test_heads_train_alone_and_then_the_encoder_warms_up():
+    model = TJEPAForPreTraining.from_encoder(make_encoder("bert"))
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others}], lr=1e-4)
+    split_heads(optimizer, model.context_encoder, 1e-2)
+    assert [group["is_head"] for group in optimizer.param_groups] == [False, False, True, True]
+    assert [group["weight_decay"] for group in optimizer.param_groups][::2] == [0.1, 0.1]
+    of_encoder = {id(p) for p in model.context_encoder.parameters() if p.requires_grad}
+    assert {id(p) for group in optimizer.param_groups[:2] for p in group["params"]} == of_encoder
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decayed) + len(others)
+
+    schedule = WarmupThenDecay(optimizer, 40, 4, final_lr=1e-4, num_heads_first_steps=10)
+    rates = []
+    for _ in range(40):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    encoder_rates, head_rates = [rate[0] for rate in rates], [rate[2] for rate in rates]
+    assert encoder_rates[:10] == [0.0] * 10 and head_rates[4:] == pytest.approx([1e-2] * 36)
+    assert encoder_rates[10:15] == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
+    assert encoder_rates[15:] == pytest.approx([1e-4] * 25)
+
+
+def test_a_target_that_hardly_moves_is_said(inputs, bert, tmp_path, monkeypatch, caplog):
+    flags = {"max_steps": 20, "save_steps": 20, "do_eval": False}
+    for momentum in (0.9999, 1, None):
+        caplog.clear()
+        run(monkeypatch, options(inputs, tmp_path / str(momentum), bert, ema_momentum=momentum, **flags))
+        warned = re.search(r"hardly moves in 20 steps: (\d+)% .* say to (0\.\d+), or freeze it", caplog.text)
+        assert (warned is not None) == (momentum == 0.9999)
+        history = json.loads((tmp_path / str(momentum) / "trainer_state.json").read_text())["log_history"]
+        assert history[0]["ema_momentum"] == pytest.approx(0.5 if momentum is None else momentum)
+        if warned:
+            assert warned.groups() == ("100", "0.5")
+
+
+def test_share_of_start():
+    assert EMACallback(1.0, 1.0).share_of_start(50) == 1.0
+    assert EMACallback(0.5, 0.5).share_of_start(3) == 0.125
+    assert EMACallback(0.0, 1.0).share_of_start(3) == 0.0

@@ -217,7 +217,23 @@ def test_momentum_schedules_by_hand():
     assert stretched.at(4, 8) == pytest.approx(0.95)
 
 
+def test_the_momentum_by_default_and_of_a_run_that_went_on():
+    default = EMACallback()
+    assert [default.at(step, 10) for step in (0, 5, 10)] == pytest.approx([0.996, 0.998, 1.0])
+    for schedule in ("linear", "cosine"):
+        longer = EMACallback(0.9, 1.0, schedule=schedule, anneal_ratio=0.5)
+        longer.first_step = 6  # the schedule begins anew there
+        assert [longer.at(step, 14) for step in (6, 8, 10, 13)] == pytest.approx([0.9, 0.95, 1.0, 1.0])
+
+
 def test_impossible_momentum_schedules_are_refused():
+    EMACallback(0.0, 0.0), EMACallback(1.0, 1.0, anneal_ratio=1.0)  # the bounds are allowed
+    for values in ({"momentum": -0.01}, {"momentum": 1.01}, {"final_momentum": -0.01}, {"final_momentum": 1.01}):
+        with pytest.raises(ValueError, match=rf"{min(values)} must be in \[0, 1\]"):
+            EMACallback(**values)
+    for ratio in (-0.5, 1.01):
+        with pytest.raises(ValueError, match=r"anneal_ratio must be in \(0, 1\]"):
+            EMACallback(anneal_ratio=ratio)
     with pytest.raises(ValueError, match="schedule must be one of linear, cosine, got 'sudden'"):
         EMACallback(schedule="sudden")
     with pytest.raises(ValueError, match=r"anneal_ratio must be in \(0, 1\], got 0"):

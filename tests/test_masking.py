@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tjepa.corpus.streams import DocumentDataset
@@ -22,6 +22,7 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     load_masking_strategies,
     pack_rows,
+    uniform,
 )
 
 
@@ -65,8 +66,13 @@ def draw_one_by_one(documents, strategies, seed=0, **options):
     return result
 
 
+# 13 and 22 tokens have budgets of 6 and 11: the last block of each shrinks to what is left, also behind another view
+SHRINKING = [MaskingStrategy(4, None, 0.5), MaskingStrategy(4, 2.0, 0.5), MaskingStrategy(64, None, 0.5)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(documents_of_few_words, st.lists(masking_strategies(), min_size=1, max_size=3), seeds)
+@example([np.arange(13), np.arange(22)], SHRINKING, 0)
 def test_blocks_and_context(documents, strategies, seed):
     views = draw_one_by_one(documents, strategies, seed)
     assert len(views) == len(documents) * len(strategies)
@@ -269,6 +275,30 @@ def test_masks_are_a_function_of_seed_epoch_and_document():
     assert masks([{**example, "document_index": 7} for example in examples]) != alone
 
 
+def test_random_numbers_are_those_of_splitmix64():
+    """Known outputs, of the seed 1234567 and, the first one, of 0."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    drawn = uniform(np.array([1234567], dtype=np.uint64), np.arange(1, 6))
+    assert drawn.tolist() == [(number >> 11) * 2.0**-53 for number in known]
+    assert hash_keys(0).tolist() == [0xE220A8397B1DCDAF]
+    several = uniform(hash_keys(3) ^ np.uint64(4), np.arange(1, 2))  # one part after the other
+    assert (hash_keys(3, 4) >> np.uint64(11)).tolist() == (several * 2**53).tolist()
+
+
+def test_the_masks_of_a_seed_stay():
+    """From one version to the next: a run that goes on draws the masks that it would have drawn."""
+    strategies = [MaskingStrategy(3, 1.5, 0.5), MaskingStrategy(4, None, 0.5, 0.25, 2, 0.3), MaskingStrategy(2)]
+    views = draw_views([np.arange(24)], hash_keys(7, np.array([2]), np.array([11])), strategies)
+    pictures = np.full((3, 24), "-")
+    pictures[views.context_view, views.context_token] = "."
+    pictures[views.slot_view, views.slot_token] = views.slot_block
+    assert ["".join(picture) for picture in pictures] == [
+        "..11222333.....4444.....",
+        "..-.---1111-2222..----..",
+        ".............11..22.33..",
+    ]
+
+
 def test_views_per_document():
     documents = [np.arange(30)] * 200
     views = draw_views(documents, hash_keys(0, np.arange(200)), MASKING_PRESETS["ul2"], views_per_document=2)
@@ -347,6 +377,17 @@ def test_chosen_rows_pad_little_and_have_few_lengths(num_documents, most_padding
         shares.append([(ids < 0).float().mean() for ids in views])
     assert np.mean(shares, axis=0).max() < most_padding
     assert DataCollatorForTJEPA(row_length="auto")([])["input_ids"].shape == (1, 128)
+
+
+@pytest.mark.parametrize("lengths", [[1000], [300, 290, 40], [130] * 40, [4000, 200], [129, 5], [700] * 9])
+def test_chosen_rows_are_the_best_of_four_lengths(lengths):
+    """From the shortest that takes as few rows of at most 4,096 as can be, in steps of 128."""
+    lengths, order = np.array(lengths), np.arange(len(lengths))
+    num_rows = -(-lengths.sum() // 4096)
+    shortest = 128 * math.ceil(max(lengths.max(), lengths.sum() / num_rows) / 128)
+    candidates = [min(shortest + 128 * more, 4096) for more in range(4)]
+    sizes = [pack_rows(lengths, candidate, order)[1] for candidate in candidates]
+    assert pack_rows(lengths, "auto", order)[1] == min(sizes, key=math.prod)
 
 
 def test_a_document_longer_than_the_rows_gets_longer_rows():

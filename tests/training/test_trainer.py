@@ -37,6 +37,51 @@ def test_schedules_equal_the_golden_ones(shared_folder):
         scheduler.step()
 
 
+def rates(steps, num_steps: int, num_warmup_steps: int, **options) -> list[float]:
+    """In units of the highest one; from a tenth of it to a fifth."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = WarmupThenDecay(optimizer, num_steps, num_warmup_steps, 0.2, 0.4, **options)
+    return [scheduler.factor(step) for step in steps]
+
+
+def test_learning_rates_by_hand():
+    assert rates(range(7), 6, 2, kind="linear") == pytest.approx([0.1, 0.55, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(range(7), 6, 2, kind="constant") == pytest.approx([0.1, 0.55] + 5 * [1.0])
+    assert rates([2, 4, 6, 9], 6, 2) == pytest.approx([1.0, 0.6, 0.2, 0.2])  # a cosine; it does not rise again
+    assert rates([2, 6, 10], 6, 2, schedule_stretch=10 / 6) == pytest.approx([1.0, 0.6, 0.2])
+    stable = {"kind": "warmup_stable_decay"}
+    assert rates([2, 15, 18, 19, 20], 20, 2, **stable) == pytest.approx([1.0, 1.0, 1.0, 0.6, 0.2])  # a tenth: 2 steps
+    assert rates([8, 9, 10], 10, 2, **stable) == pytest.approx([1.0, 1.0, 0.2])  # one step
+    assert rates([2, 3], 3, 2, **stable, num_decay_steps=9) == pytest.approx([1.0, 0.2])  # not before the warm-up ends
+    assert rates([0, 3], 3, 3) == pytest.approx([0.1, 1.0])  # all warm-up
+    assert rates([0, 10, 11, 12, 14], 4, 2, first_step=10, kind="linear") == pytest.approx([0.1, 0.1, 0.55, 1.0, 0.2])
+    decay = WeightDecayCallback(0.1, 0.3, schedule_stretch=2.0)
+    decay.first_step = 6
+    assert [decay.at(step, 10) for step in (6, 10, 14, 20)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+
+
+def test_what_is_new_in_the_schedule_is_said(caplog):
+    def schedule(lr: float, **options) -> WarmupThenDecay:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr, betas=(0.9, options.pop("beta")))
+        return WarmupThenDecay(optimizer, 8, 2, kind="linear", **options)
+
+    before, now = schedule(1.0, beta=0.95), schedule(0.5, beta=0.999, final_lr=0.25)
+    for _ in range(4):
+        before.optimizer.step(), before.step()
+    now.optimizer.load_state_dict(before.optimizer.state_dict())
+    with caplog.at_level("INFO", logger="tjepa"):
+        now.load_state_dict(before.state_dict())
+    assert sorted(record.message.split(" is ")[0] for record in caplog.records) == [
+        "betas",
+        "final_lr",
+        "learning_rate",
+    ]
+    assert "learning_rate is 0.5 from here on; up to the checkpoint it was 1.0." in caplog.text
+    (group,) = now.optimizer.param_groups
+    assert group["betas"] == (0.9, 0.999) and group["initial_lr"] == 0.5
+    assert now.last_epoch == 4 and group["lr"] == pytest.approx(0.5 - 0.25 * 2 / 6)
+
+
 def test_schedules_are_used_and_logged(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=6, warmup_steps=2, learning_rate=1e-3, start_lr=2e-4, ema_momentum=0.9)
     trainer.train()

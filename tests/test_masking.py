@@ -66,6 +66,30 @@ def draw_one_by_one(documents, strategies, seed=0, **options):
     return result
 
 
+def test_random_numbers_are_those_of_splitmix64():
+    """Known outputs, of the seed 1234567 and, the first one, of 0."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    drawn = uniform(np.array([1234567], dtype=np.uint64), np.arange(1, 6))
+    assert drawn.tolist() == [(number >> 11) * 2.0**-53 for number in known]
+    assert hash_keys(0).tolist() == [0xE220A8397B1DCDAF]
+    several = uniform(hash_keys(3) ^ np.uint64(4), np.arange(1, 2))  # one part after the other
+    assert (hash_keys(3, 4) >> np.uint64(11)).tolist() == (several * 2**53).tolist()
+
+
+def test_the_masks_of_a_seed_stay():
+    """From one version to the next: a run that goes on draws the masks that it would have drawn."""
+    strategies = [MaskingStrategy(3, 1.5, 0.5), MaskingStrategy(4, None, 0.5, 0.25, 2, 0.3), MaskingStrategy(2)]
+    views = draw_views([np.arange(24)], hash_keys(7, np.array([2]), np.array([11])), strategies)
+    pictures = np.full((3, 24), "-")
+    pictures[views.context_view, views.context_token] = "."
+    pictures[views.slot_view, views.slot_token] = views.slot_block
+    assert ["".join(picture) for picture in pictures] == [
+        "..11222333.....4444.....",
+        "..-.---1111-2222..----..",
+        ".............11..22.33..",
+    ]
+
+
 # 13 and 22 tokens have budgets of 6 and 11: the last block of each shrinks to what is left, also behind another view
 SHRINKING = [MaskingStrategy(4, None, 0.5), MaskingStrategy(4, 2.0, 0.5), MaskingStrategy(64, None, 0.5)]
 
@@ -275,30 +299,6 @@ def test_masks_are_a_function_of_seed_epoch_and_document():
     assert masks([{**example, "document_index": 7} for example in examples]) != alone
 
 
-def test_random_numbers_are_those_of_splitmix64():
-    """Known outputs, of the seed 1234567 and, the first one, of 0."""
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    drawn = uniform(np.array([1234567], dtype=np.uint64), np.arange(1, 6))
-    assert drawn.tolist() == [(number >> 11) * 2.0**-53 for number in known]
-    assert hash_keys(0).tolist() == [0xE220A8397B1DCDAF]
-    several = uniform(hash_keys(3) ^ np.uint64(4), np.arange(1, 2))  # one part after the other
-    assert (hash_keys(3, 4) >> np.uint64(11)).tolist() == (several * 2**53).tolist()
-
-
-def test_the_masks_of_a_seed_stay():
-    """From one version to the next: a run that goes on draws the masks that it would have drawn."""
-    strategies = [MaskingStrategy(3, 1.5, 0.5), MaskingStrategy(4, None, 0.5, 0.25, 2, 0.3), MaskingStrategy(2)]
-    views = draw_views([np.arange(24)], hash_keys(7, np.array([2]), np.array([11])), strategies)
-    pictures = np.full((3, 24), "-")
-    pictures[views.context_view, views.context_token] = "."
-    pictures[views.slot_view, views.slot_token] = views.slot_block
-    assert ["".join(picture) for picture in pictures] == [
-        "..11222333.....4444.....",
-        "..-.---1111-2222..----..",
-        ".............11..22.33..",
-    ]
-
-
 def test_views_per_document():
     documents = [np.arange(30)] * 200
     views = draw_views(documents, hash_keys(0, np.arange(200)), MASKING_PRESETS["ul2"], views_per_document=2)
@@ -417,7 +417,7 @@ def test_strategies_load_from_yaml_and_json(tmp_path):
         ({"target_block_size_mean": 3, "max_context_ratio": 0}, r"max_context_ratio must be in \(0, 1\]"),
         ({"target_block_size_mean": 3, "max_target_mask_start_ratio": 1.0}, r"must be in \[0, 1\)"),
         ({"target_block_size_mean": 0}, "at least 1 token"),
-        ({"target_block_size_mean": 2.5}, "whole number"),
+        ({"target_block_size_mean": 2.5}, "must be whole"),
         ({"target_block_size_mean": "3"}, "must be a number or null"),
         ({"target_block_size_mean": None, "target_block_size_std": 1.0}, "needs a target_block_size_mean"),
         ({"target_block_size_mean": 3, "target_block_num": 0}, "at least 1"),

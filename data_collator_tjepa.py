@@ -583,9 +583,9 @@ class DataCollatorForTJEPA:
         """
         examples = [example for example in examples if example is not None]
         for key in ("input_ids", "document_index", "epoch"):
-            if any(key not in example for example in examples):
+            if lacking := [example for example in examples if key not in example]:
                 raise ValueError(
-                    f"The collator needs {key!r} in every example, got {sorted(examples[0])}. Wrap the tokenized data "
+                    f"The collator needs {key!r} in every example, got {sorted(lacking[0])}. Wrap the tokenized data "
                     "in DocumentDataset (or DocumentStream), and set remove_unused_columns=False in TrainingArguments."
                 )
         kept = [example for example in examples if len(example["input_ids"]) >= 2]

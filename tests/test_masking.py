@@ -340,6 +340,41 @@ def test_epochs_and_drops_reach_workers(num_workers):
     assert collator.num_dropped_documents == 3
 
 
+@pytest.mark.parametrize("special_tokens", [((101,), (102, 103)), ((101, 104), ())])
+def test_special_tokens_are_seen_by_every_view_and_change_no_mask(special_tokens):
+    examples = [{"input_ids": list(range(n)), "document_index": n, "epoch": 0} for n in (9, 20, 2)]
+    prefix, suffix = special_tokens
+
+    def views(batch):
+        """`[(strategy, document, positions of the context, of the slots)]`, sorted."""
+        ids, documents = batch["input_ids"].flatten(), batch["document_ids"].flatten()
+        positions, view_ids = batch["prediction_position_ids"].flatten(), batch["prediction_view_ids"].flatten()
+        is_slot = batch["prediction_block_ids"].flatten() > 0
+        labels = dict(zip(batch["slot_indices"].tolist(), batch["label_indices"].tolist(), strict=True))
+        strategies = dict(zip(batch["slot_indices"].tolist(), batch["slot_strategy_ids"].tolist(), strict=True))
+        found = []
+        for view in view_ids.unique().tolist():
+            slots = (is_slot & (view_ids == view)).nonzero().flatten().tolist()
+            (document,) = {int(documents[labels[slot]]) for slot in slots}
+            length = int((documents == document).sum())
+            context = positions[~is_slot & (view_ids == view)].tolist()
+            hidden = {int(positions[slot]): int(ids[labels[slot]]) for slot in slots}
+            found.append((strategies[slots[0]], length, context, hidden))
+        return sorted(found, key=lambda view: view[:2])
+
+    plain = views(DataCollatorForTJEPA()(examples))
+    more, shift = len(prefix) + len(suffix), len(prefix)
+    for (_, length, context, hidden), (_, longer, all_context, all_hidden) in zip(
+        plain, views(DataCollatorForTJEPA(special_tokens=special_tokens)(examples)), strict=True
+    ):
+        assert longer == length + more
+        behind = range(shift + length, shift + length + len(suffix))
+        assert all_context == [*range(shift), *(position + shift for position in context), *behind]
+        assert all_hidden == {position + shift: token for position, token in hidden.items()}
+    batch = DataCollatorForTJEPA(special_tokens=special_tokens)(examples[:1])
+    assert batch["input_ids"].flatten().tolist() == [*prefix, *range(9), *suffix]
+
+
 # --- Packing ---------------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +454,7 @@ def test_strategies_load_from_yaml_and_json(tmp_path):
         ({"target_block_size_mean": 0}, "at least 1 token"),
         ({"target_block_size_mean": 2.5}, "must be whole"),
         ({"target_block_size_mean": "3"}, "must be a number or null"),
-        ({"target_block_size_mean": None, "target_block_size_std": 1.0}, "needs a target_block_size_mean"),
+        ({"target_block_size_mean": None, "target_block_size_std": 1.0}, "with a target_block_size_mean"),
         ({"target_block_size_mean": 3, "target_block_num": 0}, "at least 1"),
         (["target_block_size_mean"], "is a mapping"),
     ],
@@ -442,6 +477,9 @@ def test_bad_strategy_files_are_refused(tmp_path):
 def test_collator_errors():
     with pytest.raises(ValueError, match="DocumentDataset"):
         DataCollatorForTJEPA()([{"input_ids": [1, 2, 3]}])
+    whole, bare = {"input_ids": [1, 2], "document_index": 0, "epoch": 0}, {"input_ids": [1, 2], "document_index": 0}
+    with pytest.raises(ValueError, match=r"needs 'epoch' in every example, got \['document_index', 'input_ids'\]"):
+        DataCollatorForTJEPA()([whole, bare])
     with pytest.raises(ValueError, match="at least one masking strategy"):
         DataCollatorForTJEPA([])
     with pytest.raises(ValueError, match="views_per_document"):

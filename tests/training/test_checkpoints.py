@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
@@ -22,6 +23,7 @@ from tjepa.training.checkpoints import (
     MARK,
     WEIGHTS_MARK,
     CheckpointCallback,
+    explain_failed_save,
     find_checkpoint,
     find_damage,
     find_last_checkpoint,
@@ -81,6 +83,41 @@ def test_a_checkpoint_that_is_named(tmp_path):
         find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(damaged)))
     with pytest.raises(FileNotFoundError, match="has no trainer_state.json"):
         find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(tmp_path / "checkpoint-8")))
+
+
+@pytest.mark.parametrize("arguments_class", [PretrainingArguments, TrainingArguments])
+def test_a_folder_that_holds_a_run_is_not_trained_over(tmp_path, arguments_class):
+    def start(name: str, **options) -> str | None:
+        return find_checkpoint(arguments_class(output_dir=str(tmp_path / name), **options))
+
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "config.json").write_text("{}")
+    make_checkpoint(tmp_path / "killed", 2)
+    for name in ("finished", "killed"):
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            start(name, do_train=True)
+        assert start(name, do_train=False) is None
+    (tmp_path / "empty").mkdir()
+    assert start("empty", do_train=True) is None
+    if arguments_class is PretrainingArguments:
+        assert start("killed", do_train=True, overwrite_output_dir=True) is None
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
+def test_a_failed_save_is_explained(tmp_path, error):
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), state=TrainerState(global_step=4))
+    make_checkpoint(tmp_path, 2)
+    with pytest.raises(error, match="^unrelated$"), explain_failed_save(trainer):
+        raise error("unrelated")
+    unfinished = make_checkpoint(tmp_path, 4, mark=False)
+    explained = (
+        rf"checkpoint-4 could not be written \({error.__name__}: no space\).* MB are free.*Intact: checkpoint-2\."
+    )
+    with pytest.raises(OSError, match=explained), explain_failed_save(trainer):
+        raise error("no space")
+    mark_complete(unfinished)
+    with pytest.raises(error, match="^unrelated$"), explain_failed_save(trainer):
+        raise error("unrelated")
 
 
 WEIGHTS = ("model.safetensors", "trainer_state.json")  # what --save_only_model leaves

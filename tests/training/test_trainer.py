@@ -55,6 +55,7 @@ def test_learning_rates_by_hand():
     assert rates([2, 3], 3, 2, **stable, num_decay_steps=9) == pytest.approx([1.0, 0.2])  # not before the warm-up ends
     assert rates([0, 3], 3, 3) == pytest.approx([0.1, 1.0])  # all warm-up
     assert rates([0, 10, 11, 12, 14], 4, 2, first_step=10, kind="linear") == pytest.approx([0.1, 0.1, 0.55, 1.0, 0.2])
+    assert [WeightDecayCallback().at(step, 4) for step in (0, 2, 4)] == pytest.approx([0.04, 0.22, 0.4])
     decay = WeightDecayCallback(0.1, 0.3, schedule_stretch=2.0)
     decay.first_step = 6
     assert [decay.at(step, 10) for step in (6, 10, 14, 20)] == pytest.approx([0.1, 0.2, 0.3, 0.3])

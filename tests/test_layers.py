@@ -1,0 +1,53 @@
+"""The layer's parts by hand: which entries may attend to which, local attention, dropout, what is saved."""
+
+import torch
+
+from helpers import make_tiny_config
+from tjepa import TJEPAModel
+from tjepa.layers_tjepa import PackedViews, flash_attention_kwargs
+
+
+def test_groups_and_masks_of_packed_views():
+    """Two views of a context token and two slots, in two blocks and in one; then one of two context tokens."""
+    views = PackedViews.from_ids(
+        torch.tensor([[0, 0, 0, 1], [1, 1, 2, 2]]), torch.tensor([[0, 1, 2, 0], [1, 1, 0, 0]])
+    )
+    assert views.groups == [(2, 1, 2), (1, 2, 0)]
+    assert views.slot_masks[0].tolist() == [[[[True, True, False], [True, False, True]]], [[[True] * 3] * 2]]
+    assert views.slot_masks[1] is None
+    assert PackedViews.from_ids(torch.tensor([[0, 0, 1, 1, 1, -1]])).groups == [(1, 2, 0), (1, 3, 0), (1, 1, 0)]
+
+
+def test_local_attention_is_by_position():
+    views = PackedViews([(2, 3, 0)], [None], positions=torch.tensor([0, 1, 2, 4, 6, 7]))
+    (mask,) = views.masks(2)  # tokens less than two positions apart
+    assert mask.tolist() == [
+        [[[True, True, False], [True, True, True], [False, True, True]]],
+        [[[True, False, False], [False, True, True], [False, True, True]]],
+    ]
+    assert views.masks(2)[0] is mask and views.masks(3)[0][1, 0, 0].tolist() == [True, True, False]
+    assert views.masks(None) is views.slot_masks
+    views.longest = 8
+    assert views.masks(8) is views.slot_masks and views.masks(7) is not views.slot_masks
+
+
+def test_flash_attention_is_told_where_views_start():
+    settings = flash_attention_kwargs(torch.tensor([[3, 3, 5], [5, 5, -1]]))
+    assert settings["cu_seq_lens_q"].tolist() == settings["cu_seq_lens_k"].tolist() == [0, 2, 5, 6]
+    assert settings["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_attention_dropout_is_for_training_only():
+    ids = torch.arange(12)[None]
+    for attn_implementation in ("sdpa", "eager"):
+        config = make_tiny_config(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+        model = TJEPAModel._from_config(config, attn_implementation=attn_implementation)
+        states = [model.train(training)(ids)[0] for training in (False, False, True, True)]
+        assert torch.equal(states[0], states[1])
+        assert not torch.allclose(states[1], states[2]) and not torch.allclose(states[2], states[3])
+
+
+def test_rotary_frequencies_are_not_saved():
+    model = TJEPAModel(make_tiny_config(rotary_dim=8, rope_theta=10000.0, hidden_size=64))
+    assert not [name for name in model.state_dict() if "rotary" in name]
+    assert model.rotary_embedding.freqs.tolist() == torch.tensor([1.0, 0.1, 0.01, 0.001]).tolist()

@@ -1,6 +1,7 @@
 """The house's rules that no other test would notice: imports point one way, and no file grows too long."""
 
 import ast
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import REPOSITORY
+from mutation import SUBJECTS
 
 
 # Every room imports from those above it, and within itself.
@@ -79,3 +81,9 @@ def test_imports_point_one_way(path):
 def test_no_file_is_too_long(path):
     num_lines = len((REPOSITORY / path).read_text(encoding="utf-8").splitlines())
     assert num_lines <= MAX_LINES.get(path.name, 600)
+
+
+def test_the_mutation_run_names_files_that_exist():
+    for file, *all_tests in SUBJECTS.values():
+        paths = [word for tests in all_tests for word in shlex.split(tests) if word.startswith("tests/")]
+        assert [path for path in [file, *paths] if not (REPOSITORY / path).exists()] == []

@@ -1,36 +1,30 @@
-"""T-JEPA: text encoders pretrained by predicting representations instead of tokens."""
+"""T-JEPA: text encoders pretrained by predicting representations instead of tokens.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+Notable: `import tjepa` alone imports neither torch nor transformers, which take seconds. All the same the Auto classes
+of transformers then know T-JEPA folders without `trust_remote_code`, whichever of the two is imported first.
+"""
 
-from .configuration_tjepa import TJEPAConfig
-from .modeling_tjepa import (
-    TJEPAForMaskedLM,
-    TJEPAForPreTraining,
-    TJEPAForPreTrainingOutput,
-    TJEPAForQuestionAnswering,
-    TJEPAForSequenceClassification,
-    TJEPAForTokenClassification,
-    TJEPAModel,
-    TJEPAPreTrainedModel,
-)
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import TYPE_CHECKING, Any
 
 
-# After `import tjepa` the Auto classes know T-JEPA folders without `trust_remote_code`.
-AutoConfig.register(TJEPAConfig.model_type, TJEPAConfig)
-AutoModel.register(TJEPAConfig, TJEPAModel)
-AutoModelForPreTraining.register(TJEPAConfig, TJEPAForPreTraining)
-AutoModelForSequenceClassification.register(TJEPAConfig, TJEPAForSequenceClassification)
-AutoModelForTokenClassification.register(TJEPAConfig, TJEPAForTokenClassification)
-AutoModelForQuestionAnswering.register(TJEPAConfig, TJEPAForQuestionAnswering)
-AutoModelForMaskedLM.register(TJEPAConfig, TJEPAForMaskedLM)
+if TYPE_CHECKING:
+    from .configuration_tjepa import TJEPAConfig
+    from .modeling_tjepa import (
+        TJEPAForMaskedLM,
+        TJEPAForPreTraining,
+        TJEPAForPreTrainingOutput,
+        TJEPAForQuestionAnswering,
+        TJEPAForSequenceClassification,
+        TJEPAForTokenClassification,
+        TJEPAModel,
+        TJEPAPreTrainedModel,
+    )
 
 
 __all__ = [
@@ -44,3 +38,69 @@ __all__ = [
     "TJEPAModel",
     "TJEPAPreTrainedModel",
 ]
+
+AUTO_CLASSES = {
+    "AutoModel": "TJEPAModel",
+    "AutoModelForMaskedLM": "TJEPAForMaskedLM",
+    "AutoModelForPreTraining": "TJEPAForPreTraining",
+    "AutoModelForQuestionAnswering": "TJEPAForQuestionAnswering",
+    "AutoModelForSequenceClassification": "TJEPAForSequenceClassification",
+    "AutoModelForTokenClassification": "TJEPAForTokenClassification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "configuration_tjepa" if name == "TJEPAConfig" else "modeling_tjepa"
+    return getattr(import_module(f".{module}", __name__), name)
+
+
+class _Registration(threading.local):
+    """
+    Registers T-JEPA as soon as the Auto classes are imported: when the outermost import of transformers or of this
+    package ends, because until then either may be imported in part. It finds their modules as Python does.
+    """
+
+    depth = 0  # imports of the two packages that this thread is in
+    is_done = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if self.is_done or name.partition(".")[0] not in ("transformers", __name__):
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                with self.importing():
+                    execute(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+            if self.depth == 1 and not self.is_done:
+                self.register()
+        finally:
+            self.depth -= 1
+
+    def register(self) -> None:
+        if auto := sys.modules.get("transformers.models.auto.configuration_auto"):
+            config_class = import_module(".configuration_tjepa", __name__).TJEPAConfig
+            auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            if auto := sys.modules.get("transformers.models.auto.modeling_auto"):
+                models = import_module(".modeling_tjepa", __name__)
+                for auto_class, model_class in AUTO_CLASSES.items():
+                    getattr(auto, auto_class).register(config_class, getattr(models, model_class), exist_ok=True)
+                type(self).is_done = True
+
+
+_registration = _Registration()
+sys.meta_path.insert(0, _registration)
+with _registration.importing():  # what is imported already
+    pass

@@ -10,11 +10,10 @@ Several processes are started by `accelerate launch`: `accelerate launch run_pre
 """
 
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from itertools import takewhile
 
-from .corpus.arguments import start
+from .corpus.command_line import answer_early, errors_in_one_line, is_yaml, start, wants_help
 
 
 COMMANDS = {  # subcommand -> (module, what it does)
@@ -56,7 +55,7 @@ def usage() -> str:
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name == "adapt" and {"-h", "--help"}.intersection(arguments):
+    if name == "adapt" and wants_help(arguments):
         print(ADAPT_USAGE)
         return
     if name in ("-h", "--help"):
@@ -66,30 +65,31 @@ def main() -> None:
         print(f"tjepa: error: there is no command {name!r}.\n{usage()}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"tjepa {name}", *arguments]
-    module = import_module(f".{COMMANDS[name][0]}", __package__)
-    start(module.main if name != "adapt" else lambda: adapt(module.main))
+    with errors_in_one_line():
+        if name == "adapt":
+            sys.argv = adapt(sys.argv)
+    answer_early(name if name != "adapt" else "pretrain")  # before torch is imported
+    start(import_module(f".{COMMANDS[name][0]}", __package__).main)
 
 
-def adapt(pretrain: Callable[[], None]) -> None:
+def adapt(arguments: list[str]) -> list[str]:
     """
     `ENCODER [FILE.yaml] --name value ...` as `tjepa pretrain` takes it, with the recipe for trained encoders.
 
     Raises:
         ValueError: if no encoder is named.
     """
-    command, *arguments = sys.argv
-    if not arguments or arguments[0].startswith("-") or arguments[0].endswith((".yaml", ".yml")):
+    command, *arguments = arguments
+    if not arguments or arguments[0].startswith("-") or is_yaml(arguments[0]):
         raise ValueError(
             "Which encoder? Its folder, or its name on the Hub, comes first: tjepa adapt ENCODER --train_file my.txt "
             "--output_dir my-encoder"
         )
     encoder, *others = arguments
     files = list(takewhile(lambda argument: not argument.startswith("-"), others))
-    if texts := [file for file in files if not file.endswith((".yaml", ".yml"))]:
+    if texts := [file for file in files if not is_yaml(file)]:
         raise ValueError(f"{texts[0]} stands behind the encoder without a flag. Texts are --train_file {texts[0]}.")
-    flags = others[len(files) :]
-    sys.argv = [command, "configs/adapt.yaml", *files, "--model_name_or_path", encoder, *flags]
-    pretrain()
+    return [command, "configs/adapt.yaml", *files, "--model_name_or_path", encoder, *others[len(files) :]]
 
 
 if __name__ == "__main__":

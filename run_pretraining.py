@@ -9,6 +9,13 @@ only parses and connects; masks and packing are in data_collator_tjepa.py, the m
 average, schedules and monitoring in training/, text to tokens in corpus/.
 """
 
+from tjepa.corpus.command_line import answer_early, start
+
+
+if __name__ == "__main__":  # before torch is imported
+    answer_early("pretrain")
+
+
 import copy
 import json
 import logging
@@ -17,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -27,9 +33,9 @@ from transformers import (
 )
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
-from tjepa.corpus.arguments import parse_arguments, start
+from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.atomic_writes import replacing_files
-from tjepa.corpus.documents import QUICKSTART, DataArguments, load_documents
+from tjepa.corpus.documents import QUICKSTART, DataArguments, check_dataset_exists, load_documents
 from tjepa.corpus.private import get_attention
 from tjepa.corpus.splits import tokenize_splits
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer
@@ -123,7 +129,7 @@ def main():
         default_file=QUICKSTART_CONFIG,
         default_unless=("dataset_name", "train_file"),
     )
-    # Masks and configuration first: what is wrong with them shows before a document is read or a repository made
+    # What can be wrong with masks, configuration and tokenizer shows before a document is read or a repository made
     strategies = load_masking_strategies(masking_args.masking_strategies)
     collator = DataCollatorForTJEPA(
         strategies,
@@ -158,6 +164,7 @@ def main():
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
     if model_args.encoder_input is not None:
         config.encoder_input = model_args.encoder_input
+    tokenizer = choose_tokenizer(model_args, data_args, config)
     publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
@@ -165,7 +172,8 @@ def main():
     is_quickstart = data_args.dataset_name == QUICKSTART
     with training_args.main_process_first(desc="preparing the documents"):
         documents = load_documents(data_args, model_args.cache_dir, model_args.token)
-        tokenizer = choose_tokenizer(model_args, data_args, documents, config)
+        if tokenizer is None:
+            tokenizer = train_tokenizer(documents["train"]["text"], config.vocab_size, data_args.max_length)
         comparison = create_comparison(report_args, data_args, documents, tokenizer)
         if not training_args.do_train:
             documents.pop("train")
@@ -255,18 +263,19 @@ def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:
 
 
 def choose_tokenizer(
-    model_args: ModelArguments, data_args: DataArguments, documents: datasets.DatasetDict, config: TJEPAConfig
-) -> PreTrainedTokenizerBase:
+    model_args: ModelArguments, data_args: DataArguments, config: TJEPAConfig
+) -> PreTrainedTokenizerBase | None:
     """
-    The tokenizer asked for, else the model's, else the prepared dataset's; the quickstart trains one. It adds no
-    special tokens, because our own encoder is trained without; that of another encoder stays as it is.
+    The tokenizer asked for, else the model's, else the prepared dataset's; None for the quickstart, which trains one.
+    It adds no special tokens, because our own encoder is trained without; that of another encoder stays as it is.
     """
     name, flag, revision = model_args.tokenizer_name, "--tokenizer_name", "main"
     if name is None and model_args.model_name_or_path is not None:
         name, flag, revision = model_args.model_name_or_path, "--model_name_or_path", model_args.model_revision
     if name is None and data_args.dataset_name is not None:
         if data_args.dataset_name == QUICKSTART:
-            return train_tokenizer(documents["train"]["text"], config.vocab_size, data_args.max_length)
+            return None
+        check_dataset_exists(data_args.dataset_name)
         if (Path(data_args.dataset_name) / "tokenizer_config.json").is_file():
             name, flag = data_args.dataset_name, "--dataset_name"
     if name is None and config.encoder is not None:

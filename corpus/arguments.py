@@ -7,25 +7,19 @@ same flag, no flag may be abbreviated, and the help shows this project's own fla
 
 import argparse
 import dataclasses
-import difflib
-import os
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
+from .command_line import check_names, find_configs, normalise, read_yaml, wants_help
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CONFIGS = PACKAGE / "configs"
+
 TRAINING_ARGUMENTS_PAGE = (
     "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 )
 JOINED = ("config_overrides",)  # several of them, from the YAML file and the command line, add up
-USER_ERROR = 2  # the exit code, which is argparse's own for a wrong flag
 
 
 def parse_arguments(
@@ -57,21 +51,20 @@ def parse_arguments(
             package.
     """
     parser = _Parser(dataclass_types, description)
-    flags = parser.normalise(list(sys.argv[1:] if arguments is None else arguments))
-    paths = []
-    while flags and flags[0].endswith((".yaml", ".yml")):
-        paths.append(find_config(flags.pop(0)))
+    flags = list(sys.argv[1:] if arguments is None else arguments)
+    paths, flags = find_configs(flags)
+    flags = normalise(flags, parser.names)
     if not paths and default_file is not None and not any(f.split("=")[0][2:] in default_unless for f in flags):
         paths = [Path(default_file)]
-    if wants_help := {"-h", "--help"}.intersection(flags):
-        flags, paths = sorted(wants_help), []
-    parser.check_names(flags)
+    if wants_help(flags):
+        flags, paths = ["--help"], []
+    check_names(flags, parser.names)
 
     from_file = []
     if paths:
         values = {}
         for path in paths:
-            new = _read_yaml(path, parser.names)
+            new = read_yaml(path, parser.names)
             joined = {name: f"{values[name]},{new[name]}" for name in JOINED if values.get(name) and new.get(name)}
             values |= new | joined
         # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
@@ -139,22 +132,6 @@ class _Parser(HfArgumentParser):
             kwargs["metavar"] = {int: "N", float: "X"}.get(kwargs.get("type"), "VALUE")
         return self.groups[title].add_argument(flags[0], **kwargs)
 
-    def normalise(self, flags: list[str]) -> list[str]:
-        """`--train-file=x` as `--train_file=x`; values stay as they are."""
-        spellings = {name.replace("_", "-"): name for name in [*self.names, *(f"no_{name}" for name in self.names)]}
-        normal = []
-        for flag in flags:
-            name, equals, value = flag.partition("=")
-            known = spellings.get(name[2:].replace("_", "-")) if name.startswith("--") else None
-            normal.append(f"--{known}{equals}{value}" if known else flag)
-        return normal
-
-    def check_names(self, flags: list[str]) -> None:
-        for flag in flags:
-            name = flag.partition("=")[0]
-            if name.startswith("--") and len(name) > 2 and name[2:].removeprefix("no_") not in [*self.names, "help"]:
-                raise ValueError(f"There is no argument {name}.{_did_you_mean(name, [f'--{n}' for n in self.names])}")
-
 
 def _own_fields(dataclass_type: type) -> set[str]:
     """Names of the fields that this package defines, in the class itself or in a base class."""
@@ -168,76 +145,3 @@ def _own_fields(dataclass_type: type) -> set[str]:
 def _title(dataclass_type: type) -> str:
     """`ModelArguments` -> `model`."""
     return dataclass_type.__name__.removesuffix("Arguments").lower() or "arguments"
-
-
-def _did_you_mean(name: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def find_config(path: str) -> Path:
-    """The file, or the config of that name which comes with this package, so that it is found from any folder.
-
-    Raises:
-        FileNotFoundError: If there is neither; it names the nearest and all configs there are.
-    """
-    if Path(path).is_file():
-        return Path(path)
-    name = Path(path).name
-    if path in (name, f"configs/{name}") and (CONFIGS / name).is_file():
-        return CONFIGS / name
-    there = sorted(file.name for file in CONFIGS.glob("*.yaml"))
-    raise FileNotFoundError(
-        f"There is no file {path}.{_did_you_mean(name, there)} Configs that come with T-JEPA, to be named with or "
-        f"without their folder: {', '.join(there)}."
-    )
-
-
-def _read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must consist of lines `name: value`, but holds {type(values).__name__}.")
-    for name in values:
-        if name not in allowed:
-            close = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{path} has the unknown key {name!r}.{hint} --help lists the arguments.")
-    return values
-
-
-# ---- the outermost frame of a command ----
-
-
-def start(main: Callable[[], Any]) -> None:
-    """Runs the `main` of a command that was started directly; an error of the user's ends in one line and exit code 2.
-
-    An error of the user's is a ValueError or ImportError that this package raises, or an OSError from wherever. All
-    others, and with `--debug` these, too, end with their traceback and exit code 1. (`--debug VALUE` is the flag of
-    TrainingArguments.)
-    """
-    debug = _take_debug(sys.argv)
-    try:
-        main()
-    except (ValueError, ImportError, OSError) as error:
-        if debug or not (isinstance(error, OSError) or _raised_here(error)):
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-
-
-def _take_debug(arguments: list[str]) -> bool:
-    """Whether `--debug` is among the arguments without a value; it is then taken out."""
-    for index, argument in enumerate(arguments):
-        if argument == "--debug" and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
-            del arguments[index]
-            return True
-    return False
-
-
-def _raised_here(error: BaseException) -> bool:
-    last_frame = traceback.extract_tb(error.__traceback__)[-1]
-    return os.path.realpath(last_frame.filename).startswith(f"{PACKAGE}{os.sep}")

@@ -27,7 +27,7 @@ from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.text.text import Text
 from transformers.hf_argparser import HfArg
 
-from .arguments import CONFIGS
+from .command_line import CONFIGS
 from .faults import find_fault
 from .files import can_be_read, load_files, load_paths
 from .paths import check_exists, hint_at_nearest

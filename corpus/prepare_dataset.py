@@ -14,8 +14,9 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers.hf_argparser import HfArg
 
-from .arguments import parse_arguments, start
+from .arguments import parse_arguments
 from .atomic_writes import replacing_folder
+from .command_line import start
 from .documents import PIECE_COLUMN, DataArguments, load_documents
 from .files import without_query
 from .preparation import read_preparation, write_preparation

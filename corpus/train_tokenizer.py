@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
-from .arguments import parse_arguments, start
+from .arguments import parse_arguments
+from .command_line import start
 from .documents import SourceArguments, load_documents
 from .faults import find_fault
 from .tokenization import check_columns

@@ -83,6 +83,7 @@ def finetune(task_class: type[TextTask] | type[WordTask], description: str | Non
     publisher = create_publisher(args, model_args.token)
     set_seed(args.seed)
     config = load_config(model_args)
+    tokenizer = load_tokenizer(model_args, config)  # what is wrong with it shows before a row is read
 
     # Rows -> token ids and labels
     counts = {}
@@ -92,7 +93,8 @@ def finetune(task_class: type[TextTask] | type[WordTask], description: str | Non
         splits, test_rows = limit_splits(splits, data_args)
         rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
         task.check_labels({split: part.labels for split, part in rows.items() if part.labels})
-        tokenizer = load_tokenizer(model_args, config, for_pairs=len(task.columns) == 2)
+        if len(task.columns) == 2:
+            separate_pairs(tokenizer)
         max_length = find_max_length(data_args.max_length, tokenizer, config)
         reader = text_reader(tokenizer)
         encoded = {
@@ -267,10 +269,10 @@ def hub_arguments(args: ModelArguments) -> dict:
     return {"revision": args.model_revision, **args.for_hub()}
 
 
-def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, for_pairs: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """
-    The tokenizer, able to pad and, with `for_pairs`, to put something between the texts of a pair. It adds to a text
-    what the encoder was pretrained with, and from now on, saved with the model, reads "</s>" in a text as text.
+    The tokenizer, able to pad. It adds to a text what the encoder was pretrained with, and from now on, saved with the
+    model, reads "</s>" in a text as text.
 
     Raises:
         ValueError: if there is none, or it has no special token that could do that.
@@ -289,16 +291,28 @@ def load_tokenizer(args: ModelArguments, config: PreTrainedConfig, for_pairs: bo
     if not reads_special_tokens(config):
         tokenizer = without_special_tokens(tokenizer)
     as_text_only(tokenizer)
-    if for_pairs and tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add():
-        separator = tokenizer.sep_token or tokenizer.eos_token
-        if separator is None or not tokenizer.is_fast:
-            raise ValueError(f"The tokenizer of {name} puts nothing between the texts of a pair: give it a sep_token.")
-        # saved with the tokenizer, so that a pipeline on the model puts it there, too
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            pair=f"$A {separator} $B", special_tokens=[(separator, tokenizer.convert_tokens_to_ids(separator))]
-        )
-        logger.info(f"The tokenizer puts nothing between the texts of a pair: from now on {separator!r}")
     return tokenizer
+
+
+def separate_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Lets the tokenizer put something between the texts of a pair, if it does not yet.
+
+    Raises:
+        ValueError: if it has no special token that could stand there.
+    """
+    if tokenizer.num_special_tokens_to_add(pair=True) != tokenizer.num_special_tokens_to_add():
+        return
+    separator = tokenizer.sep_token or tokenizer.eos_token
+    if separator is None or not tokenizer.is_fast:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path} puts nothing between the texts of a pair: give it a sep_token."
+        )
+    # saved with the tokenizer, so that a pipeline on the model puts it there, too
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        pair=f"$A {separator} $B", special_tokens=[(separator, tokenizer.convert_tokens_to_ids(separator))]
+    )
+    logger.info(f"The tokenizer puts nothing between the texts of a pair: from now on {separator!r}")
 
 
 def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:

@@ -9,7 +9,7 @@ decide what is trained. Names and integers are classes, lists of them are severa
 fraction are a regression; `--problem_type` overrides this.
 """
 
-from ..corpus.arguments import start
+from ..corpus.command_line import start
 from .finetuning import finetune
 from .tasks import TextTask
 

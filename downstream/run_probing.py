@@ -28,7 +28,8 @@ from datasets import Dataset
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from ..corpus.arguments import parse_arguments, start
+from ..corpus.arguments import parse_arguments
+from ..corpus.command_line import start
 from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS, load_paths
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader

@@ -8,7 +8,7 @@ Rows have a list of words and a list of as many tags (names or numbers). Argumen
 file as the first argument, or from both (flags win).
 """
 
-from ..corpus.arguments import start
+from ..corpus.command_line import start
 from .finetuning import finetune
 from .tasks import WordTask
 

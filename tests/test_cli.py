@@ -1,9 +1,12 @@
 """The command `tjepa` and what every command line has in common: help, flags, YAML files, errors of the user's."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,8 @@ from transformers import TrainingArguments
 
 from helpers import REPOSITORY
 from tjepa import cli, run_pretraining
-from tjepa.corpus.arguments import CONFIGS, find_config, parse_arguments, start
+from tjepa.corpus.arguments import parse_arguments
+from tjepa.corpus.command_line import CONFIGS, FLAG_TABLE, answer_early, find_config, start
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.prepare_dataset import PreparationArguments
 from tjepa.run_pretraining import QUICKSTART_CONFIG, MaskingArguments, ModelArguments
@@ -61,8 +65,8 @@ def test_every_subcommand_is_its_files_main(command, monkeypatch):
     module = import_module(f"tjepa.{cli.COMMANDS[command][0]}")
     seen = []
     monkeypatch.setattr(module, "main", lambda: seen.append(sys.argv))
-    run(monkeypatch, command, "--flag", "value")
-    assert seen == [[f"tjepa {command}", "--flag", "value"]]
+    run(monkeypatch, command, "value", "--debug")
+    assert seen == [[f"tjepa {command}", "value"]]
 
 
 # ---- flags ----
@@ -109,6 +113,76 @@ def test_overrides_of_the_command_line_are_added_to_those_of_the_file():
         assert model.config_overrides.endswith(",hidden_size=64")
 
 
+# ---- before torch is imported ----
+
+
+def test_the_flag_table_is_that_of_the_dataclasses():
+    committed = json.loads(FLAG_TABLE.read_text(encoding="utf-8"))
+    made = runpy.run_path(str(REPOSITORY / "docs" / "write_flags.py"))["make_table"]()
+    if committed["transformers"] != made["transformers"]:  # whose own flags may be others
+        for table in (committed, made):
+            for row in table["commands"].values():
+                row.pop("names")
+            table.pop("transformers")
+    assert committed == made, "python docs/write_flags.py"
+
+
+LIGHT = """
+import sys
+sys.argv = {arguments}
+try:
+    from tjepa.cli import main
+    main()
+finally:
+    print(sorted({{"torch", "transformers", "datasets", "numpy"}} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--help"], 0, "judge frozen encoders"),
+        (["pretrain", "--help"], 0, "usage: tjepa pretrain [FILE.yaml]"),
+        (["pretrain", "--train_fil", "x"], 2, "There is no argument --train_fil. Did you mean --train_file?"),
+        (["classify", "refrence.yaml"], 2, "There is no file refrence.yaml. Did you mean reference.yaml?"),
+        (["pretrain", "{tmp}/a.yaml"], 2, "has the unknown key 'max_lenght'. Did you mean 'max_length'?"),
+        (["pretrain", "--masking-strategies=ul3"], 2, "neither a file nor one of the presets ul2, "),
+    ],
+)
+def test_what_is_answered_before_torch_is_imported(arguments, code, message, tmp_path):
+    if version("transformers") != json.loads(FLAG_TABLE.read_text(encoding="utf-8"))["transformers"]:
+        pytest.skip("flags of this version are checked by the command itself")
+    (tmp_path / "a.yaml").write_text("max_lenght: 8\n")
+    arguments = ["tjepa", *(argument.format(tmp=tmp_path) for argument in arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY.parent)}
+    command = [sys.executable, "-c", LIGHT.format(arguments=arguments)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert message in (result.stderr if code else result.stdout)
+    assert result.stdout.splitlines()[-1] == "[]"
+    if code:
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_flags_of_another_transformers_are_left_to_the_command(monkeypatch, tmp_path, capsys):
+    table = json.loads(FLAG_TABLE.read_text(encoding="utf-8")) | {"transformers": "5.0.0"}
+    (tmp_path / "flags.json").write_text(json.dumps(table))
+    monkeypatch.setattr("tjepa.corpus.command_line.FLAG_TABLE", tmp_path / "flags.json")
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain", "--a_new_flag", "x"])
+    answer_early("pretrain")
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain", "--a_new_flag", "x", "--masking_strategies", "ul3"])
+    with pytest.raises(SystemExit):
+        answer_early("pretrain")
+    assert "presets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["ul2", str(CONFIGS / "reference.yaml")])
+def test_presets_and_files_of_masking_strategies_pass(argument, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain", "--masking_strategies", argument, "--no-do-eval", "--debug"])
+    answer_early("pretrain")
+    assert sys.argv[-1] == "--debug"  # the command still sees it
+
+
 # ---- YAML files ----
 
 
@@ -145,7 +219,7 @@ def fail(error):
 def test_an_error_of_the_users_is_one_line_and_exit_code_2(error, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tjepa pretrain"])
     # as if raised in this package
-    monkeypatch.setattr("tjepa.corpus.arguments.PACKAGE", REPOSITORY / "tests")
+    monkeypatch.setattr("tjepa.corpus.command_line.PACKAGE", REPOSITORY / "tests")
     with pytest.raises(SystemExit) as end:
         start(fail(error))
     assert end.value.code == 2
@@ -157,7 +231,7 @@ def test_an_error_of_the_users_is_one_line_and_exit_code_2(error, monkeypatch, c
 
 
 def test_an_error_of_a_librarys_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("tjepa.corpus.arguments.PACKAGE", REPOSITORY / "corpus")
+    monkeypatch.setattr("tjepa.corpus.command_line.PACKAGE", REPOSITORY / "corpus")
     monkeypatch.setattr(sys, "argv", ["x", "--debug", "underflow_overflow"])
     with pytest.raises(ValueError):
         start(fail(ValueError("a bug")))
@@ -191,15 +265,18 @@ def test_arguments_of_the_preparation_are_in_its_help(capsys):
         (["--masking_strategies=ul3"], "ul3"),
         (["--views_per_document=99"], "views_per_document"),
         (["--config_overrides=hiden_size=64"], "hiden_size"),
+        (["--train_file=x.txt", "--tokenizer_name=./nowhere"], "--tokenizer_name ./nowhere"),
+        (["--train_file=x.txt"], "Which tokenizer"),
+        (["--dataset_name=data/tinystories"], "tjepa prepare configs/prepare_tinystories.yaml"),
     ],
 )
-def test_masks_and_configuration_are_checked_before_data_is_read(flags, message, tmp_path, monkeypatch):
+def test_what_needs_no_data_is_checked_before_data_is_read(flags, message, tmp_path, monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("data were read")
 
     monkeypatch.setattr(run_pretraining, "load_documents", read)
     monkeypatch.setattr(sys, "argv", ["x", *flags, f"--output_dir={tmp_path}", "--use_cpu=true"])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         run_pretraining.main()
 
 

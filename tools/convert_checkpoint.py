@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..configuration_tjepa import TJEPAConfig
-from ..corpus.arguments import start
+from ..corpus.command_line import start
 from ..modeling_tjepa import TJEPAForPreTraining
 
 

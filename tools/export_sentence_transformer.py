@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from ..corpus.arguments import start
+from ..corpus.command_line import start
 from ..corpus.tokenizers import load_tokenizer, without_special_tokens
 from ..downstream.embedding import as_text_only
 from ..training.loading import load_config

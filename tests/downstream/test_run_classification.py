@@ -24,7 +24,7 @@ from finetuning_helpers import COLOURS, arguments, make_rows, run, write
 from helpers import make_tiny_config, run_elsewhere
 from tjepa import TJEPAForSequenceClassification, TJEPAModel
 from tjepa.downstream.arguments import ModelArguments
-from tjepa.downstream.finetuning import find_max_length, freeze_encoder, load_tokenizer
+from tjepa.downstream.finetuning import find_max_length, freeze_encoder, load_tokenizer, separate_pairs
 from tjepa.downstream.labels import find_class_names, find_problem_type, read_labels
 
 
@@ -369,12 +369,14 @@ def test_tokenizer_without_padding_or_separator(folder, tmp_path):
     bare.add_special_tokens({"pad_token": "<pad>"})
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="nothing between the texts of a pair"):
-        load_tokenizer(args, make_tiny_config(), for_pairs=True)
+        separate_pairs(load_tokenizer(args, make_tiny_config()))
     bare.pad_token, bare.eos_token = None, "</s>"
     bare.save_pretrained(tmp_path / "eos")
     config = make_tiny_config()
     args = ModelArguments(model_name_or_path=str(tmp_path / "eos"))
-    assert load_tokenizer(args, config, for_pairs=True).pad_token == "</s>"
+    loaded = load_tokenizer(args, config)
+    separate_pairs(loaded)
+    assert loaded.pad_token == "</s>" and loaded.convert_ids_to_tokens(loaded("a", "b")["input_ids"])[1] == "</s>"
     assert config.pad_token_id == bare.eos_token_id
 
 

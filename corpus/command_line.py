@@ -1,0 +1,182 @@
+"""What every command does first and last: help and misspelled flags before torch is imported, and errors in one line.
+
+Notable: help and names of flags come from a table, `flags.json`, because the dataclasses that define them cannot be
+imported without torch and transformers, which take ten seconds. `python docs/write_flags.py` makes it from them, and a
+test holds it equal to them.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = PACKAGE / "configs"
+FLAG_TABLE = Path(__file__).with_name("flags.json")
+USER_ERROR = 2  # the exit code, which is argparse's own for a wrong flag
+
+
+def answer_early(command: str) -> None:
+    """
+    Answers what needs none of the modules of a command, and returns if there is nothing to say: the help, and an error
+    for an unknown flag or key, a YAML file that is not there, or an unknown preset. Where transformers is another
+    version than the table was made with, whose flags may be others, flags and keys are left to the command.
+
+    Args:
+        command (`str`): a subcommand of `tjepa`; what it was given is in `sys.argv`.
+    """
+    arguments = sys.argv[1:]
+    _take_debug(arguments)
+    table = json.loads(FLAG_TABLE.read_text(encoding="utf-8"))
+    names, presets, help_lines = (table["commands"][command][key] for key in ("names", "presets", "help"))
+    if wants_help(arguments):
+        with suppress(BrokenPipeError):  # a pager was closed
+            print("\n".join(help_lines).replace(f"tjepa {command}", Path(sys.argv[0]).name, 1), flush=True)
+        sys.exit()
+    with errors_in_one_line():
+        paths, flags = find_configs(arguments)
+        flags = normalise(flags, names)
+        if version("transformers") == table["transformers"]:
+            check_names(flags, names)
+            for path in paths:
+                read_yaml(path, names)
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name, allowed in presets.items():
+            parser.add_argument(f"--{name}")
+            value = getattr(parser.parse_known_args(flags)[0], name)
+            if value is not None and value not in allowed and not Path(value).is_file():
+                raise ValueError(f"--{name} {value} is neither a file nor one of the presets {', '.join(allowed)}.")
+
+
+def wants_help(arguments: Iterable[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def is_yaml(argument: str) -> bool:
+    return argument.endswith((".yaml", ".yml"))
+
+
+def normalise(flags: list[str], names: list[str]) -> list[str]:
+    """`--train-file=x` as `--train_file=x`; values stay as they are."""
+    spellings = {name.replace("_", "-"): name for name in [*names, *(f"no_{name}" for name in names)]}
+    normal = []
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        known = spellings.get(name[2:].replace("_", "-")) if name.startswith("--") else None
+        normal.append(f"--{known}{equals}{value}" if known else flag)
+    return normal
+
+
+def check_names(flags: list[str], names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: for the first of the flags that is not one of the names, with the nearest that is.
+    """
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and len(name) > 2 and name[2:].removeprefix("no_") not in [*names, "help"]:
+            raise ValueError(f"There is no argument {name}.{_did_you_mean(name, [f'--{n}' for n in names])}")
+
+
+def _did_you_mean(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def find_configs(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The YAML files that the arguments begin with, and the rest of them."""
+    files = list(takewhile(is_yaml, arguments))
+    return [find_config(file) for file in files], arguments[len(files) :]
+
+
+def find_config(path: str) -> Path:
+    """The file, or the config of that name which comes with this package, so that it is found from any folder.
+
+    Raises:
+        FileNotFoundError: If there is neither; it names the nearest and all configs there are.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = Path(path).name
+    if path in (name, f"configs/{name}") and (CONFIGS / name).is_file():
+        return CONFIGS / name
+    there = sorted(file.name for file in CONFIGS.glob("*.yaml"))
+    raise FileNotFoundError(
+        f"There is no file {path}.{_did_you_mean(name, there)} Configs that come with T-JEPA, to be named with or "
+        f"without their folder: {', '.join(there)}."
+    )
+
+
+def read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
+    """
+    The lines `name: value` of a file.
+
+    Raises:
+        ValueError: if it holds something else, or a name that is not allowed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must consist of lines `name: value`, but holds {type(values).__name__}.")
+    for name in values:
+        if name not in allowed:
+            close = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path} has the unknown key {name!r}.{hint} --help lists the arguments.")
+    return values
+
+
+# ---- the outermost frame of a command ----
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Runs the `main` of a command that was started directly; an error of the user's ends in one line and exit code 2.
+
+    An error of the user's is a ValueError or ImportError that this package raises, or an OSError from wherever. All
+    others, and with `--debug` these, too, end with their traceback and exit code 1. (`--debug VALUE` is the flag of
+    TrainingArguments.)
+    """
+    with errors_in_one_line():
+        _take_debug(sys.argv)
+        main()
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What `start` does with errors, around any other part of a command."""
+    debug = _take_debug(list(sys.argv))
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        if debug or not (isinstance(error, OSError) or _raised_here(error)):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    """Whether `--debug` is among the arguments without a value; it is then taken out."""
+    for index, argument in enumerate(arguments):
+        if argument == "--debug" and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
+            del arguments[index]
+            return True
+    return False
+
+
+def _raised_here(error: BaseException) -> bool:
+    last_frame = traceback.extract_tb(error.__traceback__)[-1]
+    return os.path.realpath(last_frame.filename).startswith(f"{PACKAGE}{os.sep}")

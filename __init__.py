@@ -39,15 +39,6 @@ __all__ = [
     "TJEPAPreTrainedModel",
 ]
 
-AUTO_CLASSES = {
-    "AutoModel": "TJEPAModel",
-    "AutoModelForMaskedLM": "TJEPAForMaskedLM",
-    "AutoModelForPreTraining": "TJEPAForPreTraining",
-    "AutoModelForQuestionAnswering": "TJEPAForQuestionAnswering",
-    "AutoModelForSequenceClassification": "TJEPAForSequenceClassification",
-    "AutoModelForTokenClassification": "TJEPAForTokenClassification",
-}
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
@@ -91,12 +82,14 @@ class _Registration(threading.local):
 
     def register(self) -> None:
         if auto := sys.modules.get("transformers.models.auto.configuration_auto"):
-            config_class = import_module(".configuration_tjepa", __name__).TJEPAConfig
-            auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            ours = import_module(".configuration_tjepa", __name__)
+            auto.AutoConfig.register(ours.TJEPAConfig.model_type, ours.TJEPAConfig, exist_ok=True)
             if auto := sys.modules.get("transformers.models.auto.modeling_auto"):
                 models = import_module(".modeling_tjepa", __name__)
-                for auto_class, model_class in AUTO_CLASSES.items():
-                    getattr(auto, auto_class).register(config_class, getattr(models, model_class), exist_ok=True)
+                for auto_class, place in ours.AUTO_MAP.items():
+                    if auto_class != "AutoConfig":
+                        model_class = getattr(models, place.rpartition(".")[2])
+                        getattr(auto, auto_class).register(ours.TJEPAConfig, model_class, exist_ok=True)
                 type(self).is_done = True
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import datasets
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import (

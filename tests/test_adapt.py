@@ -127,7 +127,7 @@ def test_without_a_mask_token_it_works_and_says_so(folder, tmp_path, monkeypatch
     [
         ([], "Which encoder?"),
         (["--train_file", "my.txt"], "Which encoder?"),
-        (["mine.yaml"], "Which encoder?"),
+        (["reference.yaml"], "Which encoder?"),
         (["bert", "my.txt"], "Texts are --train_file my.txt."),
         (["bert"], "Pass either --dataset_name"),
         (["nowhere/at/all", "--train_file", "texts.txt"], "nowhere/at/all"),
@@ -156,9 +156,9 @@ def seen(monkeypatch):
 
 
 def test_it_is_pretraining_with_a_recipe_over_which_flags_win(seen, monkeypatch):
-    adapt(monkeypatch, "bert", "mine.yaml", "--train_file", "my.txt")
+    adapt(monkeypatch, "bert", "reference.yaml", "--train_file", "my.txt")
     assert seen == [
-        ["tjepa adapt", "configs/adapt.yaml", "mine.yaml", "--model_name_or_path", "bert", "--train_file", "my.txt"]
+        ["tjepa adapt", "configs/adapt.yaml", "reference.yaml", "--model_name_or_path", "bert", "--train_file", "my.txt"]
     ]
 
 

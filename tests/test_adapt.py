@@ -9,7 +9,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 
 from helpers import WORDS, make_texts
 from tjepa import cli, run_pretraining
-from tjepa.corpus.arguments import CONFIGS, parse_arguments
+from tjepa.corpus.arguments import parse_arguments
+from tjepa.corpus.command_line import CONFIGS
 from tjepa.corpus.documents import DataArguments
 from tjepa.training.arguments import TRAINED_ENCODER_LR
 

@@ -159,7 +159,15 @@ def seen(monkeypatch):
 def test_it_is_pretraining_with_a_recipe_over_which_flags_win(seen, monkeypatch):
     adapt(monkeypatch, "bert", "reference.yaml", "--train_file", "my.txt")
     assert seen == [
-        ["tjepa adapt", "configs/adapt.yaml", "reference.yaml", "--model_name_or_path", "bert", "--train_file", "my.txt"]
+        [
+            "tjepa adapt",
+            "configs/adapt.yaml",
+            "reference.yaml",
+            "--model_name_or_path",
+            "bert",
+            "--train_file",
+            "my.txt",
+        ]
     ]
 
 

@@ -327,8 +327,9 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
         by_padding = (alone - expected[views.rows > 0]).abs().max() / size
         if not max(by_hidden, by_padding) < TOLERANCE:
             raise ValueError(
-                f"{name} cannot be trained: tokens that its attention_mask hides change the states of others, by "
-                f"{by_hidden:.0e} of their size in the middle of a text and by {by_padding:.0e} behind it."
+                f"{name} sees through its attention_mask: tokens that it hides change the states of others, by "
+                f"{by_hidden:.0e} of their size in the middle of a text and by {by_padding:.0e} behind it. T-JEPA "
+                "cannot hide anything from such an encoder."
             )
         difference, offset = float("inf"), 0
         if encoder_input != "padded":

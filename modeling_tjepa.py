@@ -280,6 +280,11 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         width = self.context_encoder.get_input_embeddings().weight.shape[1]
         self.token_head = TJEPATokenHead(config, width) if predicts_tokens else None
         self.post_init()
+        # FSDP shards each of these apart: there must be some, and none may hold the embedding, which it shards itself
+        names = {type(module).__name__ for module in self.modules()}
+        embedding = self.get_input_embeddings()
+        around = {type(module).__name__ for module in self.modules() if embedding in set(module.modules())}
+        self._no_split_modules &= names - around
         self._keys_to_ignore_on_load_unexpected = set()  # the encoders' own, of folders like this one, do not apply
         self.train(self.training)
         self.update_target_encoder(0.0)  # training starts with both encoders equal

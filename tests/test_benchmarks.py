@@ -67,3 +67,10 @@ def test_scaling(tmp_path):
     result = run_benchmark("scaling", tmp_path / "result.json", *sizes, "--repeats", "1", "--num_threads", "1")
     assert [row["length"] for row in result["by_length"]] == [128]
     assert [row["num_strategies"] for row in result["by_strategies"]] == [1]
+
+
+def test_encoder_families(tmp_path):
+    lines = {line["model_type"]: line for line in run_benchmark("encoder_families", tmp_path / "result.json")}
+    assert lines["modernbert"]["fed"] == "packed" and lines["modernbert"]["difference"] < 1e-4
+    assert lines["deberta"]["fed"] == "padded" and lines["xlm-roberta"]["note"] == "positions + 2"
+    assert (lines["gpt2"]["fed"], lines["gpt2"]["note"]) == ("refused", "does not look ahead")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_distributed import SCRIPT, accelerate_launch, assert_same_run
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -185,7 +186,7 @@ def test_a_frozen_teacher_is_not_what_is_exported(inputs, bert, tmp_path, monkey
     ("model_type", "flags", "message"),
     [
         ("gpt2", {}, "GPT2Model does not look ahead"),
-        ("fnet", {}, "FNetModel cannot be trained: tokens that its attention_mask hides change"),
+        ("fnet", {}, "FNetModel sees through its attention_mask: tokens that it hides change"),
         ("bert", {"max_length": 159}, "--max_length is 159, but a bert encoder of 160 .* 158 tokens at most"),
         ("roberta", {"max_length": 157}, "roberta encoder of 160 positions .* pass --max_length 156"),
         ("bert", {"tokenizer_name": "inputs"}, "The tokenizer has 300 tokens .* the embedding of .* 120"),
@@ -285,3 +286,63 @@ def test_share_of_start():
     assert EMACallback(1.0, 1.0).share_of_start(50) == 1.0
     assert EMACallback(0.5, 0.5).share_of_start(3) == 0.125
     assert EMACallback(0.0, 1.0).share_of_start(3) == 0.0
+
+
+# --- Two processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("launcher", "encoder_input"), [("cpu.yaml", "padded"), ("fsdp2.yaml", "auto")])
+def test_two_processes_are_one(inputs, bert, launcher, encoder_input, tmp_path, monkeypatch):
+    predictor = PREDICTOR.partition(",denoising")[0]  # which draws anew in each process
+    flags = {
+        "config_overrides": predictor,
+        "encoder_input": encoder_input,
+        "max_steps": 4,
+        "heads_first_ratio": 0.25,
+        "learning_rate": "1e-3",
+    }
+    run(monkeypatch, options(inputs, tmp_path / "one", bert, per_device_train_batch_size=8, **flags))
+    script = options(inputs, tmp_path / "two", bert, per_device_train_batch_size=4, **flags)
+    accelerate_launch(launcher, [SCRIPT, *script], tmp_path)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+# --- What others do with the folder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_dynamo", [True, False])
+def test_onnx(finished, is_dynamo, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    import onnxruntime
+
+    encoder = AutoModel.from_pretrained(finished, attn_implementation="eager").eval()
+    tokens = torch.arange(5, 25).view(2, 10) % 17
+    dynamic = {0: "batch", 1: "length"}
+    names = ["input_ids", "attention_mask"]
+    shapes = {"dynamic_shapes" if is_dynamo else "dynamic_axes": dict.fromkeys(names, dynamic)}
+    torch.onnx.export(
+        encoder,
+        (tokens, torch.ones_like(tokens)),
+        str(tmp_path / "encoder.onnx"),
+        input_names=names,
+        output_names=["last_hidden_state", "pooled"],
+        dynamo=is_dynamo,
+        **shapes,
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    tokens, mask = torch.arange(3, 42).view(3, 13) % 17, torch.ones(3, 13, dtype=torch.long)
+    mask[2, 8:] = 0
+    states = session.run(["last_hidden_state"], {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})[0]
+    with torch.no_grad():
+        expected = encoder(tokens, attention_mask=mask)[0]
+    torch.testing.assert_close(torch.from_numpy(states)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_lora(finished):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    encoder = AutoModel.from_pretrained(finished)
+    model = peft.get_peft_model(encoder, peft.LoraConfig(r=4, target_modules=["query", "value"]))
+    loss = model(input_ids=torch.arange(5, 15)[None])[0].square().mean()
+    loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)

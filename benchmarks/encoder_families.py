@@ -1,9 +1,19 @@
-"""Tiny random encoders of every family of transformers that is said to work, and of those that are refused."""
+"""Which encoders of transformers can be pretrained, and how they are fed: measured on tiny random ones.
+
+python benchmarks/encoder_families.py --output result.json
+
+An encoder is fed packed rows where these give the same states as padded ones, up to rounding; `packed − padded` is the
+largest difference, relative to the states' mean size.
+"""
+
+import argparse
 
 import torch
+from reporting import add_report_arguments, write_report
 from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.utils import logging
 
-from tjepa.encoders_tjepa import build_encoder
+from tjepa.encoders_tjepa import build_encoder, measure_encoder
 
 
 NUM_TOKENS, PADDING, PREFIX, SUFFIX, MASK = 120, 1, [2], [3], 4
@@ -82,3 +92,33 @@ def make_encoder(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 T5_LIKE = ("t5", "umt5", "xlnet", "flaubert", "xlm")
+
+
+def measure(model_type: str) -> dict:
+    """One line of the table."""
+    encoder = make_encoder(model_type)
+    line = {"model_type": model_type, "class": type(encoder).__name__, "fed": "refused"}
+    try:
+        traits = measure_encoder(encoder, MASK)
+    except ValueError as error:
+        return {**line, "note": str(error).removeprefix(f"{line['class']} ").partition(":")[0]}
+    note = "" if not traits.position_offset else f"positions + {traits.position_offset}"
+    fed = "packed" if traits.is_packed else "padded"
+    return {**line, "fed": fed, "difference": traits.difference if traits.is_packed else None, "note": note}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_report_arguments(parser, plot=False)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    lines = [measure(model_type) for model_type in (*PACKED, *PADDED, *REFUSED)]
+    print("| model type | class | fed | packed − padded | |\n| --- | --- | --- | --- | --- |")
+    for line in lines:
+        difference = "" if line.get("difference") is None else f"{line['difference']:.0e}"
+        print(f"| {line['model_type']} | {line['class']} | {line['fed']} | {difference} | {line['note']} |")
+    write_report(args, lines)
+
+
+if __name__ == "__main__":
+    main()

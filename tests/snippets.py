@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tjepa.cli import adapt
+
 
 COMMANDS = ("tjepa", "accelerate", "torchrun", "python")
 NAMES_OF_THE_READER = {  # names that a snippet may use without making them: what makes them
@@ -93,6 +95,8 @@ def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
         AssertionError: if a file that it names does not exist.
     """
     program, *rest = words
+    if program == "tjepa" and rest[0] == "adapt":
+        return "tjepa pretrain", adapt(rest)[1:]
     if program == "tjepa":
         return f"tjepa {rest[0]}", rest[1:]
     if program == "accelerate":

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from snippets import Snippet, commands, docstring_snippets, markdown_snippets, run_python, script_and_flags
+from test_other_encoders import make_folder
 
 from helpers import REPOSITORY, arguments, make_dataset, make_texts, run
 from hub_server import serve_hub
@@ -42,6 +43,7 @@ def workspace(tmp_path_factory, inputs):
         }
         run(monkeypatch, arguments(inputs, folder / "runs" / "quickstart", **flags))
     export_sentence_transformer(folder / "runs" / "quickstart", folder / "runs" / "quickstart-sentences")
+    make_folder(folder / "runs" / "adapted")
     (folder / "eval").mkdir()
     texts = make_texts(60)
     rows = {

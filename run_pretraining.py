@@ -39,7 +39,7 @@ from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, check_dataset_exists, load_documents
 from tjepa.corpus.private import get_attention
 from tjepa.corpus.splits import tokenize_splits
-from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer
+from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, warn_of_loss
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, special_tokens_around, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import (
@@ -372,11 +372,11 @@ def evaluate(trainer: TJEPATrainer) -> dict[str, float]:
 
 def count_documents(trainer: TJEPATrainer, counts: dict[str, DocumentCounts | StreamTokenizer | str]) -> dict:
     """What became of the documents of each split, for the results; what a stream counted is added up in `counts`."""
-    if isinstance(counts["train"], StreamTokenizer):
-        counts["train"] = counts["train"].counts(
-            lambda count: trainer.accelerator.reduce(count.to(trainer.args.device), "sum")
-        )
+    if isinstance(stream := counts["train"], StreamTokenizer):
+        counts["train"] = stream.counts(lambda count: trainer.accelerator.reduce(count.to(trainer.args.device), "sum"))
         logger.info(f"train documents, as far as they were read since this start:\n{counts['train']}")
+        if trainer.is_world_process_zero():
+            warn_of_loss(counts["train"], stream.args, "train")
     return {"documents": {split: count.to_dict() for split, count in counts.items() if not isinstance(count, str)}}
 
 

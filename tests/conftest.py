@@ -2,7 +2,12 @@
 
 import gc
 import json
+import os
 from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real Hub: unreachable, it costs a minute of retries
+
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fault_injection import Fault, InjectedError
-from helpers import REPOSITORY, TINY, arguments, run, run_elsewhere
+from helpers import REPOSITORY, TINY, arguments, make_texts, run, run_elsewhere
 from tjepa import run_pretraining
 from tjepa.training.loading import load_pretraining_config
 
@@ -123,6 +124,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(inputs, tmp_path, monkeypa
 def test_streaming(inputs, tmp_path, monkeypatch):
     run(monkeypatch, arguments(inputs, tmp_path / "out", streaming=True))
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("flag", ["--config_overrides=hidden_size=64", "--config-overrides=hidden_size=64"])
+def test_overrides_add_to_the_quickstarts(flag, tmp_path, monkeypatch):
+    """Without a file and from any folder; the corpus is a small one."""
+    rows = datasets.Dataset.from_dict({"text": make_texts(60)})
+    corpus = {"train": rows, "validation": rows.select(range(8))}
+    monkeypatch.setattr("tjepa.corpus.documents.load_quickstart_documents", lambda cache_dir: corpus)
+    monkeypatch.setattr(run_pretraining, "report_what_was_learned", lambda *args: {})
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, [flag, "--max_steps=2", "--output_dir=out", "--use_cpu=true", "--save_strategy=no"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]) == (64, 2048, 4)
+    assert (config["intermediate_size"], config["predictor_hidden_size"]) == (256, 64)  # they follow the width
+    assert config["predictor_type"] == "boundary" and config["variance_covariance_weight"] == 0.5
 
 
 def test_model_card_and_results(inputs, tmp_path, monkeypatch):

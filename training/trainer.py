@@ -241,6 +241,10 @@ class TJEPATrainer(GradientNormHook, Trainer):
             ValueError: if `dataloader_drop_last` leaves no batch.
         """
         loader = without_repeated_documents(super().get_train_dataloader())
+        if self.args.dataloader_persistent_workers:
+            # Workers draw a seed when they start, which no batch depends on. Persistent ones start once, but after a
+            # resume once more: the seed must not come from the generator that dropout draws from.
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         shard = loader.dataset
         if isinstance(shard, IterableDatasetShard) and getattr(shard.dataset, "world_size", 1) > 1:
             # a stream of which every process reads its own share: accelerate must not take a part of that part

@@ -271,9 +271,9 @@ def test_two_processes_share_the_stream(corpus, tmp_path):
     assert "null" in card and "documents read" in card
 
 
-def test_the_command_streams_and_reports(corpus, tmp_path, monkeypatch):
+def test_the_command_streams_and_reports(corpus, tmp_path, monkeypatch, caplog):
     command = [f"--train_file={corpus}/part-*.jsonl", "--streaming", f"--tokenizer_name={corpus}/tokenizer"]
-    command += [f"--config_overrides={TINY}", "--max_length=64", "--max_steps=3", "--max_eval_samples=5"]
+    command += [f"--config_overrides={TINY}", "--max_length=32", "--max_steps=3", "--max_eval_samples=5"]
     command += ["--shuffle_buffer_size=16", "--dataloader_num_workers=2", f"--output_dir={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["run_pretraining.py", *command])
     run_pretraining.main()
@@ -281,6 +281,8 @@ def test_the_command_streams_and_reports(corpus, tmp_path, monkeypatch):
     assert results["train_steps"] == 3 and results["eval_loss"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.count("documents read") == 2  # training as far as it was read, and validation
+    (hint,) = [line for line in caplog.messages if line.startswith("train: ")]
+    assert "of all tokens lie beyond the 32 tokens" in hint and "--long_documents split" in hint
 
 
 def test_memory_benchmark(corpus, tmp_path):

@@ -129,6 +129,21 @@ def test_every_evaluation_has_the_masks_of_the_first_epoch(tmp_path, workers):
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(trained_on, abs=1e-6)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_evaluates_as_the_uninterrupted_one(tmp_path, workers):
+    options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "max_steps": 8}
+    options |= {**STEPS, "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+
+    def losses(checkpoint=None):
+        trainer = make_trainer(tmp_path, {"hidden_dropout_prob": 0.1}, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+
+    whole = losses()
+    assert list(whole) == [2, 4, 6, 8] and len(set(whole.values())) == 4
+    assert losses(str(tmp_path / "checkpoint-4")) == pytest.approx(whole, abs=1e-6)
+
+
 def test_health_figures_are_logged_by_epoch(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=2, logging_strategy="epoch", gradient_accumulation_steps=4)
     trainer.train()

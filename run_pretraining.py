@@ -169,18 +169,11 @@ def main():
     publisher = create_publisher(training_args, model_args.token)
     set_seed(training_args.seed)
 
-    # Text -> tokens
-    is_quickstart = data_args.dataset_name == QUICKSTART
-    with training_args.main_process_first(desc="preparing the documents"):
-        documents = load_documents(data_args, model_args.cache_dir, model_args.token)
-        if tokenizer is None:
-            tokenizer = train_tokenizer(documents["train"]["text"], config.vocab_size, data_args.max_length)
-        comparison = create_comparison(report_args, data_args, documents, tokenizer)
-        if not training_args.do_train:
-            documents.pop("train")
-        datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
-
-    # Model
+    # Model, which needs a tokenizer; that of the quickstart needs the documents
+    is_quickstart, documents = data_args.dataset_name == QUICKSTART, None
+    if tokenizer is None:
+        documents = read_documents(model_args, data_args, training_args)
+        tokenizer = train_tokenizer(documents["train"]["text"], config.vocab_size, data_args.max_length)
     model = load_pretraining_model(
         config,
         tokenizer,
@@ -197,6 +190,15 @@ def main():
         collator.special_tokens = special_tokens_around(tokenizer)
     untrained_encoder = copy.deepcopy(model.target_encoder) if is_quickstart else None
     logger.info(f"{model.num_parameters(only_trainable=True):,} trainable parameters")
+
+    # Text -> tokens
+    if documents is None:
+        documents = read_documents(model_args, data_args, training_args)
+    comparison = create_comparison(report_args, data_args, documents, tokenizer)
+    if not training_args.do_train:
+        documents.pop("train")
+    with training_args.main_process_first(desc="tokenizing the documents"):
+        datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Views and batches
     collator.row_length = masking_args.row_length
@@ -256,6 +258,13 @@ def main():
             publisher.publish_model_folder(training_args.output_dir, tokenizer)
     if trainer.health.must_stop:
         sys.exit(3)
+
+
+def read_documents(
+    model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments
+) -> datasets.DatasetDict:
+    with args.main_process_first(desc="reading the documents"):
+        return load_documents(data_args, model_args.cache_dir, model_args.token)
 
 
 def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:

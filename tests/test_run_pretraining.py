@@ -207,6 +207,7 @@ def test_shipped_configs_parse(path):
     else:
         types = (run_pretraining.ModelArguments, run_pretraining.DataArguments)
         types += (run_pretraining.MaskingArguments, run_pretraining.PretrainingArguments)
+        types += (run_pretraining.BeforeAfterArguments,)
         model_args, *_ = parse_arguments(types, [str(path)])
         load_pretraining_config(overrides=model_args.config_overrides)
 

@@ -44,6 +44,7 @@ QUICKSTART = "quickstart"  # the --dataset_name of the docstrings that are insta
 NUM_STREAMED_EVAL_DOCUMENTS = 1000
 SPLIT_SEED = 0
 DEFAULTS = {"max_length": 1024, "long_documents": "truncate", "min_tokens": 2}
+COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length")
 OF_PREPARED = "Of a prepared folder it is what it was prepared with."
 
 
@@ -95,12 +96,10 @@ class SourceArguments:
             )
         if self.dataset_name is not None or self.train_file is not None:
             self.check_source()
-        for name in ("max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
+        for name in COUNTS:
+            value = getattr(self, name, None)
             if value is not None and value < 1:
-                raise ValueError(
-                    f"{name} is {value}; it counts documents and must be at least 1, or left out for all."
-                )
+                raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")
 
     def check_source(self) -> None:
         """Raises a `ValueError` if not exactly one source was given, or a flag that goes with the other one."""

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, DatasetDict, Features, Value
 
 from .files import generate
 
@@ -64,22 +65,14 @@ def load_quickstart_documents(cache_dir: str | None = None) -> DatasetDict:
 def read_docstrings() -> Iterator[dict]:
     """Rows `text`, `label` and `is_validation`, each text once."""
     files = _source_files()
-    columns = zip(*files, strict=True) if files else [[]] * 4
-    table = Dataset.from_dict(dict(zip(("path", "place", "label", "is_validation"), columns, strict=True)))
-    num_processes = min(os.cpu_count() or 1, len(files) // FILES_PER_PROCESS)
-    rows = table.map(
-        _docstrings_of_batch,
-        batched=True,
-        batch_size=100,
-        remove_columns=table.column_names,
-        num_proc=num_processes if num_processes > 1 else None,
-        desc="Reading docstrings",
-    )
+    paths = [path for path, *_ in files]
     seen = set()
-    for row in rows:
-        if row["text"] not in seen:
-            seen.add(row["text"])
-            yield row
+    with multiprocessing.Pool(max(1, min(os.cpu_count() or 1, len(files) // FILES_PER_PROCESS))) as pool:
+        for (*_, label, is_validation), texts in zip(files, pool.imap(docstrings_of_file, paths, 50), strict=True):
+            for text in texts:
+                if text not in seen:
+                    seen.add(text)
+                    yield {"text": text, "label": label, "is_validation": is_validation}
     if not seen:
         raise ValueError(
             f"No docstrings of {MIN_DOCUMENT_CHARS} characters or more in the sources of {', '.join(PACKAGES)}. "
@@ -100,12 +93,15 @@ def docstrings_of_file(path: str | Path) -> list[str]:
         return []
     if b'"""' not in source and b"'''" not in source:  # a quarter of all files; parsing is what takes the time
         return []
+    gc.disable()  # syntax trees are many small objects without cycles: collecting doubles the time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escape sequences
             module = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []  # templates, files for another Python, null bytes, and what is nested too deeply
+    finally:
+        gc.enable()
     texts = (ast.get_docstring(node, clean=False) for node in [module, *_definitions(module.body)])
     # An escaped lone surrogate is a valid docstring and invalid UTF-8.
     cleaned = (inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8") for text in texts if text)
@@ -133,20 +129,6 @@ def _source_files() -> list[tuple[str, str, int, bool]]:
                     place = hashlib.sha256(f"{package}/{relative.as_posix()}".encode()).hexdigest()
                     files.append((str(path), place, label, int(place[:8], 16) < VALIDATION_SHARE_OF_FILES * 2**32))
     return sorted(files, key=lambda file: file[1])
-
-
-def _docstrings_of_batch(batch: dict[str, list]) -> dict[str, list]:
-    rows = {"text": [], "label": [], "is_validation": []}
-    gc.disable()  # syntax trees are many small objects without cycles: collecting doubles the time
-    try:
-        for path, label, is_validation in zip(batch["path"], batch["label"], batch["is_validation"], strict=True):
-            texts = docstrings_of_file(path)
-            rows["text"] += texts
-            rows["label"] += [label] * len(texts)
-            rows["is_validation"] += [is_validation] * len(texts)
-    finally:
-        gc.enable()
-    return rows
 
 
 def _fingerprint() -> str:

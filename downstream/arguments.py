@@ -70,10 +70,6 @@ class DataArguments(SourceArguments):
     def __post_init__(self):
         super().__post_init__()
         self.check_source()
-        for name in ("max_length", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")
 
 
 @dataclass(kw_only=True)

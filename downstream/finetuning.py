@@ -44,7 +44,7 @@ from ..training.trainer import keeping_the_last_batch
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
 from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
-from .tasks import TextTask, WordTask
+from .tasks import Task
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ OUR_COLUMNS = ("num_tokens", "first_tokens")  # of a task's rows, and nothing th
 PREDICTIONS = "predict_results.jsonl"
 
 
-def finetune(task_class: type[TextTask] | type[WordTask], description: str | None = None) -> dict[str, float | None]:
+def finetune(task_class: type[Task], description: str | None = None) -> dict[str, float | None]:
     """
     Fine-tunes as the command line says, and writes a model folder: weights, config, code, tokenizer, model card, and
     beside them `all_results.json` and, where there is a test split, `predict_results.jsonl`. With `--do_train False`
@@ -107,7 +107,7 @@ def finetune(task_class: type[TextTask] | type[WordTask], description: str | Non
             unjudged = task.encode(splits["test"].select(rows["test"].unjudged), None, reader, max_length, "test")
     for split, dataset in encoded.items():
         report_truncation(dataset["num_tokens"][:], max_length, split, counts)
-        task.report_encoded(dataset, rows[split].labels, split, counts)
+        task.report_encoded(dataset, split, counts)
     if args.eval_strategy != "no" and "validation" not in encoded:
         raise ValueError(
             f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
@@ -195,7 +195,7 @@ class Rows(NamedTuple):
     faults: dict[int, str]  # rows without an input, and why
 
 
-def select_rows(task: TextTask | WordTask, dataset: Dataset, split: str, counts: dict) -> Rows:
+def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:
     """
     Which rows of a split can be used, with a line in the log and the numbers in `counts`.
 
@@ -404,7 +404,7 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 # ---- figures and predictions ----
 
 
-def make_compute_metrics(task: TextTask | WordTask) -> Callable[[EvalPrediction], dict[str, float]]:
+def make_compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     metric = evaluate.load(str(METRICS / task.metric), task.metric_configuration, keep_in_memory=True)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -459,7 +459,7 @@ def write_finetuning_card(
     trainer: Trainer,
     model_args: ModelArguments,
     data_args: DataArguments,
-    task: TextTask | WordTask,
+    task: Task,
     rows: dict[str, Rows],
     figures: dict[str, float | None],
     max_length: int,
@@ -467,7 +467,6 @@ def write_finetuning_card(
     args, config = trainer.args, trainer.model.config
     base, base_is_on_hub = describe_source(model_args.model_name_or_path, None)
     dataset, is_on_hub = describe_source(data_args.dataset_name, data_args.train_file)
-    numbers = "\n".join(f"- {split}: {len(part.judged):,} rows" for split, part in rows.items())
     classes = f", {config.num_labels} classes" if task.names else ""
     write_card(
         args,
@@ -482,16 +481,12 @@ def write_finetuning_card(
         summary=f"{base}, fine-tuned on {dataset}: {task.pipeline}{classes}.",
         auto_class=task.auto_class.__name__,
         has_code=config.model_type == "tjepa",
-        source=dataset,
-        rows=numbers,
+        rows="\n".join(f"- {split}: {len(part.judged):,} rows" for split, part in rows.items()),
+        max_length=max_length,
         settings={
-            "optimizer steps": trainer.state.global_step,
             "rows per step and process": args.train_batch_size * args.gradient_accumulation_steps,
-            "processes": args.world_size,
             "learning rate": f"{args.learning_rate} ({args.lr_scheduler_type})",
             "weight decay": args.weight_decay,
             "trained": "the head alone" if model_args.freeze_encoder else "encoder and head",
-            "maximum length (tokens)": max_length,
-            "seed": args.seed,
         },
     )

@@ -7,7 +7,7 @@ figures and predictions. `finetuning.finetune` does the rest, the same way for b
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,14 +68,52 @@ def find_column(splits: DatasetDict, flag: str, given: str | None, usual: tuple[
     return candidates[0]
 
 
-class TextTask:
+class Task:
+    """What both tasks have in common. `names` are the classes in the order of their ids; a regression has none."""
+
+    arguments: type
+    auto_class: type
+    collator: type
+    pipeline: str
+    metric: str  # a folder in metrics/
+    metric_configuration: str | None = None
+    columns: list[str]
+    label_column: str
+
+    def set_names(self, names: list[str]) -> None:
+        self.names = names
+        self.ids = {name: index for index, name in enumerate(names)}
+
+    def check_labels(self, labels: dict[str, list]) -> None:
+        """
+        Logs the classes or the range of the usable labels of each split.
+
+        Raises:
+            ValueError: if there is nothing to learn, or the splits do not fit each other.
+        """
+        counts = {
+            split: Counter(class_name(label) for label in flatten(part) if label != IGNORED)
+            for split, part in labels.items()
+        }
+        check_classes(counts, self.names)
+
+    def set_head(self, config: PreTrainedConfig) -> None:
+        """Tells the configuration what the head is for."""
+        config.id2label = dict(enumerate(self.names))
+        config.label2id = dict(self.ids)
+
+    def report_encoded(self, encoded: Dataset, split: str, counts: dict) -> None:
+        """Says what was lost of a split beyond the tokens that were cut."""
+
+
+class TextTask(Task):
     """One class, several classes, or a number for each text or pair of texts."""
 
-    arguments: ClassVar = TextArguments
-    auto_class: ClassVar = AutoModelForSequenceClassification
-    collator: ClassVar = DataCollatorWithPadding
-    pipeline: ClassVar = "text-classification"
-    metric: ClassVar = "classification"
+    arguments = TextArguments
+    auto_class = AutoModelForSequenceClassification
+    collator = DataCollatorWithPadding
+    pipeline = "text-classification"
+    metric = "classification"
 
     LABEL_COLUMNS = ("label", "labels", "score", "target", "class")
     TEXT_COLUMNS = (  # the first that is there; a pair only where both are
@@ -102,10 +140,8 @@ class TextTask:
         labels = read_labels(splits["train"], self.label_column)
         self.kind = args.problem_type or find_problem_type(splits["train"], self.label_column, labels)
         logger.info(f"{self.kind}: texts in {', '.join(self.columns)}, labels in {self.label_column}")
-        self.names = []
-        if self.kind != REGRESSION:
-            self.names = find_class_names(splits["train"], self.label_column, labels, config)
-        self.ids = {name: index for index, name in enumerate(self.names)}
+        is_number = self.kind == REGRESSION
+        self.set_names([] if is_number else find_class_names(splits["train"], self.label_column, labels, config))
         self.metric_configuration = self.METRIC_CONFIGURATIONS[self.kind]
 
     # ---- rows ----
@@ -134,33 +170,23 @@ class TextTask:
         return NO_LABEL if self.kind == MULTI and not {None, IGNORED}.isdisjoint(label) else None
 
     def check_labels(self, labels: dict[str, list]) -> None:
-        """
-        Logs the classes or the range of the usable labels of each split.
-
-        Raises:
-            ValueError: if there is nothing to learn, or the splits do not fit each other.
-        """
-        if self.kind == MULTI:
-            for split, split_labels in labels.items():
-                check_lists_of_classes(split_labels, split)
         if self.kind != REGRESSION:
-            check_classes(
-                {split: Counter(map(class_name, flatten(part))) for split, part in labels.items()}, self.names
-            )
+            for split, part in labels.items() if self.kind == MULTI else ():
+                check_lists_of_classes(part, split)
+            super().check_labels(labels)
             return
-        for split, split_labels in labels.items():
-            values = np.array(split_labels, dtype=np.float64)
+        for split, part in labels.items():
+            values = np.array(part, dtype=np.float64)
             logger.info(f"  {split}: from {values.min():g} to {values.max():g}, mean {values.mean():.3g}")
             if split == "train" and values.min() == values.max():
                 raise ValueError(f"Every label of the train split is {values[0]:g}: there is nothing to learn.")
 
     def set_head(self, config: PreTrainedConfig) -> None:
-        """Tells the configuration what the head is for."""
         config.problem_type = self.kind
         if self.kind == REGRESSION:
             config.num_labels = 1
         else:
-            set_classes(config, self.names)
+            super().set_head(config)
 
     # ---- rows -> token ids and labels ----
 
@@ -193,9 +219,6 @@ class TextTask:
         for row, label in zip(rows, labels, strict=True):
             row[[self.ids[class_name(one)] for one in label]] = 1.0
         return rows.tolist()
-
-    def report_encoded(self, encoded: Dataset, labels: list, split: str, counts: dict) -> None:
-        """Nothing is lost beyond the tokens that were cut."""
 
     # ---- logits -> figures and predictions ----
 
@@ -230,19 +253,18 @@ class TextTask:
             }
 
 
-class WordTask:
+class WordTask(Task):
     """
     A tag for each word: parts of speech, chunks, named entities. The words are joined by spaces and tokenized like any
     text, as in pretraining; a token belongs to the word that its last character lies in. The first token of a word
     bears its tag, and only there a tag is judged.
     """
 
-    arguments: ClassVar = WordArguments
-    auto_class: ClassVar = AutoModelForTokenClassification
-    collator: ClassVar = DataCollatorForTokenClassification
-    pipeline: ClassVar = "token-classification"
-    metric: ClassVar = "tagging"
-    metric_configuration: ClassVar = None
+    arguments = WordArguments
+    auto_class = AutoModelForTokenClassification
+    collator = DataCollatorForTokenClassification
+    pipeline = "token-classification"
+    metric = "tagging"
 
     WORD_COLUMNS = ("tokens", "words")
     TAG_COLUMNS = ("tags", "labels", "ner_tags", "pos_tags", "chunk_tags")
@@ -260,8 +282,7 @@ class WordTask:
             if self.label_column in dataset.column_names
             for row in read_labels(dataset, self.label_column)
         ]
-        self.names = find_class_names(splits["train"], self.label_column, tags, config)
-        self.ids = {name: index for index, name in enumerate(self.names)}
+        self.set_names(find_class_names(splits["train"], self.label_column, tags, config))
 
     def check_lists(self, splits: DatasetDict) -> None:
         """
@@ -290,19 +311,6 @@ class WordTask:
         if tags is None or None in tags or (tags and set(tags) == {IGNORED}):
             return NO_LABEL
         return None if len(tags) == len(texts[0]) else "not as many tags as words"
-
-    def check_labels(self, labels: dict[str, list]) -> None:
-        """Logs the classes of each split; a `ValueError` where there is nothing to learn, or they do not fit."""
-        check_classes(
-            {
-                split: Counter(class_name(tag) for tag in flatten(rows) if tag != IGNORED)
-                for split, rows in labels.items()
-            },
-            self.names,
-        )
-
-    def set_head(self, config: PreTrainedConfig) -> None:
-        set_classes(config, self.names)
 
     # ---- rows -> token ids and labels ----
 
@@ -333,8 +341,8 @@ class WordTask:
                 first_tokens.append(firsts)
                 if labels is not None:
                     token_labels.append(self.token_labels(labels[row], words_of_this_row, firsts, label_all_tokens))
-            num_tokens = [len(token_ids) for token_ids in whole["input_ids"]]
             answers = {} if labels is None else {"labels": token_labels}
+            num_tokens = list(map(len, whole["input_ids"]))
             return {**encoding, **answers, "num_tokens": num_tokens, "first_tokens": first_tokens}
 
         return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
@@ -355,7 +363,7 @@ class WordTask:
             labels.append(self.ids[tag])
         return labels
 
-    def report_encoded(self, encoded: Dataset, labels: list, split: str, counts: dict) -> None:
+    def report_encoded(self, encoded: Dataset, split: str, counts: dict) -> None:
         """Says how many words have no token: cut off, or unknown to the tokenizer. Their tags count nowhere."""
         firsts = flatten(encoded["first_tokens"][:])
         counts[f"{split}_lost_words"] = num_lost = firsts.count(-1)
@@ -388,11 +396,6 @@ class WordTask:
                 "prediction": [None if token < 0 else self.names[tags[token]] for token in firsts],
                 "probabilities": [None if token < 0 else round(float(shares[token]), 6) for token in firsts],
             }
-
-
-def set_classes(config: PreTrainedConfig, names: list[str]) -> None:
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def words_of_tokens(words: list[str], offsets: list[tuple[int, int]]) -> list[int | None]:

@@ -35,6 +35,7 @@ def write_card(
     task_type: str,
     tags: list[str],
     license: str | None,
+    max_length: int,
     base_model: str | None = None,
     **sections: object,
 ) -> None:
@@ -42,17 +43,13 @@ def write_card(
     Writes `README.md` into `args.output_dir`, with `model_card.md` as its template.
 
     Args:
-        args (`TrainingArguments`): Where the folder lies, and its name on the Hub, if it has one.
-        state (`TrainerState`): Of the run, for the step that the weights come from.
-        dataset (`str`): The name of the data on the Hub, else one that `describe_source` made.
-        is_on_hub (`bool`): Whether that is a name on the Hub.
-        figures (`Mapping[str, float | None]`): Of the weights in the folder; None for what is undefined.
-        settings (`Mapping[str, object]`): The rows of the table of how it was trained.
-        task_type (`str`): The task of the pipeline that the model is for, as on the Hub.
-        tags (`list[str]`): Of the Hub.
-        license (`str`, *optional*): Of the weights.
-        base_model (`str`, *optional*): What the model was fine-tuned from, if it is on the Hub.
-        sections: What else the template shows: `summary`, `auto_class`, `loaded`, `before_after`, `source`, `rows`,
+        args, state: Of the run; `hub_model_id` is the model's name, where it has one.
+        dataset, is_on_hub: What `describe_source` returns of the data.
+        figures: Of the weights in the folder; None for what is undefined.
+        settings: The rows of the table of how it was trained, but for those that every run has.
+        max_length: Tokens of a text that were read.
+        task_type, tags, license, base_model: The card's metadata, as the Hub names them.
+        sections: What else the template shows: `summary`, `auto_class`, `loaded`, `before_after`, `rows`,
             `strategies`, `health`.
     """
     repo_id = args.hub_model_id or "PATH_OR_REPO_ID"
@@ -85,7 +82,14 @@ def write_card(
         name=name,
         repo_id=repo_id,
         weights=describe_weights(args, state),
-        settings=settings,
+        source=dataset,
+        settings={
+            "optimizer steps": state.global_step,
+            "processes": args.world_size,
+            **settings,
+            "maximum length (tokens)": max_length,
+            "seed": args.seed,
+        },
         figures={name: "undefined" if value is None else f"{value:.4f}" for name, value in sorted(figures.items())},
         **sections,
     ).save(Path(args.output_dir) / "README.md")
@@ -147,6 +151,7 @@ def write_pretraining_card(
         task_type="feature-extraction",
         tags=["t-jepa", "feature-extraction", "self-supervised", "text-encoder"],
         license=license,
+        max_length=max_length,
         base_model=None if encoder is None or Path(encoder.name_or_path).exists() else encoder.name_or_path or None,
         summary=f"A text encoder{f' ({encoder.model_type})' if encoder else ''} pretrained with T-JEPA: it learned to "
         "predict the representations of hidden text rather than the hidden words. "
@@ -154,16 +159,16 @@ def write_pretraining_card(
         auto_class="AutoModel",
         loaded=f"the {name_of_exported(config, args)} encoder",
         has_code=encoder is None,
+<<<<<<< HEAD
         before_after=metrics.get("before_after", {}).get("lines"),
         source=dataset,
+=======
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
         strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),
         health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",
         settings={
-            "optimizer steps": state.global_step,
             "documents per step and process": (state.train_batch_size or args.train_batch_size)
             * args.gradient_accumulation_steps,
-            "processes": args.world_size,
             "learning rate": f"{args.start_lr} -> {args.learning_rate} -> {args.final_lr}",
             **({} if args.head_learning_rate is None else {"learning rate of the heads": args.head_learning_rate}),
             "weight decay": f"{args.weight_decay} -> {args.final_weight_decay}",
@@ -177,7 +182,5 @@ def write_pretraining_card(
             "denoising weight": f"{config.denoising_weight} (ratio {config.denoising_ratio})",
             "predictor": config.predictor_type,
             "masking strategies": ", ".join(strategy.name for strategy in strategies),
-            "maximum length (tokens)": max_length,
-            "seed": args.seed,
         },
     )

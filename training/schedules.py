@@ -151,7 +151,8 @@ class WarmupThenDecay(LRScheduler):
             if value != before[name]:
                 logger.info(f"{name} is {value} from here on; up to the checkpoint it was {before[name]}.")
         self.last_epoch = state_dict["last_epoch"] - 1
-        with warnings.catch_warnings(action="ignore"):  # the optimizer has made no step yet in this process
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer has made no step yet in this process
             self.step()
         for group, base_lr in zip(groups, self.base_lrs, strict=True):
             group["initial_lr"] = base_lr

@@ -159,10 +159,7 @@ def write_pretraining_card(
         auto_class="AutoModel",
         loaded=f"the {name_of_exported(config, args)} encoder",
         has_code=encoder is None,
-<<<<<<< HEAD
         before_after=metrics.get("before_after", {}).get("lines"),
-        source=dataset,
-=======
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
         strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),
         health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",

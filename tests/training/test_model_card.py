@@ -57,17 +57,22 @@ def test_the_template_is_filled(tmp_path):
         dataset="part-*.jsonl",
         is_on_hub=False,
         figures={"eval_loss": 0.5, "eval_pearson": None, "eval_runtime": 1.0},
-        settings={"seed": 3},
+        settings={"rate": 3},
+        max_length=64,
         task_type="text-classification",
         tags=["t-jepa"],
         license=None,
         summary="A model.",
         auto_class="AutoModelForSequenceClassification",
-        source="part-*.jsonl",
         rows="- train: 3 rows",
     )
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "# run\n" in card and "| seed | 3 |" in card and "| eval_loss | 0.5000 |" in card
+    assert (
+        "# run\n" in card
+        and "| rate | 3 |" in card
+        and "| maximum length (tokens) | 64 |" in card
+        and "| eval_loss | 0.5000 |" in card
+    )
     assert "| eval_pearson | undefined |" in card and "runtime" not in card
     assert "{{" not in card and "{%" not in card and "Health" not in card and "masking" not in card
     assert card.count("\n\n\n") == 0

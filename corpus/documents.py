@@ -45,7 +45,7 @@ NUM_STREAMED_EVAL_DOCUMENTS = 1000
 SPLIT_SEED = 0
 DEFAULTS = {"max_length": 1024, "long_documents": "truncate", "min_tokens": 2}
 COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length")
-OF_PREPARED = "Of a prepared folder it is what it was prepared with."
+OF_PREPARED = "A prepared folder keeps what it was prepared with."
 
 
 @dataclass
@@ -61,8 +61,8 @@ class SourceArguments:
     train_file: str | None = HfArg(
         default=None,
         help="A local file, or a glob in quotes: parquet, json, jsonl, csv, tsv or txt (one document per line), as it "
-        "is or compressed (.gz, .bz2, .xz, .zst). Of a damaged file all that can be read is used, and what cannot is "
-        "counted as unreadable.",
+        "is or compressed (.gz, .bz2, .xz, .zst). What can be read of a damaged file is used, and the rest is counted "
+        "as unreadable.",
     )
     validation_file: str | None = HfArg(default=None, help="The same for the validation split.")
     train_split_name: str | None = HfArg(default=None, help="The split of --dataset_name to train on. Default: train.")
@@ -291,8 +291,8 @@ def _is_plain_text(builder: DatasetBuilder, needs_text_only: bool) -> bool:
 
 def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:
     """
-    `train` and `validation`, drawn from `train` where there is none, both cut to their maximum. Drawn are documents:
-    the rows that one was split into stay together. The same seed in every run, and the documents stay in their order.
+    `train` and `validation`, drawn from `train` where there is none, both cut to their maximum. Whole
+    documents are drawn, with all rows that they were split into, by the same seed in every run, and stay in their order.
     """
     train, validation = splits["train"], splits.get("validation")
     document_of_row = find_documents(train)

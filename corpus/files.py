@@ -278,7 +278,7 @@ def is_damage(error: BaseException) -> bool:
 def read_rows(
     path: str, name: str, columns: list[str] | None = None, token: str | bool | None = None
 ) -> Iterator[dict | Any]:
-    """The rows of one file, as mappings of column to value, or `DAMAGED`. Of a csv file every value is text."""
+    """The rows of one file, as mappings of column to value, or `DAMAGED`. Every value of a csv file is text."""
     extension = _extension(name)
     with _open(path, name, token) as file:
         if extension == ".parquet":

@@ -364,5 +364,5 @@ def _in_shares(state: dict) -> dict:
 
 
 def first_position(epoch: int = 0) -> dict:
-    """Of a `DocumentStream`: a share's first block (`source`: a state of `datasets.IterableDataset`)."""
+    """Where a share of a `DocumentStream` begins (`source`: a state of `datasets.IterableDataset`)."""
     return {"epoch": epoch, "block": 0, "num_documents": 0, "source": None}

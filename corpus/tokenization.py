@@ -53,7 +53,7 @@ class DocumentCounts:
 
     @classmethod
     def from_tally(cls, total: np.ndarray) -> "DocumentCounts":
-        """Of a sum of what `tally` returns."""
+        """From the sum of what `tally` returns."""
         by_name = dict(zip(TALLIED, map(int, total), strict=False))
         by_length = total[len(TALLIED) :]
         dropped = {reason: count for reason in DROP_REASONS if (count := by_name.pop(reason))}

@@ -154,7 +154,7 @@ def text_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _fast_tokenizer(
     backend: Tokenizer, like: PreTrainedTokenizerBase, renamed: Mapping[str, str] = MappingProxyType({}), **settings
 ) -> PreTrainedTokenizerFast:
-    """Of the general class, with the settings and the special tokens of another, these under their new names."""
+    """A tokenizer of the general class, with another one's settings and its special tokens under their new names."""
     kept = ("name_or_path", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
     special_tokens = {name: renamed.get(token, token) for name, token in like.special_tokens_map.items()}
     extra = [renamed.get(str(token), str(token)) for token in like.extra_special_tokens]

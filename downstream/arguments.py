@@ -39,7 +39,7 @@ class ModelArguments(HubArguments):
 
 @dataclass(kw_only=True)
 class DataArguments(SourceArguments):
-    """What texts and words have in common. Of a source of documents neither streams nor their one column."""
+    """What texts and words have in common: a source of documents, but without streams and without its text column."""
 
     dataset_name: str | None = HfArg(
         default=None, help="A dataset on the Hub or in a folder, with a train split; validation and test are optional."

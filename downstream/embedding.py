@@ -127,7 +127,7 @@ def as_text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _encode(
     model: torch.nn.Module, tokenizer, texts: list[str], max_length: int, add_special_tokens: bool | None
 ) -> BatchEncoding:
-    """Texts as text: what looks like a special token in them is none."""
+    """Token ids of texts, in which nothing is read as a special token."""
     if add_special_tokens is None:
         add_special_tokens = reads_special_tokens(model.config)
     return text_reader(tokenizer)(texts, truncation=True, max_length=max_length, add_special_tokens=add_special_tokens)

@@ -187,7 +187,7 @@ def limit_splits(splits: DatasetDict, args: DataArguments) -> tuple[DatasetDict,
 
 
 class Rows(NamedTuple):
-    """Of a split, by their number in it."""
+    """The rows of a split, by their number in it."""
 
     judged: list[int]  # rows with an input and a label
     labels: list  # theirs
@@ -317,8 +317,8 @@ def separate_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
     """
-    Tokens that a text may have: `asked`, by default what tokenizer and model are made for. More than that only T-JEPA
-    takes, whose rotary positions have no end; its config and tokenizer then say so, too.
+    Tokens that a text may have: `asked`, by default what tokenizer and model are made for. Only T-JEPA takes more:
+    its rotary positions have no end, and its config and tokenizer then say so.
     """
     longest = tokenizer.model_max_length
     if getattr(config, "max_position_embeddings", None):

@@ -5,7 +5,7 @@ regularised probe on the raw features never uses; without whitening an untrained
 The statistics come from the probe's training part alone, the strength from its validation part, the verdict from its
 test part. Everything after the encoder is scikit-learn's, on the CPU in float64: small and deterministic.
 
-Top to bottom: whitening, the probe, neighbours, and on these the tasks: `probe_embedded_task` for an encoder and
+Top to bottom: whitening, the probe, neighbours, and on these the tasks: `probe_tasks` for an encoder and
 `probe_tasks_with_tfidf` for the baseline give the same keys. Texts and words become vectors in embedding.py.
 """
 
@@ -81,7 +81,7 @@ def best_logistic_regression(
         max_strength_step: the search ends so many times beyond the best strength so far.
 
     Returns:
-        `ProbeResult`. Of equally good strengths the one that regularises most.
+        `ProbeResult`. Among equally good strengths the one that regularises most wins.
     """
     best = None
     for strength in strengths:
@@ -202,6 +202,16 @@ class LabelledFeatures(NamedTuple):
     groups: Tensor  # int64 [num_rows]: the text or sentence that a row comes from
 
 
+def probe_tasks(
+    model: torch.nn.Module, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0, 1, 2), **options
+) -> dict[str, float]:
+    """What `probe_embedded_task` returns for a frozen encoder, of all tasks; `options` (`max_length`) of `embed_task`."""
+    results = {}
+    for task in tasks:
+        results.update(probe_embedded_task(task, embed_task(model, tokenizer, task, **options), seeds))
+    return results
+
+
 def embed_task(
     model: torch.nn.Module,
     tokenizer,
@@ -211,8 +221,8 @@ def embed_task(
     add_special_tokens: bool | None = None,
 ) -> dict[str, LabelledFeatures]:
     """
-    The task's splits as features and labels, every text embedded once. Of similarity the two sentences of a pair are
-    two rows, one after the other, whose label is 0. Other arguments as in `embed_texts`.
+    The task's splits as features and labels, every text embedded once. For similarity the two sentences of a pair
+    are two rows, one after the other, whose label is 0. Other arguments as in `embed_texts`.
     """
     options = (max_length, batch_size, add_special_tokens)
     embedded = {}

@@ -257,7 +257,7 @@ class WordTask(Task):
     """
     A tag for each word: parts of speech, chunks, named entities. The words are joined by spaces and tokenized like any
     text, as in pretraining; a token belongs to the word that its last character lies in. The first token of a word
-    bears its tag, and only there a tag is judged.
+    bears its tag, which is judged there alone.
     """
 
     arguments = WordArguments

@@ -57,7 +57,7 @@ def is_marked(checkpoint: str | Path) -> bool:
 
 
 def remove_mark(checkpoint: Path) -> None:
-    """Of a checkpoint that is going to be overwritten or deleted: half a checkpoint must not look whole."""
+    """Before a checkpoint is overwritten or deleted: half a checkpoint must not look whole."""
     for mark in (MARK, WEIGHTS_MARK):
         (checkpoint / mark).unlink(missing_ok=True)
 

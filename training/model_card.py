@@ -1,7 +1,7 @@
 """README.md of a model folder: what the weights were trained on, how, and their figures, as the Hub shows them.
 
-Notable: a card says nothing that is nobody's business. Of a local path or a URL it has the file name only: the folder
-may name a person, and the URL may hold a key.
+Notable: a card keeps private what is private. It has the file name of a local path or a URL only: the folder may
+name a person, and the URL may hold a key.
 """
 
 import re
@@ -43,9 +43,9 @@ def write_card(
     Writes `README.md` into `args.output_dir`, with `model_card.md` as its template.
 
     Args:
-        args, state: Of the run; `hub_model_id` is the model's name, where it has one.
+        args, state: Those of the run; `hub_model_id` is the model's name, where it has one.
         dataset, is_on_hub: What `describe_source` returns of the data.
-        figures: Of the weights in the folder; None for what is undefined.
+        figures: Those of the weights in the folder; None for what is undefined.
         settings: The rows of the table of how it was trained, but for those that every run has.
         max_length: Tokens of a text that were read.
         task_type, tags, license, base_model: The card's metadata, as the Hub names them.

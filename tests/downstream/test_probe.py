@@ -24,6 +24,7 @@ from tjepa.downstream.probe import (
     linear_probe,
     mean_and_std,
     probe_embedded_task,
+    probe_tasks,
     spearman,
     sts_spearman,
 )
@@ -285,5 +286,5 @@ def test_tasks(model, tokenizer):
     expected = linear_probe(
         features[~held_out], labels[~held_out], features[held_out], labels[held_out], features, labels
     )
-    alone = probe_embedded_task(tasks[0], embedded[0], seeds=(1,))
+    alone = probe_tasks(model, tokenizer, tasks[:1], **options, seeds=(1,))
     assert alone["texts/linear_probe"] == expected.accuracy

@@ -292,7 +292,7 @@ def _is_plain_text(builder: DatasetBuilder, needs_text_only: bool) -> bool:
 def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:
     """
     `train` and `validation`, drawn from `train` where there is none, both cut to their maximum. Whole
-    documents are drawn, with all rows that they were split into, by the same seed in every run, and stay in their order.
+    documents are drawn, with all rows that they were split into, by the same seed in every run; they keep their order.
     """
     train, validation = splits["train"], splits.get("validation")
     document_of_row = find_documents(train)

@@ -141,7 +141,7 @@ def load_tasks(
     """
     in_folder = find_files(data_dir) if data_dir else {}
     if not names and not in_folder:
-        where = f"{data_dir} has no files such as NAME-train.jsonl" if data_dir else "Which data?"
+        where = f"{data_dir} has no files such as NAME-train.jsonl" if data_dir else "No data was named"
         raise ValueError(f"{where}: pass --data_dir FOLDER, or --dataset NAME=train.jsonl,test.jsonl.")
     tasks = []
     for name in names or sorted(in_folder):

@@ -205,7 +205,7 @@ class LabelledFeatures(NamedTuple):
 def probe_tasks(
     model: torch.nn.Module, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0, 1, 2), **options
 ) -> dict[str, float]:
-    """What `probe_embedded_task` returns, for all tasks; `options`, `max_length` above all, are those of `embed_task`."""
+    """What `probe_embedded_task` returns, of all tasks; `options` (at least `max_length`) are those of `embed_task`."""
     results = {}
     for task in tasks:
         results.update(probe_embedded_task(task, embed_task(model, tokenizer, task, **options), seeds))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import fields
 
 import torch
 from accelerate.utils import reduce
@@ -65,7 +66,8 @@ def rank_share(sums: torch.Tensor) -> float:
 
 
 SLOT_LOSSES = ("jepa_loss", "token_prediction_loss")  # means over target slots, by strategy
-TERMS = ("variance_covariance_loss", "sigreg_loss", "denoising_loss")  # means over something else
+LOSSES = [field.name for field in fields(TJEPAForPreTrainingOutput) if field.name.endswith("_loss")]
+TERMS = [name for name in LOSSES if name not in SLOT_LOSSES]  # means over something else
 
 
 class PretrainingStatistics:

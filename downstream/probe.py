@@ -205,7 +205,7 @@ class LabelledFeatures(NamedTuple):
 def probe_tasks(
     model: torch.nn.Module, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0, 1, 2), **options
 ) -> dict[str, float]:
-    """What `probe_embedded_task` returns, of all tasks; `options` (at least `max_length`) are those of `embed_task`."""
+    """The figures of `probe_embedded_task`, of all tasks; `options` (`max_length` at least) are `embed_task`'s."""
     results = {}
     for task in tasks:
         results.update(probe_embedded_task(task, embed_task(model, tokenizer, task, **options), seeds))

@@ -250,6 +250,13 @@ class TJEPAConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, but that `encoder="context"` of `AutoModel.from_pretrained` is left for the model."""
+        choice = {"encoder": kwargs.pop("encoder")} if isinstance(kwargs.get("encoder"), str) else {}
+        config = super().from_dict(config_dict, **kwargs)
+        return (config[0], {**config[1], **choice}) if isinstance(config, tuple) else config
+
     def derived_sizes(self) -> list[str]:
         """The optional sizes that have the value which they would have by themselves, given the others."""
         return [name for name, derive in DERIVED_SIZES.items() if getattr(self, name) == derive(self)]

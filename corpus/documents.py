@@ -297,13 +297,11 @@ def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:
     train, validation = splits["train"], splits.get("validation")
     document_of_row = find_documents(train)
     num_documents = int(document_of_row[-1]) + 1 if len(train) else 0
-    is_validation = np.zeros(num_documents, dtype=bool)
     if validation is None and args.validation_split_percentage > 0 and num_documents > 1:
         num_validation = round(num_documents * args.validation_split_percentage / 100)
-        order = np.random.default_rng(SPLIT_SEED).permutation(num_documents)
-        is_validation[order[: min(num_documents - 1, max(1, num_validation))]] = True
-        validation = train.select(np.flatnonzero(is_validation[document_of_row]))
-        train = train.select(np.flatnonzero(~is_validation[document_of_row]))
+        is_validation = draw(num_documents, min(num_documents - 1, max(1, num_validation)))[document_of_row]
+        validation = train.select(np.flatnonzero(is_validation))
+        train = train.select(np.flatnonzero(~is_validation))
     limited = DatasetDict(train=draw_documents(train, args.max_train_samples))
     if validation is not None:
         limited["validation"] = draw_documents(validation, args.max_eval_samples)
@@ -316,9 +314,14 @@ def draw_documents(dataset: Dataset, num_drawn: int | None) -> Dataset:
     num_documents = int(document_of_row[-1]) + 1 if len(dataset) else 0
     if num_drawn is None or num_drawn >= num_documents:
         return dataset
-    is_drawn = np.zeros(num_documents, dtype=bool)
-    is_drawn[np.random.default_rng(SPLIT_SEED).permutation(num_documents)[:num_drawn]] = True
-    return dataset.select(np.flatnonzero(is_drawn[document_of_row]))
+    return dataset.select(np.flatnonzero(draw(num_documents, num_drawn)[document_of_row]))
+
+
+def draw(num_things: int, num_drawn: int | None) -> np.ndarray:
+    """bool [num_things]: which are drawn, always the same ones; all of them where `num_drawn` is `None`."""
+    is_drawn = np.zeros(num_things, dtype=bool)
+    is_drawn[np.random.default_rng(SPLIT_SEED).permutation(num_things)[:num_drawn]] = True
+    return is_drawn
 
 
 def find_documents(dataset: Dataset) -> np.ndarray:

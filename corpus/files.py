@@ -114,6 +114,21 @@ def load_files(
     return load_paths(f"--{argument} {without_query(pattern)!r}", paths, streaming, cache_dir, text_column_name)
 
 
+def load_table(argument: str, path: str | Path) -> Dataset:
+    """
+    All columns of the rows of one local file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has no columns, or cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{argument} {path}: there is no such file. {hint_at_nearest(path)}".rstrip())
+    if FILE_FORMATS.get(Path(path).suffix, "text") == "text":
+        raise ValueError(f"--{argument} {path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
+    return load_paths(f"--{argument} {path}", [str(path)])
+
+
 def find_paths(pattern: str) -> list[str]:
     """The files that a path, a glob or a URL means, in the order of their names."""
     if "://" in pattern:  # a "?" begins a query

@@ -121,6 +121,22 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     raise ValueError(f"The special tokens of {type(tokenizer).__name__} do not stand before and behind a text.")
 
 
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Gives a tokenizer without a padding token another one for it; what stands at a padded position is never looked at.
+
+    Raises:
+        ValueError: if there is none that could take its place.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path} has no token to pad with: give it a pad_token."
+            )
+        logger.info(f"The tokenizer has no padding token: {tokenizer.pad_token!r} takes its place")
+
+
 def text_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     A copy of the tokenizer, with the same ids, for which a text is nothing but text: `"</s>"` is its characters.

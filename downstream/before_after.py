@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from ..corpus.faults import find_fault
-from ..corpus.files import FILE_FORMATS, load_paths
+from ..corpus.files import load_table
 from .embedding import embed_texts
 from .labels import read_labels
 from .probe import NUM_NEIGHBOURS, hold_out, linear_probe
@@ -231,11 +230,7 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it has no columns, not these, or too little in them.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--probe_file {path}: there is no such file.")
-    if FILE_FORMATS.get(Path(path).suffix, "text") == "text":
-        raise ValueError(f"--probe_file {path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
-    rows = load_paths(path, [path])
+    rows = load_table("probe_file", path)
     if missing := sorted({"text", "label"} - set(rows.column_names)):
         raise ValueError(f"--probe_file {path} has no column {missing[0]!r}, only {sorted(rows.column_names)}.")
     labels = read_labels(rows, "label")

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from ..corpus.arguments import parse_arguments
-from ..corpus.documents import SPLIT_SEED, limit_datasets, load_splits
+from ..corpus.documents import draw, limit_datasets, load_splits
+from ..corpus.tokenizers import ensure_pad_token, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
-from ..corpus.tokenizers import text_reader, vocabulary_size, without_special_tokens
 from ..training.checkpoints import find_checkpoint
 from ..training.loading import check_weights
 from ..training.loading import load_config as load_any_config
@@ -179,9 +179,7 @@ def limit_splits(splits: DatasetDict, args: DataArguments) -> tuple[DatasetDict,
         logger.info(f"validation: {args.validation_split_percentage:g}% of the train rows, drawn at random")
     limited, test_rows = limit_datasets(splits, args), []
     if "test" in splits:
-        num_rows = len(splits["test"])
-        num_drawn = min(num_rows, args.max_predict_samples or num_rows)
-        test_rows = sorted(np.random.default_rng(SPLIT_SEED).choice(num_rows, num_drawn, replace=False).tolist())
+        test_rows = np.flatnonzero(draw(len(splits["test"]), args.max_predict_samples)).tolist()
         limited["test"] = splits["test"].select(test_rows)
     return limited, test_rows
 
@@ -281,11 +279,7 @@ def load_tokenizer(args: ModelArguments, config: PreTrainedConfig) -> PreTrained
     where = args.for_hub() if args.tokenizer_name else hub_arguments(args)
     flag = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
     tokenizer = load_any_tokenizer(name, flag, **where)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise ValueError(f"The tokenizer of {name} has no token to pad with: give it a pad_token.")
-        logger.info(f"The tokenizer has no padding token: {tokenizer.pad_token!r} takes its place")
+    ensure_pad_token(tokenizer)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if not reads_special_tokens(config):

@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from ..corpus.arguments import parse_arguments
 from ..corpus.command_line import start
 from ..corpus.faults import find_fault
-from ..corpus.files import FILE_FORMATS, load_paths
+from ..corpus.files import FILE_FORMATS, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from .embedding import reads_special_tokens
@@ -161,7 +161,7 @@ def load_tasks(
                 f"--dataset {name}: no such data set in --data_dir {data_dir}, which has {sorted(in_folder)}. "
                 f"Files elsewhere are given as {name}=train.jsonl,test.jsonl."
             )
-        tasks += make_tasks(name, {split: read_file(path) for split, path in files.items()})
+        tasks += make_tasks(name, {split: load_table("dataset", path) for split, path in files.items()})
     return [limit_task(task, max_samples, max_words, seed) for task in tasks]
 
 
@@ -175,14 +175,6 @@ def find_files(folder: str) -> dict[str, dict[str, Path]]:
         if name and split in SPLITS and path.suffix in FILE_FORMATS:
             files.setdefault(name, {})[split] = path
     return files
-
-
-def read_file(path: Path) -> Dataset:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    if FILE_FORMATS.get(path.suffix, "text") == "text":
-        raise ValueError(f"{path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
-    return load_paths(str(path), [str(path)])
 
 
 def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from ..corpus.command_line import start
-from ..corpus.tokenizers import load_tokenizer, without_special_tokens
+from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, without_special_tokens
 from ..downstream.embedding import as_text_only
 from ..training.loading import load_config
 
@@ -85,10 +85,7 @@ def sentence_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> P
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer, and only those are written here.")
     tokenizer = as_text_only(without_special_tokens(tokenizer))
-    if tokenizer.pad_token is None:  # whichever: what stands at a padded position is never looked at
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise ValueError("The tokenizer has no padding token and none that could stand in for it: give it one.")
+    ensure_pad_token(tokenizer)
     tokenizer.model_max_length = max_length
     return tokenizer
 

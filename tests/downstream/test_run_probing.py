@@ -230,7 +230,7 @@ def test_sources_that_are_refused(data, tmp_path):
         load_tasks(None, str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no such data set.*'kinds', 'pairs', 'words'"):
         load_tasks(["other"], str(data))
-    with pytest.raises(FileNotFoundError, match="There is no file"):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
         load_tasks([f"mine={tmp_path}/a.csv"], None)
     with pytest.raises(ValueError, match="has 4 files"):
         load_tasks(["mine=a,b,c,d"], None)

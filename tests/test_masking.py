@@ -414,7 +414,7 @@ def test_chosen_rows_pad_little_and_have_few_lengths(num_documents, most_padding
     assert DataCollatorForTJEPA(row_length="auto")([])["input_ids"].shape == (1, 128)
 
 
-@pytest.mark.parametrize("lengths", [[1000], [300, 290, 40], [130] * 40, [4000, 200], [129, 5], [700] * 9])
+@pytest.mark.parametrize("lengths", [[1000], [300, 290, 40], [130] * 40, [4000, 200], [129, 5], [700] * 9, [900] * 5])
 def test_chosen_rows_are_the_best_of_four_lengths(lengths):
     """From the shortest that takes as few rows of at most 4,096 as can be, in steps of 128."""
     lengths, order = np.array(lengths), np.arange(len(lengths))

@@ -479,7 +479,7 @@ def test_collator_errors():
         DataCollatorForTJEPA()([{"input_ids": [1, 2, 3]}])
     whole, bare = {"input_ids": [1, 2], "document_index": 0, "epoch": 0}, {"input_ids": [1, 2], "document_index": 0}
     with pytest.raises(ValueError, match=r"needs 'epoch' in every example, got \['document_index', 'input_ids'\]"):
-        DataCollatorForTJEPA()([whole, bare])
+        DataCollatorForTJEPA()([whole, bare, {**bare, "text": ""}])  # the first that lacks one
     with pytest.raises(ValueError, match="at least one masking strategy"):
         DataCollatorForTJEPA([])
     with pytest.raises(ValueError, match="views_per_document"):

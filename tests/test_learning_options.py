@@ -4,6 +4,7 @@ import math
 import shutil
 from threading import Barrier, Thread
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from helpers import TINY, arguments, make_examples, make_tiny_config, run
 from tjepa import TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.encoders_tjepa import make_labels, normalise_per_document, replace_tokens
-from tjepa.losses_tjepa import distance_to_labels, sigreg_loss
+from tjepa.losses_tjepa import distance_to_labels, sigreg_loss, variance_covariance_loss
 from tjepa.run_pretraining import PretrainingArguments
 from tjepa.training.ema import EMACallback
 
@@ -121,6 +122,17 @@ def test_sigreg_of_known_distributions():
     assert sigreg_loss(torch.ones(2, 1), everything).item() == pytest.approx(one_point, abs=1e-3)
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_sigreg_by_hand_and_in_float32(is_autocast):
+    states = torch.randn(30, 1, generator=torch.Generator().manual_seed(0))
+    t, z = np.linspace(0, 3, 17), states[:20].double().numpy()  # the rest is padding
+    error = np.abs(np.exp(1j * t * z).mean(axis=0) - np.exp(-(t**2) / 2)) ** 2
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        loss = sigreg_loss(states, torch.arange(30) < 20)
+    expected = 2 * torch.trapezoid(torch.from_numpy(error * np.exp(-(t**2) / 2)), torch.from_numpy(t)).item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_sigreg_likes_an_isotropic_gaussian_best():
     torch.manual_seed(0)
     states, everything = torch.randn(4000, 8), torch.ones(4000, dtype=torch.bool)
@@ -179,6 +191,19 @@ def test_sigreg_enters_the_loss_and_trains_the_context_encoder(make_model, batch
     output.sigreg_loss.backward()
     assert all(parameter.grad.any() for parameter in model.context_encoder.layers.parameters() if parameter.ndim > 1)
     assert not any(parameter.grad is not None for parameter in model.predictor.parameters())
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_variance_and_covariance_by_hand_and_in_float32(is_autocast):
+    states = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 0.5, 1, 2, 3, 5]) + 1
+    z = states[:40].double().numpy()  # the rest is padding
+    covariance = np.cov(z, rowvar=False, bias=True)
+    variances = np.diag(covariance)
+    expected = np.maximum(0, 1 - np.sqrt(variances + 1e-4)).mean()
+    expected += 0.04 * (np.sum(covariance**2) - np.sum(variances**2)) / 6
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        loss = variance_covariance_loss(states, torch.arange(50) < 40)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- The loss --------------------------------------------------------------------------------------------------------

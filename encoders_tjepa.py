@@ -174,6 +174,7 @@ def encode(
     view_ids: torch.LongTensor,
     groups: list[tuple[int, int, int]] | None = None,
     view_lengths: torch.LongTensor | None = None,
+    longest: int | None = None,
     num_layers: int = 1,
 ) -> list[torch.Tensor]:
     """
@@ -187,6 +188,7 @@ def encode(
         groups: of equal views, where they are known; see [`PackedViews`].
         view_lengths (`torch.LongTensor` of shape `[num_views]`, *optional*):
             Tokens of each view's whole document; for padded rows.
+        longest: tokens of the longest document, where that is known; for local attention in packed rows.
         num_layers: how many of the last blocks' outputs are returned.
 
     Returns:
@@ -202,7 +204,7 @@ def encode(
     input_ids, position_ids = input_ids.long(), position_ids.long()
     if traits.is_packed:
         views = PackedViews.from_ids(view_ids) if groups is None else PackedViews.from_groups(groups)
-        views.positions = position_ids.flatten()
+        views.positions, views.longest = position_ids.flatten(), longest
         position_ids = position_ids + traits.position_offset
         outputs = encoder(
             input_ids=input_ids, position_ids=position_ids, packed_views=views, output_hidden_states=wants_more
@@ -230,6 +232,11 @@ def encode(
             layers = [layer.new_zeros(len(view_ids), layer.shape[-1]) for layer in states]
         layers = [whole.index_copy(0, entries, part) for whole, part in zip(layers, states, strict=True)]
     return layers
+
+
+def longest_document(groups: list[tuple[int, int, int]] | None) -> int | None:
+    """From the groups of equal documents, where they are known."""
+    return None if groups is None else max(length for _, length, _ in groups)
 
 
 def lengths_of_views(
@@ -413,8 +420,9 @@ def make_labels(
     lengths = None
     if traits is not None and not traits.is_packed:
         lengths = document_ids[document_ids >= 0].bincount()
+    longest = longest_document(groups)
     layers = encode(
-        encoder, config, traits, input_ids, position_ids, document_ids, groups, lengths, config.target_layers
+        encoder, config, traits, input_ids, position_ids, document_ids, groups, lengths, longest, config.target_layers
     )
     eps, labels = config.layer_norm_eps, []
     for states in layers:

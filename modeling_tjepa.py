@@ -39,6 +39,7 @@ from .encoders_tjepa import (
     encode,
     is_special_token,
     lengths_of_views,
+    longest_document,
     make_labels,
     measure_encoder,
     replace_tokens,
@@ -479,6 +480,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             context_view_ids,
             getattr(view_groups, "contexts", None),
             view_lengths,
+            longest_document(getattr(view_groups, "documents", None)),
         )
 
         predictions = self.predictor(

@@ -22,6 +22,7 @@ from helpers import make_tiny_config
 from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.encoders_tjepa import encode, lengths_of_views, measure_encoder, replace_tokens
+from tjepa.layers_tjepa import PackedViews
 
 
 ALL = {**PACKED, **PADDED}
@@ -186,6 +187,18 @@ def test_another_attention_mask_would_lose_the_window():
     with torch.no_grad():
         states = encoder(batch["input_ids"].long(), attention_mask=mask, position_ids=batch["position_ids"].long())[0]
     assert (states[0] - expected).abs().max() > 1.0
+
+
+def test_a_window_wider_than_every_document_needs_no_mask():
+    views = PackedViews.from_groups([(2, 3, 0)])
+    views.positions = torch.tensor([0, 4, 9, 0, 1, 2])
+    views.longest = 10
+    assert views.masks(None) == views.masks(10) == [None]
+    (mask,) = views.masks(5)
+    assert mask.tolist() == [[[[1, 1, 0], [1, 1, 0], [0, 0, 1]]], [[[1] * 3] * 3]]
+    assert views.masks(5)[0] is mask, "made once for all layers"
+    views.longest = None
+    assert views.masks(10)[0].all()
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])

@@ -53,7 +53,12 @@ from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.loading import load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
-from tjepa.training.model_folder import PRETRAINING_FOLDER, exported_encoder, save_model_folder
+from tjepa.training.model_folder import (
+    PRETRAINING_FOLDER,
+    exported_encoder,
+    find_sentence_modules,
+    save_model_folder,
+)
 from tjepa.training.publishing import create_publisher
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
@@ -188,6 +193,10 @@ def main():
         tokenizer.model_max_length = model.config.max_position_embeddings
     else:
         collator.special_tokens = special_tokens_around(tokenizer)
+    sentence_modules = None
+    if goes_on:
+        where = (model_args.model_revision, model_args.cache_dir, model_args.token)
+        sentence_modules = find_sentence_modules(model_args.model_name_or_path, *where)
     untrained_encoder = copy.deepcopy(model.target_encoder) if is_quickstart else None
     logger.info(f"{model.num_parameters(only_trainable=True):,} trainable parameters")
 
@@ -219,7 +228,7 @@ def main():
     # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
     if trainer.is_world_process_zero():
-        save_model_folder(model, tokenizer, strategies, training_args, model_args.model_name_or_path)
+        save_model_folder(model, tokenizer, strategies, training_args, sentence_modules)
     results |= evaluate(trainer)
     results |= count_documents(trainer, counts)
     results["dropped_in_batches"] = collator.num_dropped_documents

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_tjepa import TJEPAConfig
@@ -28,7 +29,7 @@ def save_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     strategies: list[MaskingStrategy],
     args: PretrainingArguments,
-    source: str | None = None,
+    sentence_modules: Path | None = None,
 ) -> None:
     """
     Writes weights, configuration, code files, tokenizer and masking strategies to `args.output_dir`; each file there
@@ -36,7 +37,7 @@ def save_model_folder(
 
     Args:
         args (`PretrainingArguments`): `output_dir`, and which encoder of another architecture is exported.
-        source (`str`, *optional*): where an encoder of another architecture came from.
+        sentence_modules (`Path`, *optional*): what `find_sentence_modules` found.
     """
     with replacing_files(args.output_dir) as root:
         folder = root if model.config.encoder is None else root / PRETRAINING_FOLDER
@@ -47,7 +48,9 @@ def save_model_folder(
         if model.config.encoder is not None:
             exported_encoder(model, args).save_pretrained(root)
             tokenizer.save_pretrained(root)
-            copy_sentence_modules(source, root)
+            for name in () if sentence_modules is None else sentence_files(sentence_modules):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(sentence_modules / name, root / name)
 
 
 def exported_encoder(model: TJEPAForPreTraining, args: PretrainingArguments) -> PreTrainedModel:
@@ -63,14 +66,24 @@ def name_of_exported(config: TJEPAConfig, args: PretrainingArguments) -> str:
     return args.export_encoder or ("context" if is_frozen else "target")
 
 
-def copy_sentence_modules(source: str | None, root: Path) -> None:
-    """What makes a folder one of sentence-transformers: how states become a vector, which is not trained here."""
-    folder = None if source is None else Path(source)
-    if folder is not None and folder.name == PRETRAINING_FOLDER:
+def find_sentence_modules(name: str, revision: str, cache_dir: str | None, token: str | None) -> Path | None:
+    """
+    The folder with the modules of sentence-transformers that lie beside an encoder: how states become a vector, which
+    is not trained here. Those of a model on the Hub are downloaded.
+
+    Args:
+        name (`str`): the encoder's folder, or a name on the Hub.
+        revision, cache_dir, token: as in `from_pretrained`.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        patterns = [*SENTENCE_FILES, "[0-9]_*/*"]
+        folder = Path(
+            snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
+        )
+    elif folder.name == PRETRAINING_FOLDER:
         folder = folder.parent
-    for name in () if folder is None else sentence_files(folder):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / name, root / name)
+    return folder if sentence_files(folder) else None
 
 
 def sentence_files(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 from pyarrow import parquet
 from safetensors.torch import load
+from test_other_encoders import make_folder
 
 from helpers import REPOSITORY, TINY, make_texts
 from hub_server import card_errors, serve_hub
@@ -204,6 +205,24 @@ def test_the_default_client_with_xet(inputs, tmp_path):
         pushed = pretrain(hub, inputs, tmp_path / "run", TOKEN, xet=True, hub_strategy="end")
         assert pushed.returncode == 0, pushed.stderr
         assert hub.files("owner/name").keys() == PUBLISHED
+
+
+def test_another_encoder_comes_from_the_hub_and_goes_there_as_it_came(hub, inputs, tmp_path):
+    folder = make_folder(tmp_path / "bert")
+    there = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.add("owner/encoder", there, private=True)
+    names = {"model_name_or_path": "owner/encoder", "tokenizer_name": None, "config_overrides": None}
+    pushed = pretrain(hub, inputs, tmp_path / "run", TOKEN, max_length=60, **names)
+    assert pushed.returncode == 0, pushed.stderr
+    files = hub.files("owner/name")
+    assert {path for path in files if not path.startswith("pretraining/")} == {".gitattributes", "README.md", *there}
+    same = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+    assert all(files[name] == there[name] for name in same)
+    pretraining = {path.removeprefix("pretraining/") for path in files if path.startswith("pretraining/")}
+    assert pretraining == {*MODEL_FILES, *TOKENIZER_FILES, "masking_strategies.json"}
+    assert files["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert card_errors(card.content) == [] and card.data.base_model == "owner/encoder"
 
 
 @pytest.mark.parametrize(

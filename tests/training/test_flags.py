@@ -3,9 +3,11 @@ no effect and a warning says so. For pretraining and for fine-tuning, in one pro
 
 import logging
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import datasets
 import numpy as np
@@ -87,9 +89,30 @@ def same(run: Run, plain: Run) -> bool:
     return run.losses == pytest.approx(plain.losses, abs=1e-6)
 
 
-def reached(name: str):
-    """Integrations that are not installed here read it from the arguments that callbacks are handed."""
-    return lambda run, plain: getattr(run.args, name) is not None
+STAND_IN = MagicMock()  # for trackio, which is not installed here, and for what only a GPU would do
+REPLACED = {"torch_empty_cache_steps": "trainer.clear_device_cache", "tf32": "training_args.enable_tf32"}
+
+
+def reported(value: str, call: str, argument: str):
+    """That trackio is handed the value."""
+    return lambda run, plain: getattr(STAND_IN.trackio, call).call_args.kwargs[argument] == value
+
+
+def on_second_node(args: TrainingArguments, ask) -> list:
+    """What the first and the second process of a second node answer, as processes 2 and 3 of all."""
+    answers = []
+    for local in (0, 1):
+        with (
+            patch.object(type(args), "process_index", 2 + local),
+            patch.object(type(args), "local_process_index", local),
+        ):
+            answers.append(ask(args))
+    return answers
+
+
+def pins_on_a_gpu(run: Run) -> bool:
+    run.args.dataloader_pin_memory = True  # PretrainingArguments and torch turn it off on a CPU
+    return run.trainer.get_train_dataloader().pin_memory
 
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 1}
@@ -126,7 +149,7 @@ CASES = {
     "bf16": (True, differs),
     "bf16_full_eval": (True, lambda r, p: r.trainer.evaluate() and r.trainer.model.dtype == torch.bfloat16),
     "fp16_full_eval": (True, lambda r, p: r.trainer.evaluate() and r.trainer.model.dtype == torch.float16),
-    "tf32": (False, same),
+    "tf32": (False, lambda r, p: same(r, p) and STAND_IN.enable_tf32.call_args.args == (False,)),
     "activation_checkpointing": (True, lambda r, p: same(r, p) and r.trainer.model.is_activation_checkpointing),
     "activation_checkpointing_kwargs": (
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
@@ -135,22 +158,40 @@ CASES = {
     "gradient_checkpointing": (True, lambda r, p: r.args.activation_checkpointing),
     "gradient_checkpointing_kwargs": ({"use_reentrant": False}, lambda r, p: r.args.activation_checkpointing_kwargs),
     "neftune_noise_alpha": (50.0, differs),
-    "torch_empty_cache_steps": (1, same),
+    "torch_empty_cache_steps": (2, lambda r, p: same(r, p) and STAND_IN.clear_device_cache.call_count == 2),
     "logging_strategy": ("epoch", lambda r, p: len(r.losses) == 1),
     "logging_steps": (2, lambda r, p: [line["step"] for line in r.history if "loss" in line] == [2]),
     "logging_first_step": ({"logging_steps": 3, "logging_first_step": True}, lambda r, p: len(r.losses) == 2),
-    "log_on_each_node": (False, lambda r, p: r.args.should_log),
+    "log_on_each_node": (
+        False,
+        lambda r, p: (
+            on_second_node(r.args, lambda args: args.should_log) == [False, False]
+            and on_second_node(p.args, lambda args: args.should_log) == [True, False]
+        ),
+    ),
     "logging_nan_inf_filter": (False, same),
     "include_num_input_tokens_seen": ("all", lambda r, p: r.trainer.state.num_input_tokens_seen > 100),
     "log_level": ("error", lambda r, p: transformers.logging.get_verbosity() == logging.ERROR),
-    "log_level_replica": ("error", reached("log_level_replica")),
+    "log_level_replica": (
+        {"log_level": "info", "log_level_replica": "error"},
+        lambda r, p: on_second_node(r.args, TrainingArguments.get_process_log_level) == [logging.INFO, logging.ERROR],
+    ),
     "disable_tqdm": (True, lambda r, p: "PrinterCallback" in r.trainer.callback_handler.callback_list),
     "report_to": ("tensorboard", lambda r, p: "TensorBoardCallback" in r.trainer.callback_handler.callback_list),
-    "run_name": ("mine", reached("run_name")),
-    "project": ("mine", reached("project")),
-    "trackio_space_id": ("me/space", reached("trackio_space_id")),
-    "trackio_bucket_id": ("me/bucket", reached("trackio_bucket_id")),
-    "trackio_static_space_id": ("me/static", reached("trackio_static_space_id")),
+    "run_name": ({"report_to": "trackio", "run_name": "mine"}, reported("mine", "init", "name")),
+    "project": ({"report_to": "trackio", "project": "mine"}, reported("mine", "init", "project")),
+    "trackio_space_id": (
+        {"report_to": "trackio", "trackio_space_id": "me/space"},
+        reported("me/space", "init", "space_id"),
+    ),
+    "trackio_bucket_id": (
+        {"report_to": "trackio", "trackio_bucket_id": "me/bucket"},
+        reported("me/bucket", "init", "bucket_id"),
+    ),
+    "trackio_static_space_id": (
+        {"report_to": "trackio", "trackio_static_space_id": "me/static"},
+        reported("me/static", "freeze", "new_space_id"),
+    ),
     "eval_strategy": ("epoch", lambda r, p: r.evaluations == [3]),
     "eval_steps": ({"eval_strategy": "steps", "eval_steps": 2}, lambda r, p: r.evaluations == [2, 3]),
     "eval_delay": ({**STEPS, "eval_delay": 2}, lambda r, p: r.evaluations == [2, 3]),
@@ -168,7 +209,13 @@ CASES = {
     ),
     "save_strategy": ({"save_strategy": "epoch"}, lambda r, p: r.checkpoints == [3]),
     "save_steps": ({**SAVES, "save_steps": 2}, lambda r, p: r.checkpoints == [2, 3]),
-    "save_on_each_node": (True, lambda r, p: r.args.should_save),
+    "save_on_each_node": (
+        True,
+        lambda r, p: (
+            on_second_node(r.args, lambda args: args.should_save) == [True, False]
+            and on_second_node(p.args, lambda args: args.should_save) == [False, False]
+        ),
+    ),
     "save_total_limit": ({**SAVES, "save_total_limit": 1}, lambda r, p: r.checkpoints == [3]),
     "load_best_model_at_end": (
         {**STEPS, **SAVES, "load_best_model_at_end": True},
@@ -198,7 +245,7 @@ CASES = {
         lambda r, p: len(r.loader) == 4 and len(r.trainer.get_eval_dataloader()) == 2,
     ),
     "dataloader_num_workers": (1, lambda r, p: r.loader.num_workers == 1),
-    "dataloader_pin_memory": (True, lambda r, p: r.loader.pin_memory is False),
+    "dataloader_pin_memory": (True, lambda r, p: r.loader.pin_memory is False and pins_on_a_gpu(r)),
     "dataloader_persistent_workers": (
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, **STEPS},
         lambda r, p: r.loader.persistent_workers,
@@ -272,9 +319,23 @@ def untouched():
     os.environ.update(environment)
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """`STAND_IN` in the place of trackio."""
+    STAND_IN.reset_mock()
+    STAND_IN.trackio.__version__ = "1.0"
+    STAND_IN.trackio.context_vars.current_space_id.get.return_value = "me/space"
+    monkeypatch.setitem(sys.modules, "trackio", STAND_IN.trackio)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: True)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "kind"), [case for case in with_status("works") if case[0] in CASES])
-def test_a_flag_that_works(tmp_path, plain, tokenizer, untouched, name, kind):
+def test_a_flag_that_works(tmp_path, plain, tokenizer, untouched, stand_in, monkeypatch, name, kind):
+    if name in REPLACED:
+        function = REPLACED[name].split(".")[1]
+        monkeypatch.setattr(f"transformers.{REPLACED[name]}", getattr(STAND_IN, function))
+        monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
     given, holds = CASES[name]
     if not isinstance(given, dict) or name == "gradient_checkpointing_kwargs":
         given = {name: given}
@@ -340,6 +401,13 @@ def test_the_log_level_is_that_of_our_lines_too(tmp_path, untouched):
     for level, expected in (("error", logging.ERROR), ("debug", logging.DEBUG), ("passive", logging.INFO)):
         set_up_logging(make_arguments("pretraining", tmp_path, log_level=level))
         assert logger.level == expected
+    replica = make_arguments("pretraining", tmp_path, log_level="info", log_level_replica="error")
+    with patch.object(PretrainingArguments, "process_index", 1):
+        set_up_logging(replica)
+        assert logger.level == logging.ERROR
+    datasets.enable_progress_bars()
+    set_up_logging(replica)
+    assert logger.level == logging.INFO
 
 
 def test_fine_tuning_compiles(tmp_path, plain, tokenizer, untouched):

@@ -220,5 +220,9 @@ def to_markdown() -> str:
     return PAGE.format(plain=", ".join(f"`{name}`" for name in WORKING.split()), rows="\n".join(rows))
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(to_markdown(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,8 @@ from tjepa import cli, run_pretraining
 from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.command_line import CONFIGS
 from tjepa.corpus.documents import DataArguments
-from tjepa.training.arguments import TRAINED_ENCODER_LR
+from tjepa.training.arguments import TRAINED_ENCODER_LR, TRAINED_ENCODER_MOVES
+from tjepa.training.ema import EMACallback
 
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -144,6 +145,12 @@ def test_a_mistake_is_one_line(arguments, message, folder, monkeypatch, capsys):
         adapt(monkeypatch, *arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and error.startswith("tjepa adapt: error: ") and message in error
+
+
+@pytest.mark.parametrize("num_steps", [20, 1000])
+def test_a_third_of_the_encoder_stays_as_it_was_in_a_run_of_any_length(num_steps):
+    momentum = EMACallback(1.0 - TRAINED_ENCODER_MOVES / num_steps, 1.0)
+    assert momentum.share_of_start(num_steps) == pytest.approx(0.36, abs=0.02)
 
 
 # ---- the command line ----

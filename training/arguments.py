@@ -19,7 +19,11 @@ TRAINED_ENCODER_LR = 3e-5
 HEAD_RATE_MULTIPLE = 30.0
 HEADS_FIRST_RATIO = 0.1
 RATES = ("learning_rate", "head_learning_rate", "start_lr", "final_lr", "heads_first_ratio", "ema_momentum")
-MOVES = 10.0  # 1 - MOVES / steps is the momentum at which a target encoder forgets where it started, in any run
+# 1 - MOVES / steps, rising to 1, is the momentum with which exp(-MOVES / 2) of a target encoder is what it started as,
+# in a run of any length. With 10 it has forgotten that. Beside a trained encoder it keeps a third, with 2: weights
+# between two encoders keep more of what the first one knew than those of the second one do.
+MOVES = 10.0
+TRAINED_ENCODER_MOVES = 2.0
 
 
 @dataclass
@@ -62,7 +66,7 @@ class PretrainingArguments(TrainingArguments):
     ema_momentum: float | None = HfArg(
         default=None,
         help="Momentum of the target encoder at the start; 1 freezes it. Default: 0.996; for a trained encoder "
-        "of another architecture 1 - 10 / steps, with which it moves in a run of any length.",
+        "of another architecture 1 - 2 / steps, with which a third of it stays as it was.",
     )
     final_ema_momentum: float = HfArg(default=1.0, help="Momentum of the target encoder at the end.")
     ema_schedule: str = HfArg(default="linear", help="How the momentum gets there: linear or cosine.")

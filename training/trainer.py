@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStr
 
 from ..corpus.private import GradientNormHook, without_repeated_documents
 from ..modeling_tjepa import TJEPAForPreTraining
-from .arguments import MOVES, PretrainingArguments
+from .arguments import MOVES, TRAINED_ENCODER_MOVES, PretrainingArguments
 from .ema import EMACallback
 from .health import HealthMonitor
 from .resuming import ResumeStateCallback, ScheduleStart, saved_schedule_start
@@ -205,7 +205,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self.ema.first_step = self.weight_decay.first_step = start.first_step
         num_schedule_steps = num_training_steps - start.first_step
         if args.ema_momentum is None:
-            self.ema.momentum = max(0.0, 1.0 - MOVES / num_schedule_steps)
+            self.ema.momentum = max(0.0, 1.0 - TRAINED_ENCODER_MOVES / num_schedule_steps)
         self._warn_of_still_target(num_training_steps)
         self.lr_scheduler = self._given_scheduler or WarmupThenDecay(
             self.optimizer if optimizer is None else optimizer,

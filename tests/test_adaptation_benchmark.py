@@ -1,0 +1,60 @@
+"""benchmarks/adaptation.py on a tiny random encoder and generated words: it runs, and goes on where it was stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from helpers import WORDS, make_texts
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "adaptation.py"
+
+
+@pytest.fixture
+def adaptation(monkeypatch):
+    spec = importlib.util.spec_from_file_location("adaptation", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    columns = {"text": [text.replace(" ", "\n", 1) for text in make_texts(60)], "label": [0, 1] * 30}
+    documents = datasets.Dataset.from_dict(columns)
+    splits = datasets.DatasetDict(train=documents, validation=documents.select(range(20)))
+    monkeypatch.setattr(module, "load_quickstart_documents", lambda: splits)
+    return module
+
+
+def test_it_trains_judges_and_goes_on(adaptation, tmp_path, monkeypatch, capsys):
+    encoder, out = tmp_path / "bert", tmp_path / "out"
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(encoder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=20, max_position_embeddings=80, **sizes)).save_pretrained(encoder)
+    pairs = [{"sentence1": word, "sentence2": WORDS[i - 1], "score": i % 5} for i, word in enumerate(WORDS)]
+    (tmp_path / "sts.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = ["--encoder", encoder, "--output_dir", out, "--sts_file", tmp_path / "sts.jsonl", "--seconds", "0.2"]
+    options += ["--num_probe_texts", "40", "--recipe", "fast=--learning_rate 1e-2 --warmup_steps 0", "--seeds", "0"]
+
+    def run(*more) -> dict:
+        monkeypatch.setattr(sys, "argv", ["adaptation.py", *map(str, options), *more])
+        adaptation.main()
+        return json.loads((out / "result.json").read_text())["results"]
+
+    results = run("--only", "fast")
+    assert set(results) == {"untouched", "fast"}
+    fast, untouched = results["fast"][0], results["untouched"][0]
+    assert fast["steps"] >= 1 and fast["seconds"] > 0.0
+    assert set(fast) - {"steps", "seconds"} == set(untouched) == {*adaptation.MEASURES, "retrieval_error"}
+    assert fast["retrieval"] != untouched["retrieval"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"| fast | {fast['steps']} | {fast['retrieval']:.3f} |")
+    assert not [path for path in out.iterdir() if path.is_dir()], "weights are not kept"
+
+    monkeypatch.setattr(adaptation, "adapt", lambda *args: pytest.fail("it was run again"))
+    assert run("--only", "fast") == results
+    with pytest.raises(SystemExit, match=r"there is no recipe \['slow'\]"):
+        run("--only", "slow")

@@ -277,7 +277,7 @@ def test_a_target_that_hardly_moves_is_said(inputs, bert, tmp_path, monkeypatch,
         warned = re.search(r"hardly moves in 20 steps: (\d+)% .* say to (0\.\d+), or freeze it", caplog.text)
         assert (warned is not None) == (momentum == 0.9999)
         history = json.loads((tmp_path / str(momentum) / "trainer_state.json").read_text())["log_history"]
-        assert history[0]["ema_momentum"] == pytest.approx(0.5 if momentum is None else momentum)
+        assert history[0]["ema_momentum"] == pytest.approx(0.9 if momentum is None else momentum)
         if warned:
             assert warned.groups() == ("100", "0.5")
 

@@ -198,4 +198,5 @@ def test_the_help_is_short_and_true(arguments, monkeypatch, capsys):
     assert max(map(len, text.splitlines())) <= 120
     recipe = (CONFIGS / "adapt.yaml").read_text()
     assert "\nmax_length: 128\n" in recipe and "\nnum_train_epochs: 3\n" in recipe and "runs/adapted" in recipe
+    assert f"\nlearning_rate: {TRAINED_ENCODER_LR:.1e}\n".replace("e-0", "e-") in recipe
     assert f"{TRAINED_ENCODER_LR:g}".replace("e-0", "e-") in text

@@ -15,8 +15,8 @@ from .schedules import EXTENSIONS, LR_SCHEDULES
 
 
 # For an encoder that comes with trained weights; how they were found is in docs/any-encoder.md
-TRAINED_ENCODER_LR = 3e-5
-HEAD_RATE_MULTIPLE = 30.0
+TRAINED_ENCODER_LR = 1e-5
+HEAD_RATE_MULTIPLE = 100.0
 HEADS_FIRST_RATIO = 0.1
 RATES = ("learning_rate", "head_learning_rate", "start_lr", "final_lr", "heads_first_ratio", "ema_momentum")
 # 1 - MOVES / steps, rising to 1, is the momentum with which exp(-MOVES / 2) of a target encoder is what it started as,
@@ -36,12 +36,12 @@ class PretrainingArguments(TrainingArguments):
     do_eval: bool = HfArg(default=True, help="Whether to evaluate at the end.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Highest learning rate, after the warm-up. Default: 1e-3; 3e-5 for a trained encoder of another "
+        help="Highest learning rate, after the warm-up. Default: 1e-3; 1e-5 for a trained encoder of another "
         "architecture.",
     )
     head_learning_rate: float | None = HfArg(
         default=None,
-        help="Highest rate of the predictor and the heads. Default: the learning rate; 30 times as much beside "
+        help="Highest rate of the predictor and the heads. Default: the learning rate; 100 times as much beside "
         "a trained encoder of another architecture.",
     )
     heads_first_ratio: float | None = HfArg(

@@ -233,13 +233,13 @@ def test_rates_follow_what_starts_the_run(tmp_path):
         return args.learning_rate, args.head_learning_rate, args.heads_first_ratio, args.ema_momentum
 
     assert settled(False, False) == (1e-3, None, None, 0.996)
-    assert settled(True, True) == (3e-5, pytest.approx(9e-4), 0.1, None)
-    assert settled(True, False) == (3e-5, pytest.approx(9e-4), 0.0, None)
+    assert settled(True, True) == (1e-5, pytest.approx(1e-3), 0.1, None)
+    assert settled(True, False) == (1e-5, pytest.approx(1e-3), 0.0, None)
     given = {"learning_rate": 1e-4, "head_learning_rate": 2e-4, "heads_first_ratio": 0.2, "ema_momentum": 0.9}
     assert settled(True, True, **given) == tuple(given.values())
     args = PretrainingArguments(output_dir=str(tmp_path))
     args.settle_rates(True, True)
-    assert (args.start_lr, args.final_lr) == (pytest.approx(6e-6), pytest.approx(3e-8))
+    assert (args.start_lr, args.final_lr) == (pytest.approx(2e-6), pytest.approx(1e-8))
     args = PretrainingArguments(output_dir=str(tmp_path), start_lr=1e-4)
     with pytest.raises(ValueError, match="start_lr must be between 0 and the learning rate.*1e-04|0.0001 with"):
         args.settle_rates(True, True)

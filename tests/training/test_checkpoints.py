@@ -269,6 +269,17 @@ def test_marks_of_what_will_be_overwritten(tmp_path, caplog):
     assert find_damage(early) is not None
 
 
+@pytest.mark.parametrize(("strategy", "saved"), [("steps", [4]), ("no", [])])
+def test_the_last_step_before_the_decay_is_saved(tmp_path, strategy, saved):
+    args = PretrainingArguments(output_dir=str(tmp_path), save_strategy=strategy)
+    scheduler, found = SimpleNamespace(last_step_before_decay=4), []
+    for step in (3, 4, 5):
+        control = TrainerControl()
+        CheckpointCallback().on_step_end(args, TrainerState(global_step=step), control, lr_scheduler=scheduler)
+        found += [step] * control.should_save
+    assert found == saved
+
+
 def test_an_evaluation_leaves_the_mark(tmp_path):
     """At the end of an epoch, after the checkpoint of its last step."""
     args = PretrainingArguments(output_dir=str(tmp_path))

@@ -58,7 +58,8 @@ SUBJECTS = {
     ),
     "schedules": (
         "training/schedules.py",
-        "tests/training/test_trainer.py -k 'rates or said or golden or groups or schedule'",
+        "tests/training/test_trainer.py tests/training/test_other_encoders.py "
+        "-k 'rates or said or golden or groups or schedule or heads'",
         "tests/training/test_trainer.py tests/training/test_extending.py tests/training/test_loading.py",
     ),
     "checkpoints": (

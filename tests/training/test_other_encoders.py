@@ -193,6 +193,7 @@ def test_a_frozen_teacher_is_not_what_is_exported(inputs, bert, tmp_path, monkey
         ("bert", {"config_overrides": "target_layers=4"}, "target_layers must be between 1 and .* got 4"),
         ("bert", {"config_overrides": "hidden_size=64"}, "hidden_size belong to the bert encoder"),
         ("deberta", {"encoder_input": "packed"}, "DebertaModel cannot be fed packed rows"),
+        ("bert", {"torch_compile": True}, "--torch_compile would compile a bert encoder anew for every batch"),
         ("bert", {"learning_rate": "-1e-3"}, "learning_rate must be above 0"),
         ("bert", {"heads_first_ratio": "1.0"}, "heads_first_ratio must be in"),
         ("bert", {"export_encoder": "both"}, "--export_encoder must be target or context, got 'both'"),

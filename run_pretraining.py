@@ -170,8 +170,8 @@ def main():
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
     if config.encoder is not None and training_args.torch_compile:
         raise ValueError(
-            f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups of "
-            "equal views differ. Leave it out: it is for our own architecture."
+            f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
+            "of equal views differ. Leave it out: it is for our own architecture."
         )
     if model_args.encoder_input is not None:
         config.encoder_input = model_args.encoder_input

@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import label_ranking_average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
 
+from tjepa.downstream import before_after
 from tjepa.downstream.before_after import (
     MAX_TEXTS,
     MIN_TEXTS,
@@ -23,6 +24,7 @@ from tjepa.downstream.before_after import (
     read_labelled_texts,
     reciprocal_ranks,
 )
+from tjepa.downstream.probe import ProbeResult
 
 
 def some_texts(num: int) -> list[str]:
@@ -140,6 +142,22 @@ def test_the_probe_finds_what_became_separable(tmp_path):
     figures = comparison.report(Embedded(empty, empty, noise), Embedded(empty, empty, separable))
     assert figures["probe_after"] > 0.95 and figures["probe_before"] == pytest.approx(0.5, abs=0.15)
     assert figures["lines"][1].startswith("Probe for the labels: better. ") and "100 texts" in figures["lines"][1]
+
+
+def test_the_probe_is_judged_on_texts_that_it_did_not_see(tmp_path, monkeypatch):
+    path = write_labelled(
+        tmp_path / "labelled.jsonl", [(text, index % 2) for index, text in enumerate(some_texts(60))]
+    )
+    parts = []
+
+    def probe(train, train_labels, validation, validation_labels, test, test_labels):
+        parts.extend(part[:, 0].tolist() for part in (train, validation, test))
+        return ProbeResult(0.5, 1.0, 0.5)
+
+    monkeypatch.setattr(before_after, "linear_probe", probe)
+    assert BeforeAfter([], path).probe(torch.arange(60)[:, None]) == (0.5, 30)
+    assert [len(part) for part in parts] == [27, 3, 30]
+    assert sorted(sum(parts, [])) == list(range(60))
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,8 @@ def data_url(inputs):
 
 
 def test_a_key_in_a_url_stays_there(inputs, data_url, monkeypatch, caplog, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the server is on this machine
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     run(monkeypatch, arguments(inputs, inputs / "out", max_steps=1, train_file=data_url))
     prepared = prepare_dataset.PreparationArguments(
         train_file=data_url,

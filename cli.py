@@ -34,7 +34,7 @@ COMMANDS = {  # subcommand -> (module, what it does)
 
 ADAPT_USAGE = """usage: tjepa adapt ENCODER [FILE.yaml] --train_file FILE --output_dir FOLDER [--name value ...]
 
-Continue the pretraining of a text encoder on your own texts, without destroying what it knows. ENCODER is a folder
+Continue the pretraining of a text encoder on your own texts, at a rate that changes it little. ENCODER is a folder
 or a name on the Hub: BERT, RoBERTa, ModernBERT, ..., or a model of sentence-transformers. The output folder is of
 the same kind. At the end stands what it did to the encoder, judged on texts that were held out.
 

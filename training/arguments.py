@@ -140,7 +140,7 @@ class PretrainingArguments(TrainingArguments):
 
     def settle_rates(self, goes_on: bool = False, new_heads: bool = False) -> None:
         """
-        Fills in what was left out of the rates: the reference's, or those that do not destroy a trained encoder
+        Fills in what was left out of the rates: the reference's, or those that change a trained encoder little
         (docs/any-encoder.md). Of the latter `ema_momentum` stays `None` until the number of steps is known.
 
         Args:

@@ -31,6 +31,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tjepa import cli, run_pretraining
+from tjepa.corpus.documents import draw
 from tjepa.corpus.quickstart import load_quickstart_documents
 from tjepa.downstream.before_after import halves, reciprocal_ranks
 from tjepa.downstream.embedding import embed_texts
@@ -148,8 +149,7 @@ class Judge:
         self.pairs = []
         if args.sts_file is not None:
             self.pairs = [json.loads(line) for line in args.sts_file.read_text(encoding="utf-8").splitlines()]
-            drawn = np.random.default_rng(0).permutation(len(self.pairs))[: args.num_pairs]
-            self.pairs = [self.pairs[index] for index in np.sort(drawn)]
+            self.pairs = [self.pairs[index] for index in np.flatnonzero(draw(len(self.pairs), args.num_pairs))]
         self.tokenizer = AutoTokenizer.from_pretrained(args.encoder)
 
     def __call__(self, folder: str | Path) -> dict[str, float]:

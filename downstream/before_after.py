@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
+from ..corpus.documents import draw
 from ..corpus.faults import find_fault
 from ..corpus.files import load_table
 from .embedding import embed_texts
@@ -150,8 +151,7 @@ class BeforeAfter:
 
     def __init__(self, texts: Iterable[str | None], probe_file: str | None = None):
         usable = [text for text in dict.fromkeys(texts) if find_fault(text) is None and len(text.strip()) >= MIN_CHARS]
-        drawn = np.sort(np.random.default_rng(0).permutation(len(usable))[:MAX_TEXTS])
-        self.pairs = [halves(usable[index]) for index in drawn]
+        self.pairs = [halves(usable[index]) for index in np.flatnonzero(draw(len(usable), MAX_TEXTS))]
         self.labelled, self.labels = ([], None) if probe_file is None else read_labelled_texts(probe_file)
 
     def embed(self, encoder: torch.nn.Module, tokenizer, max_length: int) -> Embedded | None:

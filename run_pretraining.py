@@ -324,13 +324,12 @@ def find_weights_to_evaluate(
     """
     if checkpoint is not None:
         return checkpoint
-    if training_args.resume_from_checkpoint is None:
-        for folder in (model_args.model_name_or_path, training_args.output_dir):
-            # of another architecture the folder's root is the encoder alone
-            if folder is not None and (Path(folder) / PRETRAINING_FOLDER / "config.json").is_file():
-                return str(Path(folder) / PRETRAINING_FOLDER)
-            if folder is not None and (folder != training_args.output_dir or (Path(folder) / "config.json").is_file()):
-                return folder
+    name = model_args.model_name_or_path
+    folder = Path(name or training_args.output_dir)
+    if training_args.resume_from_checkpoint is None and (name is not None or (folder / "config.json").is_file()):
+        # the root of another architecture's folder is the encoder alone
+        pretraining = folder / PRETRAINING_FOLDER
+        return str(pretraining) if (pretraining / "config.json").is_file() else name or training_args.output_dir
     raise FileNotFoundError(
         f"--do_train False evaluates a trained model, and {training_args.output_dir} holds none. Name one with "
         "--model_name_or_path, a checkpoint with --resume_from_checkpoint, or the --output_dir of a run."

@@ -5,6 +5,7 @@ The predictor is built from the same layers as the encoder, so it gets a configu
 """
 
 import copy
+import math
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -28,10 +29,17 @@ ENCODER_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attentio
 DERIVED_SIZES = {
     "intermediate_size": lambda config: 4 * config.hidden_size,
     # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.
-    "rotary_dim": lambda config: min(32, config.hidden_size // max(1, config.num_attention_heads)),
+    "rotary_dim": lambda config: (
+        min(32, config.hidden_size // max(1, config.num_attention_heads)) if config.encoder is None else 32
+    ),
     "predictor_hidden_size": lambda config: config.hidden_size,
     "predictor_num_hidden_layers": lambda config: config.num_hidden_layers,
-    "predictor_num_attention_heads": lambda config: config.num_attention_heads,
+    # Heads of another encoder need not divide its width (umT5): so many of them that they do.
+    "predictor_num_attention_heads": lambda config: (
+        config.num_attention_heads
+        if config.encoder is None
+        else math.gcd(config.predictor_hidden_size, config.num_attention_heads)
+    ),
     "predictor_intermediate_size": lambda config: 4 * config.predictor_hidden_size,
     "predictor_rotary_dim": lambda config: min(
         config.rotary_dim, config.predictor_hidden_size // max(1, config.predictor_num_attention_heads)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForTextEncoding
+from transformers import AutoModel, AutoModelForTextEncoding, UMT5Config
 
 from encoder_families import (
     COUNTS_FROM_PADDING,
@@ -348,3 +348,5 @@ def test_config_takes_its_sizes_from_the_encoder():
     with pytest.raises(StrictDataclassError, match="target_layers must be between 1 and num_hidden_layers .3., got 4"):
         TJEPAConfig(encoder=encoder, target_layers=4)
     assert TJEPAConfig().encoder is None
+    odd = UMT5Config(d_model=32, d_kv=8, num_heads=6)  # as umT5's small one: heads that do not divide the width
+    assert TJEPAConfig(encoder=odd).predictor_num_attention_heads == 2

@@ -267,7 +267,8 @@ def fit_to_tokenizer(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase, na
     config.special_token_ids = sorted({*prefix, *suffix})
     config.mask_token_id = tokenizer.mask_token_id
     if config.mask_token_id is None:
-        config.mask_token_id = tokenizer.unk_token_id or tokenizer.eos_token_id or 0
+        others = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+        config.mask_token_id = next(token_id for token_id in others if token_id is not None)
         logger.warning(
             "The tokenizer has no mask token: in hidden places stands "
             f"{tokenizer.convert_ids_to_tokens(config.mask_token_id)}, on which no state depends"

@@ -43,7 +43,8 @@ class BeforeAfterArguments:
     )
     probe_file: str | None = HfArg(
         default=None,
-        help="Of that report, which it asks for: a json, jsonl, csv, tsv or parquet file with columns text and label.",
+        help="Labelled texts for that report, which this turns on: a json, jsonl, csv, tsv or parquet file with the "
+        "columns text and label.",
     )
 
     def __post_init__(self):

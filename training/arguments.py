@@ -75,7 +75,7 @@ class PretrainingArguments(TrainingArguments):
     )
     export_encoder: str | None = HfArg(
         default=None,
-        help="Of an encoder of another architecture, which one the run's folder holds: target or context. "
+        help="Which encoder of another architecture the run's folder holds: target or context. "
         "Default: target, or context where the target is frozen.",
     )
     schedule_stretch: float = HfArg(

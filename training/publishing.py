@@ -101,7 +101,7 @@ class HubPublisher(TrainerCallback):
 
     def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        Of an encoder of another architecture also the modules of sentence-transformers and `pretraining/`.
+        For an encoder of another architecture with the modules of sentence-transformers and `pretraining/`.
 
         Raises:
             RuntimeError: if the upload failed; the folder is whole all the same.

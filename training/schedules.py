@@ -64,7 +64,7 @@ class WarmupThenDecay(LRScheduler):
     """
 
     SETTINGS = ("learning_rate", "start_lr", "final_lr", "kind", "num_training_steps", "num_warmup_steps")
-    SETTINGS += ("num_decay_steps", "schedule_stretch", "first_step")
+    SETTINGS += ("num_decay_steps", "schedule_stretch", "first_step", "num_heads_first_steps")
 
     def __init__(
         self,

@@ -224,7 +224,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         return self.lr_scheduler
 
     def _warn_of_still_target(self, max_steps: int) -> None:
-        """Of a target encoder that moves, but hardly: labels, and what is exported, are then the encoder of before."""
+        """Warns of a target encoder that hardly moves, whose labels are those of the encoder at the start."""
         num_steps, share = max_steps - self.ema.first_step, self.ema.share_of_start(max_steps)
         if num_steps >= MIN_STEPS_TO_JUDGE and MAX_SHARE_OF_START < share < 1.0:
             logger.warning(

@@ -251,7 +251,7 @@ def train_and_judge(recipe: Recipe, seed: int, documents, tokenizer, tasks, args
 
 
 def judge(encoder: PreTrainedModel, tokenizer, tasks: list[ProbeTask], max_length: int) -> dict[str, float]:
-    """The figures of `probing_tjepa`, the centred RankMe of the texts' vectors over their width, and the score."""
+    """The figures of `probe_tasks`, the centred RankMe of the texts' vectors over their width, and the score."""
     figures, sums = {}, 0
     for task in tasks:
         embedded = embed_task(encoder, tokenizer, task, max_length)

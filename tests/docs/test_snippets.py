@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
+from encoder_folders import make_folder
 from snippets import Snippet, commands, docstring_snippets, markdown_snippets, run_python, script_and_flags
-from test_other_encoders import make_folder
 
 from helpers import REPOSITORY, arguments, make_dataset, make_texts, run
 from hub_server import serve_hub

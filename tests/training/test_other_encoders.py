@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_folders import make_folder, make_tokenizer
 from safetensors.torch import load_file
 from test_distributed import SCRIPT, accelerate_launch, assert_same_run
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer
 
 from encoder_families import make_encoder
-from helpers import WORDS, arguments, run, run_elsewhere
+from helpers import arguments, run, run_elsewhere
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.ema import EMACallback
@@ -22,39 +22,6 @@ from tjepa.training.schedules import WarmupThenDecay, split_heads
 
 
 PREDICTOR = "predictor_type=boundary,token_prediction_weight=1.0,denoising_weight=0.3"
-MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-]
-POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
-
-
-def make_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
-    """Words, between [CLS] and [SEP]."""
-    names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    special |= {"mask_token": "[MASK]", **special_tokens}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=64, **{name: token for name, token in special.items() if token}
-    )
-
-
-def make_folder(folder: Path, model_type: str = "bert", **special_tokens) -> Path:
-    """A stock folder, as sentence-transformers has it."""
-    make_encoder(model_type).save_pretrained(folder)
-    make_tokenizer(**special_tokens).save_pretrained(folder)
-    (folder / "modules.json").write_text(json.dumps(MODULES))
-    (folder / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": false}')
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(POOLING))
-    return folder
 
 
 def options(inputs: Path, output_dir: Path, encoder: Path | None, **overrides) -> list[str]:

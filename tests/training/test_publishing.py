@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from encoder_folders import make_folder
 from huggingface_hub import ModelCard
 from pyarrow import parquet
 from safetensors.torch import load
-from test_other_encoders import make_folder
 
 from helpers import REPOSITORY, TINY, make_texts
 from hub_server import card_errors, serve_hub

@@ -5,8 +5,9 @@ regularised probe on the raw features never uses; without whitening an untrained
 The statistics come from the probe's training part alone, the strength from its validation part, the verdict from its
 test part. Everything after the encoder is scikit-learn's, on the CPU in float64: small and deterministic.
 
-Top to bottom: whitening, the probe, neighbours, and on these the tasks: `probe_tasks` for an encoder and
-`probe_tasks_with_tfidf` for the baseline give the same keys. Texts and words become vectors in embedding.py.
+Top to bottom: the probe, neighbours, and on these the tasks: `probe_tasks` for an encoder and
+`probe_tasks_with_tfidf` for the baseline give the same keys. Texts and words become vectors in embedding.py, and are
+whitened in whitening.py.
 """
 
 import warnings
@@ -17,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from scipy.stats import ConstantInputWarning, spearmanr
-from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import paired_cosine_distances
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .embedding import embed_texts, embed_words
 from .labels import IGNORED
+from .whitening import as_array, fit_whitening
 
 
 # C, the inverse of the penalty, in half decades. From strong to weak, so that each fit starts near its optimum.
@@ -38,29 +39,6 @@ class ProbeResult(NamedTuple):
     accuracy: float  # on the test part
     strength: float  # C of a softmax regression, chosen on the validation part
     validation_accuracy: float  # at that strength: the maximum of a search, so a little optimistic
-
-
-def fit_whitening(train_features: Tensor) -> PCA:
-    """
-    Centring and PCA whitening: `transform` gives the training features mean 0 and covariance I.
-
-    Args:
-        train_features: floating `[num_texts, hidden_size]`.
-
-    Returns:
-        A fitted `PCA`, whose `transform` takes `[num_texts, hidden_size]` to float64 `[num_texts, rank]`. Directions
-        whose variance is float32 rounding are dropped, but for the first.
-    """
-    features = as_array(train_features)
-    spectrum = PCA(svd_solver="covariance_eigh").fit(features).explained_variance_
-    # Features were computed in float32, so their rounding is relative to their size, the mean included.
-    rounding = features.shape[1] * np.finfo(np.float32).eps
-    rank = (spectrum > rounding**2 * (spectrum.max() + np.square(features.mean(0)).max())).sum()
-    return PCA(int(max(1, rank)), whiten=True, svd_solver="covariance_eigh").fit(features)
-
-
-def as_array(features: Tensor) -> np.ndarray:
-    return features.double().cpu().numpy()
 
 
 def best_logistic_regression(

@@ -1,0 +1,116 @@
+"""Whitening of embeddings, without which the cosine of two texts says little: all vectors point much the same way.
+
+Trained encoders keep much of what they know in directions of small variance. Whitening (Su et al., arXiv 2103.15316)
+takes the mean away and gives every direction the variance 1, with the statistics of texts that need no labels.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from ..corpus.faults import find_fault
+from .embedding import embed_texts
+
+
+VECTORS_PER_DIMENSION = 10  # that a covariance is estimated from; more change the similarities little
+MIN_VECTORS = 2000
+MIN_SENTENCE_CHARS = 10
+
+
+class Whitening(NamedTuple):
+    """
+    What a linear layer does to embeddings: `weight` float32 `[num_dimensions, hidden_size]`, of the directions of
+    largest variance first, and `bias` float32 `[num_dimensions]`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """`[num_texts, hidden_size]` to `[num_texts, num_dimensions]`."""
+        return torch.nn.functional.linear(embeddings, self.weight, self.bias)
+
+    @classmethod
+    def fit(cls, embeddings: Tensor, num_dimensions: int | None = None) -> "Whitening":
+        """
+        Args:
+            embeddings: floating `[num_texts, hidden_size]`, whose mean becomes 0 and whose covariance I.
+            num_dimensions: how many directions are kept. Default: all that are more than float32 rounding.
+
+        Raises:
+            ValueError: for fewer texts than dimensions, or for more dimensions than there are.
+        """
+        num_texts, hidden_size = embeddings.shape
+        if num_dimensions is not None and not 1 <= num_dimensions <= hidden_size:
+            raise ValueError(f"Embeddings have {hidden_size} dimensions; whitening cannot keep {num_dimensions}.")
+        if num_texts <= (num_dimensions or hidden_size):
+            raise ValueError(
+                f"{num_texts} texts are too few to whiten {num_dimensions or hidden_size} dimensions with: it takes "
+                f"more texts than dimensions, and is good with {VECTORS_PER_DIMENSION} for each."
+            )
+        whitening = fit_whitening(embeddings)
+        scale = np.sqrt(whitening.explained_variance_[:num_dimensions])
+        weight = whitening.components_[:num_dimensions] / scale[:, None]
+        return cls(torch.from_numpy(weight).float(), torch.from_numpy(-weight @ whitening.mean_).float())
+
+
+def fit_whitening(train_features: Tensor) -> PCA:
+    """
+    Centring and PCA whitening: `transform` gives the training features mean 0 and covariance I.
+
+    Args:
+        train_features: floating `[num_texts, hidden_size]`.
+
+    Returns:
+        A fitted `PCA`, whose `transform` takes `[num_texts, hidden_size]` to float64 `[num_texts, rank]`. Directions
+        whose variance is float32 rounding are dropped, but for the first.
+    """
+    features = as_array(train_features)
+    spectrum = PCA(svd_solver="covariance_eigh").fit(features).explained_variance_
+    # Features were computed in float32, so their rounding is relative to their size, the mean included.
+    rounding = features.shape[1] * np.finfo(np.float32).eps
+    rank = (spectrum > rounding**2 * (spectrum.max() + np.square(features.mean(0)).max())).sum()
+    return PCA(int(max(1, rank)), whiten=True, svd_solver="covariance_eigh").fit(features)
+
+
+def as_array(features: Tensor) -> np.ndarray:
+    return features.double().cpu().numpy()
+
+
+def fit_text_whitening(
+    model: torch.nn.Module, tokenizer, texts: Iterable[str | None], max_length: int, num_dimensions: int | None = None
+) -> Whitening:
+    """
+    The whitening of an encoder's embeddings, fitted on texts such as it will read. Of each text it reads the whole and
+    one sentence, because long and short texts differ in their statistics, and queries are short.
+
+    Args:
+        model, tokenizer, max_length: as in `embed_texts`.
+        texts: only as many are read as the statistics need; those that cannot be used are passed over.
+        num_dimensions: as in `Whitening.fit`.
+
+    Raises:
+        ValueError: for too few texts.
+    """
+    wanted = max(MIN_VECTORS, VECTORS_PER_DIMENSION * model.config.hidden_size)
+    rng, chosen = np.random.default_rng(0), []
+    for text in texts:
+        if find_fault(text) is None:
+            parts = sentences(text)
+            chosen += {text: None, parts[rng.integers(len(parts))]: None}  # one where the text is a sentence
+        if len(chosen) >= wanted:
+            break
+    if not chosen:
+        raise ValueError("There is no text to fit a whitening on.")
+    return Whitening.fit(embed_texts(model, tokenizer, chosen, max_length), num_dimensions)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text, but for very short ones; the text itself where it has none."""
+    parts = [part.strip() for part in re.split(r"(?<=[.!?:])\s+|\n+", text)]
+    return [part for part in parts if len(part) >= MIN_SENTENCE_CHARS] or [text]

@@ -34,7 +34,13 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrai
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.documents import DataArguments, load_documents
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, load_masking_strategies, ragged_arange
-from tjepa.downstream.probe import ProbeTask, embed_task, probe_embedded_task, probe_tasks_with_tfidf
+from tjepa.downstream.probe import (
+    ProbeTask,
+    embed_task,
+    groups_of_rows,
+    probe_embedded_task,
+    probe_tasks_with_tfidf,
+)
 from tjepa.downstream.run_probing import load_tasks
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.ema import EMACallback
@@ -48,6 +54,9 @@ SCORED_MEASURES = {  # of each kind of task the one that counts for the score, t
     "classification": ("linear_probe",),
     "similarity": ("spearman_whitened", "spearman"),
     "tagging": ("linear_probe",),
+    "pair order": ("linear_probe",),
+    "position": ("linear_probe",),
+    "retrieval": ("mrr",),
 }
 
 
@@ -272,21 +281,25 @@ def scored_measure(figures: dict[str, float], task: ProbeTask) -> str:
 
 
 def for_validation(task: ProbeTask) -> ProbeTask:
-    """A task whose test part is a fifth of the training part; of similarity, a third of the pairs."""
-    if task.kind == "similarity":
-        return part_of_pairs(task, for_validation=True)
-    columns = task.splits["train"]
-    num_rows = len(next(iter(columns.values())))
-    order = np.random.default_rng(0).permutation(num_rows)
-    parts = {"test": order[: num_rows // 5], "train": order[num_rows // 5 :]}
-    splits = {name: take_rows(columns, rows) for name, rows in parts.items()}
+    """
+    A task whose test part is a fifth of the training part (rows that answer each other stay together); where there is
+    none, a third of the test part.
+    """
+    if "train" not in task.splits:
+        return part_of_test(task, for_validation=True)
+    columns, groups = task.splits["train"], np.array(groups_of_rows(task, "train"))
+    order = np.random.default_rng(0).permutation(groups.max() + 1)
+    is_test = np.isin(groups, order[: len(order) // 5])
+    splits = {
+        name: take_rows(columns, np.flatnonzero(rows)) for name, rows in (("test", is_test), ("train", ~is_test))
+    }
     return ProbeTask(task.name, task.kind, {**task.splits, **splits})
 
 
-def part_of_pairs(task: ProbeTask, for_validation: bool) -> ProbeTask:
-    """A random third of the pairs for validation, the others for the test."""
+def part_of_test(task: ProbeTask, for_validation: bool) -> ProbeTask:
+    """Of a task that trains nothing, a random third of the rows for validation, the others for the test."""
     columns = task.splits["test"]
-    order = np.random.default_rng(0).permutation(len(columns["score"]))
+    order = np.random.default_rng(0).permutation(len(next(iter(columns.values()))))
     rows = order[: len(order) // 3] if for_validation else order[len(order) // 3 :]
     return ProbeTask(task.name, task.kind, {"test": take_rows(columns, rows)})
 
@@ -394,7 +407,7 @@ def main():
     if args.judge_on == "validation":
         tasks = [for_validation(task) for task in tasks]
     else:
-        tasks = [part_of_pairs(t, for_validation=False) if t.kind == "similarity" else t for t in tasks]
+        tasks = [t if "train" in t.splits else part_of_test(t, for_validation=False) for t in tasks]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     judging = {

@@ -6,8 +6,9 @@ The statistics come from the probe's training part alone, the strength from its 
 test part. Everything after the encoder is scikit-learn's, on the CPU in float64: small and deterministic.
 
 Top to bottom: the probe, neighbours, and on these the tasks: `probe_tasks` for an encoder and
-`probe_tasks_with_tfidf` for the baseline give the same keys. Texts and words become vectors in embedding.py, and are
-whitened in whitening.py.
+`probe_tasks_with_tfidf` for the baseline give the same keys; `EmbeddingLayer` is a baseline that is probed like an
+encoder. Texts and words become vectors in embedding.py, and are whitened in whitening.py; structure_tasks.py knows the
+tasks on the order of sentences.
 """
 
 import warnings
@@ -23,9 +24,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import paired_cosine_distances
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from .embedding import embed_texts, embed_words
 from .labels import IGNORED
+from .structure_tasks import (
+    COMBINED,
+    MINIMAL_PAIRS,
+    RETRIEVAL,
+    combine,
+    next_segment_figures,
+    number_equal_sets,
+    rows_of_sentences,
+)
 from .whitening import as_array, fit_whitening
 
 
@@ -163,11 +175,15 @@ class ProbeTask:
         splits: `"train"` and `"test"`, and where the data set has one `"validation"`, each with the columns
             `classification`: `text` (`list[str]`) and `label` (`list[int]`, from 0 up);
             `similarity`, only `"test"`: `sentence1`, `sentence2` (`list[str]`) and `score` (`list[float]`);
-            `tagging`: `tokens` (`list[list[str]]`) and `tags` (`list[list[int]]`, from 0 up; -100: not judged).
+            `tagging`: `tokens` (`list[list[str]]`) and `tags` (`list[list[int]]`, from 0 up; -100: not judged);
+            `pair order`: `sentence1`, `sentence2` (`list[str]`) and `label` (`list[int]`, from 0 up);
+            `position`: `sentences` (`list[list[str]]`) and `label` (`list[int]`, from 0 up);
+            `retrieval`, `"test"` and perhaps `"train"`: `title` (`list[str]`), the book of each row, and `segments`
+            (`list[list[str]]`, two or more that follow each other).
     """
 
     name: str
-    kind: Literal["classification", "similarity", "tagging"]
+    kind: Literal["classification", "similarity", "tagging", "pair order", "position", "retrieval", "minimal pairs"]
     splits: dict[str, dict[str, list]]
 
 
@@ -177,7 +193,22 @@ Part = tuple[Any, Any]  # inputs and labels, a row each
 class LabelledFeatures(NamedTuple):
     features: Tensor  # float32 [num_rows, hidden_size], a row for each text or word
     labels: Tensor  # int64 [num_rows]
-    groups: Tensor  # int64 [num_rows]: the text or sentence that a row comes from
+    groups: Tensor  # int64 [num_rows]: rows that are held out together: of one sentence, of the same sentences, a book
+
+
+class EmbeddingLayer(torch.nn.Module):
+    """
+    What an encoder knows before its first layer: called like an encoder, it gives the token embeddings alone. Their
+    mean is a bag of words, so what an encoder knows of order is what it has beyond this.
+    """
+
+    def __init__(self, encoder: PreTrainedModel):
+        super().__init__()
+        self.config = encoder.config
+        self.embedding = encoder.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, **kwargs) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
 
 
 def probe_tasks(
@@ -199,8 +230,9 @@ def embed_task(
     add_special_tokens: bool | None = None,
 ) -> dict[str, LabelledFeatures]:
     """
-    The task's splits as features and labels, every text embedded once. For similarity the two sentences of a pair
-    are two rows, one after the other, whose label is 0. Other arguments as in `embed_texts`.
+    The task's splits as features and labels, every text embedded once. Of several texts in a row (the sentences of a
+    pair, the segments of a passage) each is a row here, one after the other. Labels of similarity are 0, of retrieval
+    the number of the passage. Other arguments as in `embed_texts`.
     """
     options = (max_length, batch_size, add_special_tokens)
     embedded = {}
@@ -211,13 +243,38 @@ def embed_task(
             is_judged = labels != IGNORED
             embedded[split] = LabelledFeatures(features[is_judged], labels[is_judged], places[is_judged, 0])
             continue
-        texts, labels = columns.get("text"), columns.get("label")
-        if task.kind == "similarity":
-            texts = [text for pair in zip(columns["sentence1"], columns["sentence2"], strict=True) for text in pair]
-            labels = [0] * len(texts)
-        features = embed_texts(model, tokenizer, texts, *options)
-        embedded[split] = LabelledFeatures(features, torch.tensor(labels), torch.arange(len(features)))
+        texts, labels, groups = _texts_labels_groups(task, split)
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        features = embed_texts(model, tokenizer, list(numbers), *options)[[numbers[text] for text in texts]]
+        embedded[split] = LabelledFeatures(features, torch.tensor(labels), torch.tensor(groups))
     return embedded
+
+
+def groups_of_rows(task: ProbeTask, split: str) -> list[int]:
+    """
+    A number for each row of a split. Rows of pair order or position share it that hold the same sentences in whatever
+    order, because what one of them teaches answers the others: they are to be held out together.
+    """
+    if task.kind in COMBINED:
+        return number_equal_sets(rows_of_sentences(task.splits)[split])
+    return list(range(len(next(iter(task.splits[split].values())))))
+
+
+def _texts_labels_groups(task: ProbeTask, split: str) -> tuple[list[str], list[int], list[int]]:
+    """For each text of a split that is not for tagging, in order."""
+    columns, groups = task.splits[split], groups_of_rows(task, split)
+    if task.kind == "classification":
+        return columns["text"], columns["label"], groups
+    labels = columns.get("label") or [0] * len(groups)
+    if task.kind == RETRIEVAL:
+        rows, labels, groups = columns["segments"], groups, number_equal_sets([[title] for title in columns["title"]])
+    elif task.kind == "similarity":
+        rows = list(zip(columns["sentence1"], columns["sentence2"], strict=True))
+    else:
+        rows = rows_of_sentences(task.splits)[split]
+    row_of_text = [row for row, texts in enumerate(rows) for _ in texts]
+    texts = [text for row in rows for text in row]
+    return texts, [labels[row] for row in row_of_text], [groups[row] for row in row_of_text]
 
 
 def probe_embedded_task(
@@ -235,12 +292,34 @@ def probe_embedded_task(
     Returns:
         Means over seeds under `"{task}/{measure}"` and, with two seeds or more, their sample standard deviation under
         `"{task}/{measure}_std"`. The measures are `linear_probe` and `knn` (accuracy on the test part) for
-        classification, `linear_probe` (accuracy per word) for tagging, and those of `sts_spearman` for similarity.
+        classification, `linear_probe` (accuracy per word) for tagging, `linear_probe` (accuracy on combined vectors,
+        see `combine`) for pair order and position, those of `next_segment_figures` (of vectors whitened with the
+        training part, or where there is none with the test part) for retrieval, and of `sts_spearman` for similarity.
     """
     if task.kind == "similarity":
         features, scores = embedded["test"].features, task.splits["test"]["score"]
         figures = sts_spearman(features[0::2], features[1::2], torch.tensor(scores, dtype=torch.float64))
         return {f"{task.name}/{measure}": figure for measure, figure in figures.items()}
+    if task.kind == RETRIEVAL:
+        features, passages, books = embedded["test"]
+        whitening = fit_whitening(embedded.get("train", embedded["test"]).features)
+        figures = next_segment_figures(whitening.transform(as_array(features)), passages.numpy(), books.numpy())
+        return {f"{task.name}/{measure}": figure for measure, figure in figures.items()}
+    if task.kind in COMBINED:
+        parts = {}
+        for split, (features, labels, groups) in embedded.items():
+            size = len(features) // len(task.splits[split]["label"])  # sentences in a row
+            parts[split] = (features.unflatten(0, (-1, size)), labels[::size], groups[::size])
+
+        def judge_combined(*parts: Part) -> dict[str, float]:
+            whitening = fit_whitening(parts[0][0].flatten(0, 1))
+            combined = []
+            for features, labels in parts:
+                sentences = [whitening.transform(as_array(vectors)) for vectors in features.unbind(1)]
+                combined += [torch.from_numpy(combine(task.kind, sentences)), labels]
+            return {"linear_probe": linear_probe(*combined, whiten=False).accuracy}
+
+        return over_seeds(task, parts, seeds, judge_combined)
 
     def judge(train: Part, validation: Part, test: Part) -> dict[str, float]:
         figures = {"linear_probe": linear_probe(*train, *validation, *test).accuracy}
@@ -252,8 +331,9 @@ def probe_embedded_task(
 def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0, 1, 2)) -> dict[str, float]:
     """
     What `probe_embedded_task` returns, of all tasks, for a baseline that counts words: TF-IDF of words and pairs of
-    words (for tagging the word alone), with the same classifiers, splits, held-out tenths and strengths. Vectors as
-    sparse as these are not whitened: that would put all training texts at the same distance from each other.
+    words (for tagging, similarity and retrieval the word alone), combined alike, with the same classifiers, splits,
+    held-out tenths and strengths. Vectors as sparse as these are not whitened: that would put all training texts at
+    the same distance from each other. What needs a token head it cannot do.
     """
     results = {}
     for task in tasks:
@@ -264,21 +344,38 @@ def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0
             cosines = np.asarray(first.multiply(second).sum(axis=1)).ravel()  # of vectors of unit length
             results[f"{task.name}/spearman"] = spearman(cosines, columns["score"])
             continue
+        if task.kind == RETRIEVAL:
+            segments, passages, books = _texts_labels_groups(task, "test")
+            vectors = TfidfVectorizer(sublinear_tf=True).fit_transform(segments)
+            figures = next_segment_figures(vectors, np.array(passages), np.array(books))
+            results.update({f"{task.name}/{measure}": figure for measure, figure in figures.items()})
+            continue
+        if task.kind == MINIMAL_PAIRS:
+            continue
 
-        def judge(*parts: Part, is_tagging: bool = task.kind == "tagging") -> dict[str, float]:
+        def judge(*parts: Part, kind: str = task.kind) -> dict[str, float]:
             vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-            if is_tagging:
+            if kind == "tagging":
                 vectorizer = TfidfVectorizer(analyzer=lambda word: [word])
-            vectorizer.fit(parts[0][0])
-            train, validation, test = ((vectorizer.transform(texts), labels) for texts, labels in parts)
-            model = LogisticRegression(max_iter=1000)
-            figures = {"linear_probe": best_logistic_regression(model, train, validation, test, STRENGTHS).accuracy}
-            if not is_tagging:
+            vectorizer.fit(parts[0][0].ravel())
+
+            def transform(texts: np.ndarray) -> Any:
+                if kind in COMBINED:
+                    return combine(kind, [vectorizer.transform(column) for column in texts.T])
+                return vectorizer.transform(texts)
+
+            train, validation, test = ((transform(texts), labels) for texts, labels in parts)
+            # of several sentences there are so many features that each fit should start from the one before
+            model = LogisticRegression(max_iter=1000, warm_start=kind in COMBINED)
+            max_step = MAX_STRENGTH_STEP if kind in COMBINED else float("inf")
+            probe = best_logistic_regression(model, train, validation, test, STRENGTHS, max_step)
+            figures = {"linear_probe": probe.accuracy}
+            if kind == "classification":
                 voters = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(train[1])), metric="cosine")
                 figures["knn"] = voters.fit(*train).score(*test)
             return figures
 
-        parts = {split: _texts_and_labels(task, columns) for split, columns in task.splits.items()}
+        parts = {split: _texts_and_labels(task, split) for split in task.splits}
         results.update(over_seeds(task, parts, seeds, judge))
     return results
 
@@ -318,11 +415,14 @@ def mean_and_std(per_seed: Sequence[dict[str, float]]) -> dict[str, float]:
     return results
 
 
-def _texts_and_labels(task: ProbeTask, columns: dict[str, list]) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    if task.kind == "classification":
-        texts, labels, groups = columns["text"], columns["label"], range(len(columns["text"]))
-    else:
+def _texts_and_labels(task: ProbeTask, split: str) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """Texts or words `[num_rows]`, or sentences `[num_rows, sentences of each]`, with labels and groups."""
+    columns = task.splits[split]
+    if task.kind == "tagging":
         sentences = enumerate(zip(columns["tokens"], columns["tags"], strict=True))
         judged = [(word, tag, i) for i, row in sentences for word, tag in zip(*row, strict=True) if tag != IGNORED]
         texts, labels, groups = zip(*judged, strict=True)
+    else:
+        texts = columns["text"] if task.kind == "classification" else rows_of_sentences(task.splits)[split]
+        labels, groups = columns["label"], groups_of_rows(task, split)
     return np.array(texts, dtype=object), np.array(labels), torch.tensor(list(groups))

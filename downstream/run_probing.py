@@ -1,4 +1,4 @@
-"""Judges frozen encoders, any of transformers', beside two baselines: the untrained encoder, and TF-IDF.
+"""Judges frozen encoders, any of transformers', beside baselines: untrained, the embedding layer alone, and TF-IDF.
 
     tjepa probe --model_name_or_path runs/quickstart bert-base-uncased --data_dir eval \
         --output probing.json --plot probing.png
@@ -6,7 +6,8 @@
 
 Every encoder embeds every data set once. The protocol (mean pooling, whitening, logistic regression whose strength is
 chosen on a validation part) is in probe.py, and the same for every column of the table. What a data set is for
-is seen from its columns: text and label; sentence1, sentence2 and score; tokens and one that ends in _tags.
+is seen from its columns: text and label; sentence1, sentence2 and score or label; sentences and label; title and
+segments; paradigm, good and bad; tokens and one that ends in _tags.
 """
 
 import itertools
@@ -19,13 +20,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import evaluate
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
@@ -36,7 +37,15 @@ from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from .embedding import reads_special_tokens
 from .labels import IGNORED, flatten, is_finite_number
-from .probe import ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
+from .probe import (
+    EmbeddingLayer,
+    ProbeTask,
+    embed_task,
+    mean_and_std,
+    probe_embedded_task,
+    probe_tasks_with_tfidf,
+)
+from .structure_tasks import MINIMAL_PAIRS, PAIR_ORDER, POSITION, RETRIEVAL, mrr_of_a_guess
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +57,15 @@ MISSING_LABELS = (-1, "-1")  # what data sets write where a label is kept secret
 MAX_DEFAULT_LENGTH = 512  # tokens
 QUALITY_METRIC = Path(__file__).parent / "metrics" / "representation_quality"
 MAX_QUALITY_TEXTS = 4096  # uniformity takes all pairs
+NEEDED_COLUMNS = {  # of each kind of task, but for tagging, and which of them is the answer; the first that fits
+    "similarity": (("sentence1", "sentence2"), "score"),
+    "classification": (("text",), "label"),
+    PAIR_ORDER: (("sentence1", "sentence2"), "label"),
+    POSITION: (("sentences",), "label"),
+    RETRIEVAL: (("title", "segments"), None),
+    MINIMAL_PAIRS: (("paradigm", "good", "bad"), None),
+}
+TRAINED = ("classification", "tagging", PAIR_ORDER, POSITION)
 
 
 @dataclass(kw_only=True)
@@ -77,7 +95,7 @@ class ProbingArguments(HubArguments):
     batch_size: int = HfArg(default=64, help="Texts per forward.")
     num_seeds: int = HfArg(default=3, help="Probes, each with another tenth held out, and untrained encoders.")
     seed: int = HfArg(default=0, help="The first seed.")
-    max_samples: int = HfArg(default=10_000, help="Texts of a split that are used, drawn with the first seed.")
+    max_samples: int = HfArg(default=10_000, help="Rows of a split that are used, drawn with the first seed.")
     max_words: int = HfArg(default=10_000, help="The same for tagging, in words (whole sentences, so a few more).")
     output: str | None = HfArg(default=None, help="JSON file for the figures.")
     plot: str | None = HfArg(default=None, help="PNG file for a bar chart.")
@@ -180,11 +198,9 @@ def find_files(folder: str) -> dict[str, dict[str, Path]]:
 def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
     """One task, or for tagging one per column of tags; says which kind was seen and what was dropped."""
     columns = set.intersection(*(set(dataset.column_names) for dataset in splits.values()))
-    if {"sentence1", "sentence2", "score"} <= columns:
-        test = {"test": splits.get("test") or next(iter(splits.values()))}
-        return [make_task(name, "similarity", test, ("sentence1", "sentence2"), "score")]
-    if {"text", "label"} <= columns:
-        return [make_task(name, "classification", splits, ("text",), "label")]
+    for kind, (inputs, answer) in NEEDED_COLUMNS.items():
+        if {*inputs, answer} - {None} <= columns:
+            return [make_task(name, kind, splits, inputs, answer)]
     tag_columns = sorted(column for column in columns if column.endswith("_tags"))
     if "tokens" in columns and tag_columns:
         names = [name if len(tag_columns) == 1 else f"{name}.{column}" for column in tag_columns]
@@ -192,32 +208,47 @@ def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
             make_task(task_name, "tagging", splits, ("tokens",), column)
             for task_name, column in zip(names, tag_columns, strict=True)
         ]
+    kinds = [
+        f"{', '.join(filter(None, (*inputs, answer)))} ({kind})" for kind, (inputs, answer) in NEEDED_COLUMNS.items()
+    ]
     raise ValueError(
-        f"What is {name} for? All its files have the columns {sorted(columns)}. Needed are text and label "
-        "(classification), sentence1, sentence2 and score (similarity), or tokens and a column that ends in _tags."
+        f"What is {name} for? All its files have the columns {sorted(columns)}. Needed are {'; '.join(kinds)}; or "
+        "tokens and a column that ends in _tags (tagging)."
     )
 
 
-def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[str, ...], answer: str) -> ProbeTask:
+def make_task(
+    name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[str, ...], answer: str | None
+) -> ProbeTask:
     """Drops what cannot be used, numbers the labels, and says all of it in one line."""
-    if kind != "similarity" and not {"train", "test"} <= set(splits):
+    if kind in TRAINED and not {"train", "test"} <= set(splits):
         raise ValueError(f"{name} is for {kind}, which needs the splits train and test; it has {sorted(splits)}.")
+    if kind not in TRAINED:
+        test = splits.get("test") or next(iter(splits.values()))
+        statistics = {"train": splits["train"]} if kind == RETRIEVAL and "train" in splits else {}
+        splits = {**statistics, "test": test}
     columns, notes = {}, []
     for split, dataset in splits.items():
-        rows = list(zip(*(dataset[column][:] for column in (*inputs, answer)), strict=True))
-        if kind == "classification" and any(isinstance(row[-1], list) for row in rows):
+        taken = tuple(filter(None, (*inputs, answer)))
+        rows = list(zip(*(dataset[column][:] for column in taken), strict=True))
+        if kind in TRAINED and kind != "tagging" and any(isinstance(row[-1], list) for row in rows):
             raise ValueError(f"{name}: {answer} of {split} holds lists; a probe takes one class for each text.")
         usable = [row for row in rows if is_usable(kind, row)]
         if not usable:
-            raise ValueError(f"{name}: none of the {len(rows)} rows of {split} has both text and {answer}.")
+            needed = f"both text and {answer}" if answer else f"usable {' and '.join(taken)}"
+            lists = [column for column in taken if column in ("sentences", "segments")]
+            note = f"; {lists[0]} are lists of two texts or more, as json, jsonl and parquet can hold" if lists else ""
+            raise ValueError(f"{name}: none of the {len(rows)} rows of {split} has {needed}{note}.")
         if len(usable) < len(rows):
-            notes.append(f"{len(rows) - len(usable):,} rows of {split} dropped (text or {answer} missing or invalid)")
-        columns[split] = dict(zip((*inputs, answer), map(list, zip(*usable, strict=True)), strict=True))
+            what = f"text or {answer}" if answer else " or ".join(taken)
+            notes.append(f"{len(rows) - len(usable):,} rows of {split} dropped ({what} missing or invalid)")
+        columns[split] = dict(zip(taken, map(list, zip(*usable, strict=True)), strict=True))
 
+    number = ""
     if kind == "similarity":
         for content in columns.values():
             content[answer] = [float(score) for score in content[answer]]
-    else:
+    elif kind in TRAINED:
         labels = {split: set(flatten(c[answer])) - {IGNORED} for split, c in columns.items()}
         classes = sorted(set.union(*labels.values()), key=str)
         if any(isinstance(label, float) for label in classes) or len(labels["train"]) < 2:
@@ -233,15 +264,27 @@ def make_task(name: str, kind: str, splits: dict[str, Dataset], inputs: tuple[st
                 columns[split]["tags"] = [[ids.get(tag, IGNORED) for tag in tags] for tags in values]
             else:
                 columns[split]["label"] = [ids[label] for label in values]
+        number = f", {len(classes)} classes"
+    elif kind == RETRIEVAL:
+        titles, segments = (columns["test"][column] for column in inputs)
+        notes.append(
+            f"{sum(map(len, segments)):,} segments of {len(set(titles)):,} titles in test, where a guess has "
+            f"mrr {100 * mrr_of_a_guess(titles, segments):.1f}"
+        )
     task = ProbeTask(name, kind, columns)
     sizes = ", ".join(f"{split} {count_rows(task, split):,}" for split in columns)
-    number = "" if kind == "similarity" else f", {len(classes)} classes"
-    logger.info("; ".join([f"{name}: {kind} ({' + '.join(inputs)} -> {answer}{number}), {sizes}", *notes]))
+    arrow = f" -> {answer}" if answer else ""
+    logger.info("; ".join([f"{name}: {kind} ({' + '.join(inputs)}{arrow}{number}), {sizes}", *notes]))
     return task
 
 
 def is_usable(kind: str, row: tuple) -> bool:
     """Whether a row has its texts and its answer."""
+    if kind == RETRIEVAL:
+        title, segments = row
+        return title not in (None, "") and are_texts(segments)
+    if kind == MINIMAL_PAIRS:
+        return are_texts(list(row))
     *texts, answer = row
     if kind == "similarity":
         has_answer = is_finite_number(answer)  # a csv file holds text
@@ -251,7 +294,14 @@ def is_usable(kind: str, row: tuple) -> bool:
         return has_answer and len(words or []) == len(answer) and all(isinstance(word, str) for word in words)
     else:
         has_answer = answer not in (None, "", IGNORED, *MISSING_LABELS)
+    if kind == POSITION:
+        return has_answer and are_texts(texts[0])
     return has_answer and all(find_fault(text) is None for text in texts)
+
+
+def are_texts(texts: Any) -> bool:
+    """Whether these are two texts or more."""
+    return isinstance(texts, list) and len(texts) >= 2 and all(find_fault(text) is None for text in texts)
 
 
 def count_rows(task: ProbeTask, split: str) -> int:
@@ -280,7 +330,7 @@ def limit_task(task: ProbeTask, max_samples: int, max_words: int, seed: int) -> 
 def probe_model(
     name: str, column: str, tasks: Sequence[ProbeTask], args: ProbingArguments, seeds: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """The figures of an encoder, and of encoders that were only initialised with its configuration, one per seed."""
+    """The figures of an encoder, of one untrained with its configuration for each seed, and of its embedding layer."""
     config = load_config(name, **args.for_hub())
     tokenizer = load_tokenizer(name, "--model_name_or_path", **args.for_hub())
     chosen = {"encoder": args.encoder} if config.model_type == "tjepa" else {}
@@ -299,6 +349,8 @@ def probe_model(
     report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
     results = {column: probe_encoder(model, tokenizer, tasks, seeds, options)}
+    logger.info(f"{column}, its embedding layer alone")
+    layer = probe_encoder(EmbeddingLayer(model), tokenizer, tasks, seeds, options)
     untrained = []
     for seed in seeds:
         logger.info(f"{column} untrained, seed {seed}")
@@ -306,16 +358,20 @@ def probe_model(
         model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
         untrained.append(probe_encoder(model, tokenizer, tasks, [seed], options))
     results[f"{column} untrained"] = mean_and_std(untrained)
+    results[f"{column} embeddings"] = layer
     return results
 
 
 def probe_encoder(
-    model: PreTrainedModel, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int], options: dict
+    model: torch.nn.Module, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int], options: dict
 ) -> dict[str, float]:
     """The figures of all tasks, and the quality of the same embeddings (`"quality/{measure}"`)."""
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     results, features_of_texts = {}, []
     for task in tasks:
+        if task.kind == MINIMAL_PAIRS:
+            logger.info(f"  {task.name} is left out: it needs a token head")
+            continue
         embedded = embed_task(model, tokenizer, task, **options)
         figures = probe_embedded_task(task, embedded, seeds)
         logger.info("  " + ", ".join(f"{name} {format_figure(figures, name)}" for name in measures({"": figures})))
@@ -350,7 +406,8 @@ def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, ad
         texts = []
         for columns in task.splits.values():
             texts += [" ".join(words) for words in columns.get("tokens", [])]
-            texts += [text for name in ("text", "sentence1", "sentence2") for text in columns.get(name, [])]
+            for column in ("text", "sentence1", "sentence2", "sentences", "segments", "good", "bad"):
+                texts += flatten(columns.get(column, []))
         encoded = text_reader(tokenizer)(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         if num_cut := sum(len(ids) > max_length for ids in encoded):
             logger.info(f"  {task.name}: {num_cut:,} of {len(texts):,} texts are longer and cut")
@@ -401,17 +458,18 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     width = 0.8 / len(encoders)
     figure = Figure(figsize=(2 + 1.4 * len(shown), 4))
     axis = figure.subplots()
-    colours = colormaps["tab20"].colors  # pairs, dark and light: trained and untrained
+    colours = colormaps["tab20c"].colors  # fours from dark to light: trained, untrained, embeddings
     for index, name in enumerate(encoders):
         places = [group + (index - (len(encoders) - 1) / 2) * width for group in range(len(shown))]
         heights = [100 * results[name].get(key, math.nan) for key in shown]
         spreads = [100 * results[name].get(f"{key}_std", 0.0) for key in shown]
-        axis.bar(places, heights, width, yerr=spreads, label=name, color=colours[index % 20], error_kw={"lw": 1})
+        colour = colours[(4 * (index // 3) + index % 3) % 20]
+        axis.bar(places, heights, width, yerr=spreads, label=name, color=colour, error_kw={"lw": 1})
     for group, key in enumerate(shown):
         label = {"label": TFIDF} if group == 0 else {}
         axis.hlines(100 * results[TFIDF].get(key, math.nan), group - 0.45, group + 0.45, colors="black", lw=1, **label)
     axis.set_xticks(range(len(shown)), [re.sub("[./]", "\n", key).replace("_", " ") for key in shown], fontsize=8)
-    axis.set_ylabel("accuracy or Spearman, %")
+    axis.set_ylabel("accuracy, Spearman or reciprocal rank, %")
     figure.legend(loc="upper center", ncol=min(4, len(results)), fontsize="small")  # above the bars, hiding none
     figure.tight_layout(rect=(0, 0, 1, 0.92 - 0.06 * ((len(results) - 1) // 4)))
     figure.savefig(path, dpi=150)

@@ -153,8 +153,18 @@ def test_validation_takes_nothing_from_the_test_part(learning_curve):
     assert sorted(splits["test"]["text"] + splits["train"]["text"]) == sorted(task.splits["train"]["text"])
 
     pairs = ProbeTask("p", "similarity", {"test": {"sentence1": texts, "sentence2": texts, "score": list(range(50))}})
-    chosen, reported = (learning_curve.part_of_pairs(pairs, part).splits["test"]["score"] for part in (True, False))
+    chosen, reported = (learning_curve.part_of_test(pairs, part).splits["test"]["score"] for part in (True, False))
     assert len(chosen) == 16 and sorted(chosen + reported) == list(range(50))
+
+    columns = {
+        "sentence1": texts[:25] + texts[25:],
+        "sentence2": texts[25:] + texts[:25],
+        "label": [0] * 25 + [1] * 25,
+    }
+    order = ProbeTask("o", "pair order", {"train": columns, "test": columns})
+    splits = learning_curve.for_validation(order).splits
+    assert len(splits["test"]["label"]) == 10  # both orders of a pair are on the same side
+    assert set(splits["test"]["sentence1"]).isdisjoint(splits["train"]["sentence2"])
 
 
 def test_recipes_with_errors_are_refused(learning_curve):

@@ -90,7 +90,9 @@ def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
 
     assert "hf_secret" not in (tmp_path / "out.json").read_text()
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert list(results) == ["ours", "ours untrained", "bert", "bert untrained", "TF-IDF"]
+    assert list(results) == [
+        *("ours", "ours untrained", "ours embeddings", "bert", "bert untrained", "bert embeddings", "TF-IDF")
+    ]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     for figures in results.values():
         assert {"kinds/linear_probe_std", "kinds/knn_std", "words/linear_probe_std", "pairs/spearman"} <= set(figures)
@@ -208,7 +210,7 @@ def test_samples_are_limited_and_the_same_for_a_seed(data):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"sentence": "a", "label": 0}], "What is mine for.*columns.*'label', 'sentence'.*Needed are text and label"),
+        ([{"sentence": "a", "label": 0}], "What is mine for.*columns.*'label', 'sentence'.*Needed are.*; text, label"),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "integers or strings"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "two classes or more"),
         ([{"text": "a", "label": [0, 1]}, {"text": "b", "label": [1]}], "label of train holds lists"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration_tjepa import TJEPAConfig
+    from .downstream.embedding import embed
     from .modeling_tjepa import (
         TJEPAForMaskedLM,
         TJEPAForPreTraining,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     )
 
 
+# what is imported when it is asked for, and from where
+PLACES = {"TJEPAConfig": "configuration_tjepa", "embed": "downstream.embedding"}
 __all__ = [
     "TJEPAConfig",
     "TJEPAForMaskedLM",
@@ -37,14 +40,14 @@ __all__ = [
     "TJEPAForTokenClassification",
     "TJEPAModel",
     "TJEPAPreTrainedModel",
+    "embed",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "configuration_tjepa" if name == "TJEPAConfig" else "modeling_tjepa"
-    return getattr(import_module(f".{module}", __name__), name)
+    return getattr(import_module(f".{PLACES.get(name, 'modeling_tjepa')}", __name__), name)
 
 
 class _Registration(threading.local):

@@ -364,6 +364,17 @@ def find_unused_parameters(encoder: PreTrainedModel, views: MadeUpViews, mask_to
     return tuple(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
 
 
+@torch.no_grad()
+def measure_packing(encoder: PreTrainedModel) -> EncoderTraits:
+    """Of `measure_encoder` what counts where nothing is hidden and nothing is trained: whether rows can be packed."""
+    encoder.eval()
+    views = MadeUpViews.draw(encoder, mask_token_id=0)
+    expected = views.encode(encoder, views.other_token)
+    size = float(expected.abs().mean().clamp(min=1e-6))
+    difference, offset = measure_packed(encoder, views, expected, keep_from=TOLERANCE * size)
+    return EncoderTraits(difference / size < TOLERANCE, difference / size, offset, ())
+
+
 def measure_packed(
     encoder: PreTrainedModel, views: MadeUpViews, expected: torch.Tensor, keep_from: float
 ) -> tuple[float, int]:

@@ -1,12 +1,172 @@
-"""Texts and words to vectors, as a frozen encoder has them: the mean over a text's tokens, a word's first token."""
+"""Texts and words to vectors, as a frozen encoder has them: the mean over a text's tokens, a word's first token.
 
+Notable: nothing is padded where an encoder takes packed rows, texts one behind the other (ours, and of transformers'
+those in which that is measured to give the same states). Others get texts of like length in padded batches.
+"""
+
+import copy
+import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.generic import is_flash_attention_requested
 
-from ..corpus.tokenizers import text_reader
+from ..corpus.tokenizers import load_tokenizer, text_reader
+from ..encoders_tjepa import encode, encoder_class, measure_packing
+from ..layers_tjepa import PACKED_ATTENTION
+from ..modeling_tjepa import TJEPAModel
+from ..training.loading import load_config
+from ..training.model_folder import find_sentence_modules
+
+
+MAX_DEFAULT_LENGTH = 512  # tokens
+
+
+# --- Texts to vectors, from a folder ---------------------------------------------------------------------------------
+
+
+def embed(
+    model: str | Path | PreTrainedModel,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """
+    One vector per text: the mean of the encoder's last hidden state over the text's tokens, and what the modules of
+    sentence-transformers beside it make of that, where there are some (pooling, whitening, length 1).
+
+    Args:
+        model: the folder of an encoder or its name on the Hub (T-JEPA's or any other of transformers), or a model that
+            is loaded already; of T-JEPA's pretraining folders it is the target encoder.
+        texts: sequence of `num_texts` strings, none of them empty.
+        tokenizer: default: the one that lies beside the model.
+        max_length: tokens of a text that are read. Default: what the model is made for, at most 512.
+        batch_size: texts per forward.
+
+    Returns:
+        float32 `[num_texts, hidden_size]` on the CPU, in the order of `texts`. A folder runs on the GPU if there is
+        one, a loaded model where it is.
+
+    Raises:
+        FileNotFoundError: if the model is a path that is not there.
+        ValueError: for a folder without model or tokenizer, or with a module that is not computed here; for an empty
+            text.
+    """
+    return load_embedder(model, tokenizer, max_length)(texts, batch_size)
+
+
+@dataclass
+class Embedder:
+    """A text encoder with all that makes one vector of a text; `load_embedder` makes it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    pooling: Literal["mean", "first"] = "mean"
+    modules: list[nn.Module] = field(default_factory=list)  # of sentence-transformers, behind the pooling
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """`num_texts` strings, none of them empty -> float32 `[num_texts, width]` on the CPU."""
+        vectors = embed_texts(self.model, self.tokenizer, texts, self.max_length, batch_size, pooling=self.pooling)
+        for module in self.modules:
+            vectors = module(vectors)
+        return vectors.clone()
+
+
+def load_embedder(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    flag: str = "--model_name_or_path",
+    **for_hub,
+) -> Embedder:
+    """Arguments and errors as in `embed`; `for_hub` is what `HubArguments.for_hub` returns."""
+    name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+    pooling, modules = "mean", []
+    if not isinstance(model, PreTrainedModel):
+        config = load_config(name, flag=flag, **for_hub)
+        folder = find_sentence_modules(name, "main", for_hub.get("cache_dir"), for_hub.get("token"))
+        if folder is not None:
+            pooling, modules, longest = read_sentence_modules(folder)
+            max_length = max_length or longest
+        model = encoder_class(config).from_pretrained(name, dtype=dtype, **for_hub)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, flag, **for_hub)
+    return Embedder(model, tokenizer, choose_max_length(name, model.config, tokenizer, max_length), pooling, modules)
+
+
+class UnitLength(nn.Module):
+    def forward(self, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+def read_sentence_modules(folder: Path) -> tuple[Literal["mean", "first"], list[nn.Module], int | None]:
+    """
+    What a folder of sentence-transformers does behind its encoder: pooling, linear layers and unit length; and how
+    many tokens of a text it reads, where it says so.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def refuse(what: str):
+        return ValueError(
+            f"{folder} has {what}, which is not computed here: use SentenceTransformer({str(folder)!r}).encode."
+        )
+
+    pooling, layers = "mean", []
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        path, kind = folder / module["path"], module["type"].rpartition(".")[2]
+        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+        if kind == "Pooling":
+            older = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+            modes = [key.removeprefix("pooling_mode_") for key in older] or [config.get("pooling_mode", "mean")]
+            if modes not in (["mean_tokens"], ["mean"], ["cls_token"], ["cls"]):
+                raise refuse(f"the pooling {', '.join(map(str, modes))}")
+            pooling = "first" if modes[0].startswith("cls") else "mean"
+        elif kind == "Dense":
+            weights = load_file(path / "model.safetensors") if (path / "model.safetensors").is_file() else {}
+            if not config.get("activation_function", "").endswith(".Identity") or "linear.weight" not in weights:
+                raise refuse(f"a Dense layer with {config.get('activation_function')}")
+            layer = nn.Linear(config["in_features"], config["out_features"], bias=config["bias"])
+            layer.load_state_dict({name.removeprefix("linear."): weight for name, weight in weights.items()})
+            layers.append(layer)
+        elif kind == "Normalize":
+            layers.append(UnitLength())
+        elif kind != "Transformer":
+            raise refuse(f"a module {kind}")
+    options = folder / "sentence_bert_config.json"
+    longest = json.loads(options.read_text()).get("max_seq_length") if options.is_file() else None
+    return pooling, layers, longest
+
+
+def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length: int | None) -> int:
+    """
+    Raises:
+        ValueError: if the model is not made for as many tokens.
+    """
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+    if max_length is None:
+        return min(longest, MAX_DEFAULT_LENGTH)
+    if max_length > longest and config.model_type != "tjepa":  # whose rotary positions do not end
+        raise ValueError(f"--max_length is {max_length}, but {name} is made for {longest} tokens at most.")
+    return max_length
+
+
+# --- Texts and words to vectors, with a model ------------------------------------------------------------------------
 
 
 def embed_texts(
@@ -16,6 +176,7 @@ def embed_texts(
     max_length: int,
     batch_size: int = 64,
     add_special_tokens: bool | None = None,
+    pooling: Literal["mean", "first"] = "mean",
 ) -> Tensor:
     """
     One vector per text: the mean of the last hidden state over the text's tokens.
@@ -29,6 +190,7 @@ def embed_texts(
         batch_size: texts per forward.
         add_special_tokens: whether the tokenizer adds its own, which are tokens like any other in the mean. Default:
             as in the encoder's pretraining, see `reads_special_tokens`.
+        pooling: `"first"` takes the state of the first token alone.
 
     Returns:
         float32 `[num_texts, hidden_size]` on the CPU, in the order of `texts`.
@@ -45,12 +207,24 @@ def embed_texts(
             f"Text {lengths.index(0)} of {len(texts)} has no tokens: {texts[lengths.index(0)]!r}. Every text needs at "
             "least one; drop empty texts, or pass add_special_tokens=True if the tokenizer has special tokens."
         )
+    return embed_tokens(model, encoded, batch_size, pooling)
+
+
+def embed_tokens(
+    model: torch.nn.Module,
+    encoded: Sequence[list[int]],
+    batch_size: int = 64,
+    pooling: Literal["mean", "first"] = "mean",
+) -> Tensor:
+    """What `embed_texts` makes of texts that are tokenized already, each of at least one token."""
     features, order = [], []
 
-    def pool(indices: list[int], hidden: Tensor, mask: Tensor) -> None:
-        # masked_fill, not a product: whatever a padded position holds, NaN included, stays out
-        hidden = hidden.masked_fill(mask[..., None] == 0, 0.0)  # [batch, length, hidden]
-        features.append((hidden.sum(1) / mask.sum(1, keepdim=True)).cpu())  # [batch, hidden]
+    def pool(indices: list[int], hidden: Tensor, lengths: Tensor) -> None:
+        if pooling == "first":
+            vectors = hidden[lengths.cumsum(0) - lengths]
+        else:
+            vectors = torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)
+        features.append(vectors.cpu())  # [batch, hidden]
         order.extend(indices)
 
     _for_hidden_states(model, encoded, batch_size, pool)
@@ -99,9 +273,9 @@ def embed_words(
     kept = [sentence for sentence, tokens in enumerate(tokens_of_sentence) if len(tokens)]
     features = {}
 
-    def pick(indices: list[int], hidden: Tensor, mask: Tensor) -> None:
-        for sentence, states in zip((kept[index] for index in indices), hidden.cpu(), strict=True):
-            features[sentence] = states[tokens_of_sentence[sentence]]  # [words, hidden]
+    def pick(indices: list[int], hidden: Tensor, lengths: Tensor) -> None:
+        for index, states in zip(indices, hidden.cpu().split(lengths.tolist()), strict=True):
+            features[kept[index]] = states[tokens_of_sentence[kept[index]]]  # [words, hidden]
 
     _for_hidden_states(model, [encoding["input_ids"][sentence] for sentence in kept], batch_size, pick)
     return torch.cat([features[sentence] for sentence in kept]).clone(), torch.tensor(found)
@@ -134,20 +308,68 @@ def _encode(
 
 
 def _for_hidden_states(model: torch.nn.Module, encoded: Sequence[list[int]], batch_size: int, use: Callable) -> None:
-    """Calls `use(indices into encoded, hidden states float32 [batch, length, hidden], mask [batch, length])`."""
-    device = next(model.parameters()).device
-    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))  # like lengths: little padding
+    """Calls `use(indices into encoded, hidden states float32 [num_tokens, hidden], lengths [batch])`."""
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
     training_flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        # where all texts of a batch are of one length, as one text alone is, both ways are the same
+        needs_padding = any(len(encoded[batch[0]]) < len(encoded[batch[-1]]) for batch in batches)
+        is_packed = needs_padding and takes_packed_rows(model)
         with torch.inference_mode():
-            for start in range(0, len(encoded), batch_size):
-                indices = by_length[start : start + batch_size]
-                ids = [torch.tensor(encoded[index]) for index in indices]
-                input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # [batch, length], padded with 0
-                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-                input_ids, mask = input_ids.to(device), mask.to(device)
-                use(indices, model(input_ids=input_ids, attention_mask=mask).last_hidden_state.float(), mask)
+            for batch in batches:
+                rows = [torch.tensor(encoded[index]) for index in batch]
+                hidden = packed_states(model, rows) if is_packed else padded_states(model, rows)
+                use(batch, hidden.float(), torch.tensor([len(row) for row in rows], device=hidden.device))
     finally:
         for module, was_training in training_flags:  # one by one: a part may be in eval mode for good
             module.training = was_training
+
+
+# --- The two ways to feed an encoder ---------------------------------------------------------------------------------
+
+
+_traits: WeakKeyDictionary = WeakKeyDictionary()  # of encoders that are not ours, measured once
+
+
+def takes_packed_rows(model: torch.nn.Module) -> bool:
+    """Whether an encoder has the same states in packed rows: ours does, and of others it is measured, once."""
+    if isinstance(model, TJEPAModel):  # with other backends the mask of a packed row would be a square
+        return model.config._attn_implementation == "sdpa" or is_flash_attention_requested(model.config)
+    if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
+        return False
+    if model not in _traits:
+        # rounding to 16 bits is larger than what is measured
+        measured = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+        attention = measured.config._attn_implementation
+        _traits[model] = measure_packing(measured)
+        measured.set_attn_implementation(attention)
+    return _traits[model].is_packed
+
+
+def padded_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
+    """Token ids int64 `[length]` of texts, one text per row -> states `[num_tokens, hidden]`, text after text."""
+    device = next(model.parameters()).device
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # [batch, length], padded with 0
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    return model(input_ids=input_ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+
+def packed_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
+    """The same with all texts in one row, one behind the other; those of equal length are to be neighbours."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(row) for row in rows])
+    groups = [(len(list(equal)), length, 0) for length, equal in groupby(lengths.tolist())]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    views = torch.arange(len(rows)).repeat_interleave(lengths)
+    row = (ids[None].to(device) for ids in (torch.cat(rows), positions, views))
+    traits = _traits.get(model)
+    if traits is None:
+        return encode(model, model.config, None, *row, groups)[0]
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(PACKED_ATTENTION)
+    try:
+        return encode(model, None, traits, *row, groups, longest=int(lengths.max()))[0]
+    finally:
+        model.set_attn_implementation(attention)

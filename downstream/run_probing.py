@@ -26,7 +26,7 @@ import evaluate
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
@@ -35,7 +35,7 @@ from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
-from .embedding import reads_special_tokens
+from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
 from .labels import IGNORED, flatten, is_finite_number
 from .probe import (
     EmbeddingLayer,
@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 TFIDF = "TF-IDF"
 MISSING_LABELS = (-1, "-1")  # what data sets write where a label is kept secret
-MAX_DEFAULT_LENGTH = 512  # tokens
 QUALITY_METRIC = Path(__file__).parent / "metrics" / "representation_quality"
 MAX_QUALITY_TEXTS = 4096  # uniformity takes all pairs
 NEEDED_COLUMNS = {  # of each kind of task, but for tagging, and which of them is the answer; the first that fits
@@ -390,15 +389,6 @@ def probe_encoder(
         results.update({f"quality/{name}": figure for name, figure in quality.items() if figure is not None})
         results["quality/width"] = features.shape[1]
     return results
-
-
-def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length: int | None) -> int:
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
-    if max_length is None:
-        return min(longest, MAX_DEFAULT_LENGTH)
-    if max_length > longest and config.model_type != "tjepa":  # whose rotary positions do not end
-        raise ValueError(f"--max_length is {max_length}, but {name} is made for {longest} tokens at most.")
-    return max_length
 
 
 def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, add_special_tokens: bool) -> None:

@@ -15,8 +15,9 @@ from helpers import make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream import run_probing
+from tjepa.downstream.embedding import choose_max_length
 from tjepa.downstream.probe import embed_task, probe_tasks_with_tfidf
-from tjepa.downstream.run_probing import choose_max_length, find_files, load_tasks, short_names
+from tjepa.downstream.run_probing import find_files, load_tasks, short_names
 
 
 ANIMALS = ["fox", "hen", "cow", "owl", "ant"]

@@ -1,0 +1,111 @@
+"""`tjepa.embed` and what it is made of: packed rows give what padded ones give."""
+
+import json
+
+import pytest
+import torch
+from encoder_folders import make_folder as make_stock_folder
+from transformers import AutoModel, AutoTokenizer
+
+import tjepa
+from encoder_families import make_encoder
+from helpers import make_tiny_config
+from tjepa import TJEPAModel
+from tjepa.downstream import embedding
+from tjepa.downstream.embedding import embed_texts, embed_tokens, takes_packed_rows
+
+
+def make_ids(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 60, (length,), generator=generator).tolist() for length in lengths]
+
+
+def make_model(name: str):
+    torch.manual_seed(0)
+    return TJEPAModel(make_tiny_config()) if name == "ours" else make_encoder(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_packed"),
+    [("ours", True), ("bert", True), ("roberta", True), ("modernbert", True), ("mpnet", False), ("gpt2", False)],
+)
+def test_packed_is_padded(name, is_packed, monkeypatch):
+    model = make_model(name).train()
+    attention = model.config._attn_implementation
+    ids = make_ids([7, 1, 60, 7, 33, 2, 60, 19])  # beyond ModernBERT's window of 8 to either side
+    ways = []
+    for way in ("packed_states", "padded_states"):
+        run = getattr(embedding, way)
+        monkeypatch.setattr(embedding, way, lambda *args, run=run, way=way: ways.append(way) or run(*args))
+    embedded = embed_tokens(model, ids, batch_size=5)
+    assert ways == ["packed_states" if is_packed else "padded_states"] * 2
+    assert model.training and model.config._attn_implementation == attention
+    monkeypatch.setattr(embedding, "takes_packed_rows", lambda model: False)
+    torch.testing.assert_close(embedded, embed_tokens(model, ids, batch_size=5), atol=1e-5, rtol=1e-5)
+    for row, vector in zip(ids, embedded, strict=True):  # each text alone, without either
+        with torch.no_grad():
+            alone = model.eval()(input_ids=torch.tensor([row])).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ours", "bert"])
+def test_packed_in_bfloat16(name):
+    """Held to float32 by direction: 8 bits of a mantissa are 0.4% of every feature."""
+    model, ids = make_model(name), make_ids([7, 30, 12, 3])
+    expected = embed_tokens(model, ids)
+    assert takes_packed_rows(model.to(torch.bfloat16))
+    embedded = embed_tokens(model, ids)
+    assert embedded.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(embedded, expected).min() > 0.999
+
+
+def test_eager_attention_is_not_packed_because_its_mask_would_be_a_square(folder):
+    assert takes_packed_rows(AutoModel.from_pretrained(folder / "encoder"))
+    assert not takes_packed_rows(AutoModel.from_pretrained(folder / "encoder", attn_implementation="eager"))
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+TEXTS = ["the fox sees a red hen", "a hen", "and runs home before night falls the fox sees", "night"]
+
+
+def test_embed_takes_folders_and_models(folder):
+    encoder = AutoModel.from_pretrained(folder / "pretraining")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    expected = embed_texts(encoder, tokenizer, TEXTS, max_length=32)
+    torch.testing.assert_close(tjepa.embed(str(folder / "pretraining"), TEXTS), expected)
+    torch.testing.assert_close(tjepa.embed(encoder, TEXTS), expected)  # its tokenizer lies where it came from
+    torch.testing.assert_close(tjepa.embed(encoder, TEXTS, tokenizer, batch_size=1), expected)
+    cut = tjepa.embed(folder / "pretraining", TEXTS, max_length=2)
+    torch.testing.assert_close(cut, embed_texts(encoder, tokenizer, TEXTS, max_length=2))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_embed_is_what_sentence_transformers_encodes(tmp_path, pooling):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from sentence_transformers.sentence_transformer import modules
+
+    stock = make_stock_folder(tmp_path / "stock")
+    torch.manual_seed(0)
+    dense = library.base.modules.Dense(32, 6, activation_function=torch.nn.Identity())
+    parts = [library.base.modules.Transformer(str(stock)), modules.Pooling(32, pooling), dense]
+    model = library.SentenceTransformer(modules=[*parts, modules.Normalize()], device="cpu")
+    model.save(str(tmp_path / "saved"))
+    torch.testing.assert_close(tjepa.embed(tmp_path / "saved", TEXTS), torch.tensor(model.encode(TEXTS)))
+
+
+def test_what_cannot_be_embedded_is_said(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        tjepa.embed(folder / "nowhere", TEXTS)
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        AutoModel.from_pretrained(folder / "encoder").save_pretrained(tmp_path / "bare")
+        tjepa.embed(tmp_path / "bare", TEXTS)
+    with pytest.raises(ValueError, match="Text 1 of 2 has no tokens"):
+        tjepa.embed(folder / "encoder", ["a fox", ""])
+    stock = make_stock_folder(tmp_path / "stock")
+    pooling = json.loads((stock / "1_Pooling" / "config.json").read_text())
+    pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
+    (stock / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    with pytest.raises(ValueError, match=r"has the pooling max_tokens, which is not computed here: use Sentence"):
+        tjepa.embed(stock, TEXTS)

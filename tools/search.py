@@ -1,0 +1,318 @@
+"""Finds texts by what they mean, with the encoder that was just trained, beside what counting words finds.
+
+    tjepa search "eigenvalues of a matrix"
+    tjepa search "who opens the door" --model runs/mine --file my.txt --tfidf
+    tjepa search < queries.txt
+
+Notable: texts are compared by the cosine of whitened vectors, as in the probe. Reading all texts takes the time, so
+their vectors are kept in the model's folder, and read again where either the texts or the encoder are others: the
+encoder is asked for the first few vectors anew. Of a docstring the first paragraph is what is found, because it says
+what the rest explains, and is as short as a query.
+"""
+
+import argparse
+import hashlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..corpus.atomic_writes import replacing_files
+from ..corpus.command_line import start
+from ..corpus.files import FAULT_COLUMN, load_files
+from ..corpus.faults import KEPT
+from ..corpus.paths import find_newest_run
+from ..corpus.quickstart import load_quickstart_documents
+from ..corpus.tokenizers import load_tokenizer
+from ..downstream.embedding import embed_texts
+from ..downstream.whitening import Whitening
+from ..training.loading import load_config
+
+
+logger = logging.getLogger(__name__)
+
+
+INDEX_FOLDER = "search_index"  # in the model's folder
+DOCSTRINGS = "docstrings"
+MAX_LENGTH = 512  # tokens of a text that are read, if the encoder could read more
+CHUNK = 4096  # texts between two steps of the progress bar
+NUM_COMPARED = 4  # texts whose vectors tell whether an index is this encoder's
+MIN_SIMILARITY = 0.99  # of these vectors then and now; other weights give other directions
+
+
+class Hit(NamedTuple):
+    score: float  # cosine
+    text: str
+    label: str  # where the text is from; "" where that is not known
+
+
+# ---- texts ----
+
+
+def load_docstrings(cache_dir: str | None = None) -> dict[str, str]:
+    """The first paragraph, in one line, of every docstring of the quickstart's corpus, and the library it is from."""
+    passages = {}
+    for documents in load_quickstart_documents(cache_dir).values():
+        libraries = documents.features["label"].names
+        for text, label in zip(documents["text"][:], documents["label"][:], strict=True):
+            passages.setdefault(" ".join(text.strip().split("\n\n")[0].split()), libraries[label])
+    return passages
+
+
+def load_passages(file: str | None = None, text_column_name: str = "text") -> dict[str, str]:
+    """
+    The texts to search, each once, and where each is from.
+
+    Args:
+        file: a text file with a text in each line, or any file of documents; `None`: the docstrings.
+        text_column_name: its column of texts.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_files`; if no text can be used.
+    """
+    if file is None:
+        return load_docstrings()
+    rows = load_files("file", file, text_column_name=text_column_name)
+    texts = zip(rows[text_column_name][:], rows[FAULT_COLUMN][:], strict=True)
+    passages = {text: "" for text, fault in texts if fault == KEPT}
+    if not passages:
+        raise ValueError(f"--file {file} holds no text that could be found: all its rows are empty or unreadable.")
+    return passages
+
+
+# ---- the index ----
+
+
+class SearchIndex:
+    """
+    Texts as an encoder sees them.
+
+    Args:
+        encoder, tokenizer, max_length: as for `embed_texts`; they read the queries, too.
+        passages: each text, and where it is from.
+        whitening: of the texts' vectors.
+        vectors: float `[num_texts, num_dimensions]`, whitened and of unit length.
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        passages: dict[str, str],
+        whitening: Whitening,
+        vectors: Tensor,
+    ):
+        self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
+        self.passages, self.texts = passages, list(passages)
+        self.whitening, self.vectors = whitening, vectors.float()
+
+    @classmethod
+    def build(cls, encoder, tokenizer, max_length: int, passages: dict[str, str]) -> "SearchIndex":
+        """Reads all texts, which takes the time that it takes: a progress bar shows it."""
+        texts = list(passages)
+        chunks = range(0, len(texts), CHUNK)
+        bar = transformers_logging.tqdm(chunks, desc=f"Reading {len(texts):,} texts", disable=len(chunks) < 2)
+        parts = [embed_texts(encoder, tokenizer, texts[at : at + CHUNK], max_length) for at in bar]
+        embeddings = torch.cat(parts)
+        whitening = Whitening.fit(embeddings)
+        return cls(encoder, tokenizer, max_length, passages, whitening, F.normalize(whitening(embeddings)))
+
+    @classmethod
+    def load(cls, path: Path, encoder, tokenizer, max_length: int, passages: dict[str, str]) -> "SearchIndex | None":
+        """What `save` wrote, or `None` where there is nothing, or it is of other texts or another encoder."""
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("texts") != hash_texts(passages):
+                return None
+            whitening = Whitening(file.get_tensor("weight"), file.get_tensor("bias"))
+            index = cls(encoder, tokenizer, max_length, passages, whitening, file.get_tensor("vectors"))
+        if whitening.weight.shape[1] != encoder.config.hidden_size:
+            return None
+        now = index.embed(index.texts[:NUM_COMPARED])
+        return index if bool((F.cosine_similarity(now, index.vectors[:NUM_COMPARED]) > MIN_SIMILARITY).all()) else None
+
+    def save(self, path: Path) -> None:
+        tensors = {"vectors": self.vectors.half(), "weight": self.whitening.weight, "bias": self.whitening.bias}
+        with replacing_files(path.parent) as folder:
+            save_file(tensors, folder / path.name, metadata={"texts": hash_texts(self.passages)})
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """float32 `[num_texts, num_dimensions]`, whitened and of unit length."""
+        return F.normalize(self.whitening(embed_texts(self.encoder, self.tokenizer, texts, self.max_length)))
+
+    def search(self, query: str, num_results: int) -> list[Hit]:
+        """
+        The texts nearest to a query, the nearest first.
+
+        Raises:
+            ValueError: if the query has no tokens.
+        """
+        if not query.strip():
+            raise ValueError("The query is empty: what should be found?")
+        return best_hits(self.vectors @ self.embed([query])[0], self.passages, num_results)
+
+
+class WordIndex:
+    """The same by counting words: TF-IDF of words and pairs of words, as in the probe."""
+
+    def __init__(self, passages: dict[str, str]):
+        self.passages = passages
+        self.vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"(?u)\w+|[^\w\s]")
+        self.vectors = self.vectorizer.fit_transform(passages)
+
+    def search(self, query: str, num_results: int) -> list[Hit]:
+        """The texts that share the most telling words with the query; none where they share none."""
+        scores = torch.from_numpy((self.vectors @ self.vectorizer.transform([query]).T).toarray().ravel())
+        return [hit for hit in best_hits(scores, self.passages, num_results) if hit.score > 0]
+
+
+def best_hits(scores: Tensor, passages: dict[str, str], num_results: int) -> list[Hit]:
+    best, places = scores.topk(min(num_results, len(passages)))
+    texts = list(passages)
+    hits = ((score, texts[place]) for score, place in zip(best.tolist(), places.tolist(), strict=True))
+    return [Hit(score, text, passages[text]) for score, text in hits]
+
+
+def hash_texts(passages: dict[str, str]) -> str:
+    return hashlib.sha256("\0".join(passages).encode()).hexdigest()
+
+
+# ---- models ----
+
+
+def load_text_encoder(name: str, flag: str = "--model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    """
+    The encoder of a folder or a name on the Hub, its tokenizer, and how many tokens of a text they read.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config` and `load_tokenizer`.
+    """
+    config = load_config(name, flag=flag)
+    tokenizer = load_tokenizer(name, flag)
+    encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
+    return encoder, tokenizer, min(lengths)
+
+
+def open_index(name: str, file: str | None = None, text_column_name: str = "text") -> SearchIndex:
+    """
+    The index of texts as a model sees them: the saved one, or a new one, which is saved.
+
+    Args:
+        name: a folder or a name on the Hub; of the latter nothing is saved.
+        file, text_column_name: as for `load_passages`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_text_encoder` and `load_passages`.
+    """
+    passages = load_passages(file, text_column_name)
+    encoder, tokenizer, max_length = load_text_encoder(name)
+    path = index_path(name, file)
+    index = SearchIndex.load(path, encoder, tokenizer, max_length, passages)
+    if index is not None:
+        return index
+    index = SearchIndex.build(encoder, tokenizer, max_length, passages)
+    if Path(name).is_dir():
+        try:
+            index.save(path)
+        except OSError as error:  # a folder that may only be read
+            logger.warning(f"The index is not saved, and is built again the next time: {error}")
+    return index
+
+
+def index_path(folder: str | Path, file: str | None = None) -> Path:
+    return Path(folder) / INDEX_FOLDER / f"{DOCSTRINGS if file is None else Path(file).name}.safetensors"
+
+
+# ---- the command ----
+
+
+def format_hits(hits: list[Hit], width: int) -> list[str]:
+    """A line for each, cut to `width` characters."""
+    lines = []
+    for hit in hits:
+        line = " ".join(f"{hit.score:5.2f}  {f'[{hit.label}] ' if hit.label else ''}{hit.text[: 2 * width]}".split())
+        lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
+    return lines
+
+
+def beside(left: list[str], right: list[str], width: int) -> list[str]:
+    return [f"{a:<{width}}   {b}" for a, b in zip_longest(left, right, fillvalue="")]
+
+
+def read_queries(query: str | None) -> Iterator[str]:
+    """The query of the command line, or one for each line of the standard input."""
+    if query is not None:
+        yield query
+        return
+    prompt = "\nSearch for (Ctrl-D ends): " if sys.stdin.isatty() else None
+    while True:
+        if prompt:
+            print(prompt, end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("query", nargs="?", help="default: one query in each line of the standard input")
+    parser.add_argument("--model", help="folder or Hub name of an encoder; default: the newest run under runs/")
+    parser.add_argument(
+        "--file",
+        help="texts to search: txt (one in each line), parquet, json, jsonl, csv or tsv; default: the docstrings of "
+        "the libraries that are installed here",
+    )
+    parser.add_argument("--text_column_name", default="text", help="the column of --file that holds the texts")
+    parser.add_argument("--num_results", type=int, default=5, help="answers to a query (default: 5)")
+    parser.add_argument("--tfidf", action="store_true", help="show beside it what counting words finds")
+    args = parser.parse_args()
+    if args.num_results < 1:
+        raise ValueError(f"--num_results is {args.num_results}; it must be at least 1.")
+    if args.query is not None and not args.query.strip():
+        raise ValueError("The query is empty: what should be found?")
+    logging.basicConfig(format="%(message)s")
+    transformers.utils.logging.set_verbosity_error()
+    name = args.model or str(find_newest_run())
+    index = open_index(name, args.file, args.text_column_name)
+    words = WordIndex(index.passages) if args.tfidf else None
+    print(f"{name}, {len(index.texts):,} {DOCSTRINGS if args.file is None else f'texts of {args.file}'}")
+    columns = shutil.get_terminal_size((120, 24)).columns
+    for query in read_queries(args.query):
+        started = time.perf_counter()
+        hits = index.search(query, args.num_results)
+        seconds = time.perf_counter() - started
+        print(f"\n{query!r} ({seconds:.2f} s)")
+        if words is None:
+            lines = format_hits(hits, columns)
+        else:
+            width = max(30, (columns - 3) // 2)
+            lines = beside(
+                ["By the encoder", *format_hits(hits, width)],
+                ["By words (TF-IDF)", *(format_hits(words.search(query, args.num_results), width) or ["nothing"])],
+                width,
+            )
+        print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -48,6 +48,7 @@ from tjepa.data_collator_tjepa import (
 )
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
+from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.loading import load_pretraining_config, load_pretraining_model
@@ -263,6 +264,7 @@ def main():
             encoders = (model.target_encoder, untrained_encoder)
             results |= report_what_was_learned(*encoders, tokenizer, model_args.cache_dir)
             save_results()
+            build_docstring_index(training_args.output_dir, model.target_encoder, tokenizer, model_args.cache_dir)
         if comparison is not None:
             after = comparison.embed(exported_encoder(model, training_args), tokenizer, data_args.max_length)
             results["before_after"] = comparison.report(before, after)

@@ -45,7 +45,8 @@ def answer_early(command: str) -> None:
             print("\n".join(help_lines).replace(f"tjepa {command}", Path(sys.argv[0]).name, 1), flush=True)
         sys.exit()
     with errors_in_one_line():
-        paths, flags = find_configs(arguments)
+        takes_yaml = "FILE.yaml" in help_lines[0]  # else it may be what is searched for
+        paths, flags = find_configs(arguments) if takes_yaml else ([], arguments)
         flags = normalise(flags, names)
         if version("transformers") == table["transformers"]:
             check_names(flags, names)

@@ -46,3 +46,19 @@ def _list_folder(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     listed = ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
     return f"{folder} holds: {listed or 'nothing'}."
+
+
+def find_newest_run(folder: str | Path = "runs") -> Path:
+    """
+    The model whose weights, `FOLDER/*/model.safetensors`, are the newest.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    weights = sorted(Path(folder).glob("*/model.safetensors"), key=os.path.getmtime)
+    if not weights:
+        raise FileNotFoundError(
+            f"There is no model under {folder}/ (seen from {os.getcwd()}). Train one with `tjepa pretrain`, or name "
+            "one with --model FOLDER."
+        )
+    return weights[-1].parent

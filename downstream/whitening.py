@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -57,6 +58,21 @@ class Whitening(NamedTuple):
         scale = np.sqrt(whitening.explained_variance_[:num_dimensions])
         weight = whitening.components_[:num_dimensions] / scale[:, None]
         return cls(torch.from_numpy(weight).float(), torch.from_numpy(-weight @ whitening.mean_).float())
+
+    @classmethod
+    def fit_to_few(cls, embeddings: Tensor) -> "Whitening":
+        """
+        As `fit`, of however few texts: their covariance is drawn towards a multiple of I as far as their number asks
+        for (Ledoit & Wolf, 2004). With two texts and more for each dimension `fit` is better.
+        """
+        features = as_array(embeddings)
+        mean = features.mean(0)
+        covariance = np.eye(len(mean))
+        if len(features) > 1:
+            covariance = ledoit_wolf(features - mean, assume_centered=True)[0]
+        variances, directions = np.linalg.eigh(covariance)
+        weight = directions.T[::-1] / np.sqrt(variances[::-1].clip(np.finfo(np.float32).eps))[:, None]
+        return cls(torch.from_numpy(weight).float(), torch.from_numpy(-weight @ mean).float())
 
 
 def fit_whitening(train_features: Tensor) -> PCA:

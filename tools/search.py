@@ -2,7 +2,6 @@
 
     tjepa search "eigenvalues of a matrix"
     tjepa search "who opens the door" --model runs/mine --file my.txt --tfidf
-    tjepa search < queries.txt
 
 Notable: texts are compared by the cosine of whitened vectors, as in the probe. Reading all texts takes the time, so
 their vectors are kept in the model's folder, and read again where either the texts or the encoder are others: the
@@ -23,18 +22,18 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from datasets.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import start
-from ..corpus.files import FAULT_COLUMN, load_files
 from ..corpus.faults import KEPT
+from ..corpus.files import FAULT_COLUMN, load_files
 from ..corpus.paths import find_newest_run
 from ..corpus.quickstart import load_quickstart_documents
 from ..corpus.tokenizers import load_tokenizer
@@ -50,6 +49,7 @@ INDEX_FOLDER = "search_index"  # in the model's folder
 DOCSTRINGS = "docstrings"
 MAX_LENGTH = 512  # tokens of a text that are read, if the encoder could read more
 CHUNK = 4096  # texts between two steps of the progress bar
+TEXTS_PER_DIMENSION = 2  # with fewer the covariance is too uncertain to be whitened as it is
 NUM_COMPARED = 4  # texts whose vectors tell whether an index is this encoder's
 MIN_SIMILARITY = 0.99  # of these vectors then and now; other weights give other directions
 
@@ -126,10 +126,11 @@ class SearchIndex:
         """Reads all texts, which takes the time that it takes: a progress bar shows it."""
         texts = list(passages)
         chunks = range(0, len(texts), CHUNK)
-        bar = transformers_logging.tqdm(chunks, desc=f"Reading {len(texts):,} texts", disable=len(chunks) < 2)
+        bar = tqdm(chunks, desc=f"Reading {len(texts):,} texts", disable=len(chunks) < 2)
         parts = [embed_texts(encoder, tokenizer, texts[at : at + CHUNK], max_length) for at in bar]
         embeddings = torch.cat(parts)
-        whitening = Whitening.fit(embeddings)
+        is_few = len(texts) < TEXTS_PER_DIMENSION * embeddings.shape[1]
+        whitening = (Whitening.fit_to_few if is_few else Whitening.fit)(embeddings)
         return cls(encoder, tokenizer, max_length, passages, whitening, F.normalize(whitening(embeddings)))
 
     @classmethod
@@ -149,6 +150,7 @@ class SearchIndex:
 
     def save(self, path: Path) -> None:
         tensors = {"vectors": self.vectors.half(), "weight": self.whitening.weight, "bias": self.whitening.bias}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing_files(path.parent) as folder:
             save_file(tensors, folder / path.name, metadata={"texts": hash_texts(self.passages)})
 
@@ -237,6 +239,14 @@ def open_index(name: str, file: str | None = None, text_column_name: str = "text
     return index
 
 
+def build_docstring_index(
+    folder: str | Path, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None = None
+) -> None:
+    """What the quickstart leaves in its folder, so that the first search need not wait."""
+    index = SearchIndex.build(encoder, tokenizer, tokenizer.model_max_length, load_docstrings(cache_dir))
+    index.save(index_path(folder))
+
+
 def index_path(folder: str | Path, file: str | None = None) -> Path:
     return Path(folder) / INDEX_FOLDER / f"{DOCSTRINGS if file is None else Path(file).name}.safetensors"
 
@@ -292,6 +302,7 @@ def main():
         raise ValueError("The query is empty: what should be found?")
     logging.basicConfig(format="%(message)s")
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     name = args.model or str(find_newest_run())
     index = open_index(name, args.file, args.text_column_name)
     words = WordIndex(index.passages) if args.tfidf else None

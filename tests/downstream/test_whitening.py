@@ -55,3 +55,15 @@ def test_of_texts_the_whole_and_one_sentence_are_read(folder):
 def test_sentences_are_lines_too_and_a_short_text_is_its_own():
     assert sentences("Return the sum.\nArgs:\n  axis of the array.") == ["Return the sum.", "axis of the array."]
     assert sentences("a fox") == ["a fox"]
+
+
+@pytest.mark.parametrize("num_texts", [1, 2, 8, 400])
+def test_few_vectors_are_whitened_as_far_as_their_number_tells(num_texts):
+    vectors = correlated_vectors(num_texts)
+    whitened = Whitening.fit_to_few(vectors)(vectors)
+    torch.testing.assert_close(whitened.mean(0), torch.zeros(8), atol=1e-2, rtol=0)
+    assert whitened.isfinite().all()
+    if num_texts == 400:  # enough: hardly drawn towards a multiple of I
+        torch.testing.assert_close(whitened.T.cov(correction=1), torch.eye(8), atol=0.4, rtol=0)
+    if num_texts == 8:  # as far apart as they were, nearly: full whitening would make all equally far apart
+        assert torch.corrcoef(torch.stack([torch.pdist(whitened), torch.pdist(vectors)]))[0, 1] > 0.3

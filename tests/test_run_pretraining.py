@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fault_injection import Fault, InjectedError
 from helpers import REPOSITORY, TINY, arguments, make_texts, run, run_elsewhere
 from tjepa import run_pretraining
+from tjepa.tools import search
 from tjepa.training.loading import load_pretraining_config
 
 
@@ -129,9 +130,11 @@ def test_streaming(inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["--config_overrides=hidden_size=64", "--config-overrides=hidden_size=64"])
 def test_overrides_add_to_the_quickstarts(flag, tmp_path, monkeypatch):
     """Without a file and from any folder; the corpus is a small one."""
-    rows = datasets.Dataset.from_dict({"text": make_texts(60)})
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["numpy"])})
+    rows = datasets.Dataset.from_dict({"text": make_texts(60), "label": [0] * 60}, features)
     corpus = {"train": rows, "validation": rows.select(range(8))}
-    monkeypatch.setattr("tjepa.corpus.documents.load_quickstart_documents", lambda cache_dir: corpus)
+    for reader in ("corpus.documents", "tools.search"):
+        monkeypatch.setattr(f"tjepa.{reader}.load_quickstart_documents", lambda cache_dir: corpus)
     monkeypatch.setattr(run_pretraining, "report_what_was_learned", lambda *args: {})
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, [flag, "--max_steps=2", "--output_dir=out", "--use_cpu=true", "--save_strategy=no"])
@@ -139,6 +142,8 @@ def test_overrides_add_to_the_quickstarts(flag, tmp_path, monkeypatch):
     assert (config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]) == (64, 2048, 4)
     assert (config["intermediate_size"], config["predictor_hidden_size"]) == (256, 64)  # they follow the width
     assert config["predictor_type"] == "boundary" and config["variance_covariance_weight"] == 0.5
+    monkeypatch.setattr(search.SearchIndex, "build", None)  # the index is there, and is that of the saved encoder
+    assert search.open_index("out").search(rows[0]["text"], 1)[0].label == "numpy"
 
 
 def test_model_card_and_results(inputs, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ import torch
 import yaml
 from reporting import new_figure, save_figure
 from torch.nn import functional as F
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_seed
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.documents import DataArguments, load_documents
@@ -42,6 +42,7 @@ from tjepa.downstream.probe import (
     probe_tasks_with_tfidf,
 )
 from tjepa.downstream.run_probing import load_tasks
+from tjepa.downstream.sentence_scores import why_it_cannot_score
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import moment_sums, rank_share
@@ -57,6 +58,7 @@ SCORED_MEASURES = {  # of each kind of task the one that counts for the score, t
     "pair order": ("linear_probe",),
     "position": ("linear_probe",),
     "retrieval": ("mrr",),
+    "minimal pairs": ("accuracy",),
 }
 
 
@@ -249,7 +251,7 @@ def train_and_judge(recipe: Recipe, seed: int, documents, tokenizer, tasks, args
         seconds, tokens = seconds + taken["seconds"], tokens + taken["tokens"]
         losses.append(taken["loss"])
         if step in marks:
-            figures = judge(training.objective.encoder, tokenizer, tasks, max(map(len, documents)))
+            figures = judge(training.objective, tokenizer, tasks, max(map(len, documents)))
             mean_loss = statistics.mean(losses)
             checkpoints.append({"step": step, "seconds": seconds, "tokens": tokens, "loss": mean_loss, **figures})
             losses = []
@@ -259,25 +261,34 @@ def train_and_judge(recipe: Recipe, seed: int, documents, tokenizer, tasks, args
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(encoder: PreTrainedModel, tokenizer, tasks: list[ProbeTask], max_length: int) -> dict[str, float]:
-    """The figures of `probe_tasks`, the centred RankMe of the texts' vectors over their width, and the score."""
-    figures, sums = {}, 0
+def judge(objective: TJEPA | MLM, tokenizer, tasks: list[ProbeTask], max_length: int) -> dict[str, float]:
+    """
+    The figures of `probe_tasks`, the centred RankMe of the texts' vectors over their width, and the score. Minimal
+    pairs are judged with the whole model, and left out where it has not learned to predict tokens.
+    """
+    figures, sums = {}, None
     for task in tasks:
-        embedded = embed_task(encoder, tokenizer, task, max_length)
+        is_of_tokens = task.kind == "minimal pairs"
+        if is_of_tokens and why_it_cannot_score(objective.model, tokenizer):
+            continue
+        embedded = embed_task(objective.model if is_of_tokens else objective.encoder, tokenizer, task, max_length)
         figures.update(probe_embedded_task(task, embedded, seeds=[0]))
-        if task.kind != "tagging":
-            sums = sums + moment_sums(embedded["test"].features)
-    return {**figures, "rank": rank_share(sums), "score": score(figures, tasks)}
+        if task.kind not in ("tagging", "minimal pairs"):
+            of_task = moment_sums(embedded["test"].features)
+            sums = of_task if sums is None else sums + of_task
+    rank = {} if sums is None else {"rank": rank_share(sums)}
+    return {**figures, **rank, "score": score(figures, tasks)}
 
 
 def score(figures: dict[str, float], tasks: list[ProbeTask]) -> float:
-    """The mean over tasks of accuracy, or of Spearman's correlation of whitened vectors."""
-    return statistics.mean(figures[scored_measure(figures, task)] for task in tasks)
+    """The mean, over the tasks that have it, of the measure that counts (`SCORED_MEASURES`); NaN without any."""
+    measures = [measure for task in tasks if (measure := scored_measure(figures, task)) is not None]
+    return statistics.mean(figures[measure] for measure in measures) if measures else float("nan")
 
 
-def scored_measure(figures: dict[str, float], task: ProbeTask) -> str:
+def scored_measure(figures: dict[str, float], task: ProbeTask) -> str | None:
     names = [f"{task.name}/{measure}" for measure in SCORED_MEASURES[task.kind]]
-    return next(name for name in names if name in figures)
+    return next((name for name in names if name in figures), None)
 
 
 def for_validation(task: ProbeTask) -> ProbeTask:
@@ -328,10 +339,14 @@ def finished_or_run(path: Path, settings: dict, run) -> list[dict]:
 
 def format_checkpoint(checkpoint: dict[str, float]) -> str:
     accuracies = [f"{name} {100 * value:.1f}" for name, value in checkpoint.items() if name.endswith("linear_probe")]
-    spearmans = [f"{name} {100 * value:.1f}" for name, value in checkpoint.items() if "spearman" in name]
+    others = [
+        f"{name} {100 * value:.1f}"
+        for name, value in checkpoint.items()
+        if name.rpartition("/")[2] in ("spearman", "spearman_whitened", "mrr", "direction", "accuracy")
+    ]
     spent = f"{checkpoint['seconds']:.0f} s, {checkpoint['tokens'] / 1e6:.2f} M tokens, " if checkpoint["step"] else ""
     rank = f", rank {checkpoint['rank']:.2f}" if "rank" in checkpoint else ""
-    return f"score {100 * checkpoint['score']:.1f} ({spent}{', '.join(accuracies + spearmans)}{rank})"
+    return f"score {100 * checkpoint['score']:.1f} ({spent}{', '.join(accuracies + others)}{rank})"
 
 
 def plot(runs: dict[str, list[list[dict]]], tasks: list[ProbeTask], path: Path) -> None:
@@ -428,8 +443,8 @@ def main():
 
             def run(name=name, recipe=recipe, seed=seed) -> list[dict]:
                 if name == UNTRAINED:
-                    encoder = Training(recipe, documents, tokenizer, seed, num_steps=1).objective.encoder
-                    return [{**nothing, **judge(encoder, tokenizer, tasks, max(map(len, documents)))}]
+                    objective = Training(recipe, documents, tokenizer, seed, num_steps=1).objective
+                    return [{**nothing, **judge(objective, tokenizer, tasks, max(map(len, documents)))}]
                 return train_and_judge(recipe, seed, documents, tokenizer, tasks, args)
 
             checkpoints = finished_or_run(args.output_dir / f"{name}-seed{seed}.json", settings, run)

@@ -11,6 +11,7 @@ encoder. Texts and words become vectors in embedding.py, and are whitened in whi
 tasks on the order of sentences.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .embedding import embed_texts, embed_words
 from .labels import IGNORED
+from .sentence_scores import prefers_good, score_texts, why_it_cannot_score
 from .structure_tasks import (
     COMBINED,
     MINIMAL_PAIRS,
@@ -39,6 +41,9 @@ from .structure_tasks import (
     rows_of_sentences,
 )
 from .whitening import as_array, fit_whitening
+
+
+logger = logging.getLogger(__name__)
 
 
 # C, the inverse of the penalty, in half decades. From strong to weak, so that each fit starts near its optimum.
@@ -179,7 +184,8 @@ class ProbeTask:
             `pair order`: `sentence1`, `sentence2` (`list[str]`) and `label` (`list[int]`, from 0 up);
             `position`: `sentences` (`list[list[str]]`) and `label` (`list[int]`, from 0 up);
             `retrieval`, `"test"` and perhaps `"train"`: `title` (`list[str]`), the book of each row, and `segments`
-            (`list[list[str]]`, two or more that follow each other).
+            (`list[list[str]]`, two or more that follow each other);
+            `minimal pairs`, only `"test"`: `paradigm`, `good` and `bad` (`list[str]`).
     """
 
     name: str
@@ -214,10 +220,19 @@ class EmbeddingLayer(torch.nn.Module):
 def probe_tasks(
     model: torch.nn.Module, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0, 1, 2), **options
 ) -> dict[str, float]:
-    """The figures of `probe_embedded_task`, of all tasks; `options` (`max_length` at least) are `embed_task`'s."""
-    results = {}
+    """
+    The figures of `probe_embedded_task`, of all tasks; `options` (`max_length` at least) are `embed_task`'s. The model
+    may have a token head, which minimal pairs need and others do not use: without one they are left out, which is
+    logged.
+    """
+    results, lack = {}, why_it_cannot_score(model, tokenizer)
+    encoder = model.base_model if isinstance(model, PreTrainedModel) else model
     for task in tasks:
-        results.update(probe_embedded_task(task, embed_task(model, tokenizer, task, **options), seeds))
+        if task.kind == MINIMAL_PAIRS and lack:
+            logger.warning(f"{task.name} is left out for {type(model).__name__}: {lack}")
+            continue
+        judged = model if task.kind == MINIMAL_PAIRS else encoder
+        results.update(probe_embedded_task(task, embed_task(judged, tokenizer, task, **options), seeds))
     return results
 
 
@@ -232,7 +247,8 @@ def embed_task(
     """
     The task's splits as features and labels, every text embedded once. Of several texts in a row (the sentences of a
     pair, the segments of a passage) each is a row here, one after the other. Labels of similarity are 0, of retrieval
-    the number of the passage. Other arguments as in `embed_texts`.
+    the number of the passage. Of minimal pairs the only feature is the score that a model with a token head gives the
+    good and the bad sentence (`score_texts`). Other arguments as in `embed_texts`.
     """
     options = (max_length, batch_size, add_special_tokens)
     embedded = {}
@@ -244,6 +260,10 @@ def embed_task(
             embedded[split] = LabelledFeatures(features[is_judged], labels[is_judged], places[is_judged, 0])
             continue
         texts, labels, groups = _texts_labels_groups(task, split)
+        if task.kind == MINIMAL_PAIRS:
+            features = score_texts(model, tokenizer, texts, *options)[:, None]
+            embedded[split] = LabelledFeatures(features, torch.tensor(labels), torch.tensor(groups))
+            continue
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         features = embed_texts(model, tokenizer, list(numbers), *options)[[numbers[text] for text in texts]]
         embedded[split] = LabelledFeatures(features, torch.tensor(labels), torch.tensor(groups))
@@ -268,6 +288,9 @@ def _texts_labels_groups(task: ProbeTask, split: str) -> tuple[list[str], list[i
     labels = columns.get("label") or [0] * len(groups)
     if task.kind == RETRIEVAL:
         rows, labels, groups = columns["segments"], groups, number_equal_sets([[title] for title in columns["title"]])
+    elif task.kind == MINIMAL_PAIRS:
+        rows = list(zip(columns["good"], columns["bad"], strict=True))
+        groups = number_equal_sets([[paradigm] for paradigm in columns["paradigm"]])
     elif task.kind == "similarity":
         rows = list(zip(columns["sentence1"], columns["sentence2"], strict=True))
     else:
@@ -294,12 +317,16 @@ def probe_embedded_task(
         `"{task}/{measure}_std"`. The measures are `linear_probe` and `knn` (accuracy on the test part) for
         classification, `linear_probe` (accuracy per word) for tagging, `linear_probe` (accuracy on combined vectors,
         see `combine`) for pair order and position, those of `next_segment_figures` (of vectors whitened with the
-        training part, or where there is none with the test part) for retrieval, and of `sts_spearman` for similarity.
+        training part, or where there is none with the test part) for retrieval, `accuracy` (`prefers_good`) for
+        minimal pairs, and those of `sts_spearman` for similarity.
     """
     if task.kind == "similarity":
         features, scores = embedded["test"].features, task.splits["test"]["score"]
         figures = sts_spearman(features[0::2], features[1::2], torch.tensor(scores, dtype=torch.float64))
         return {f"{task.name}/{measure}": figure for measure, figure in figures.items()}
+    if task.kind == MINIMAL_PAIRS:
+        scores, _, paradigms = embedded["test"]
+        return {f"{task.name}/accuracy": prefers_good(scores[:, 0], paradigms)}
     if task.kind == RETRIEVAL:
         features, passages, books = embedded["test"]
         whitening = fit_whitening(embedded.get("train", embedded["test"]).features)

@@ -26,7 +26,13 @@ import evaluate
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
@@ -45,6 +51,7 @@ from .probe import (
     probe_embedded_task,
     probe_tasks_with_tfidf,
 )
+from .sentence_scores import why_it_cannot_score
 from .structure_tasks import MINIMAL_PAIRS, PAIR_ORDER, POSITION, RETRIEVAL, mrr_of_a_guess
 
 
@@ -199,6 +206,8 @@ def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
     columns = set.intersection(*(set(dataset.column_names) for dataset in splits.values()))
     for kind, (inputs, answer) in NEEDED_COLUMNS.items():
         if {*inputs, answer} - {None} <= columns:
+            if kind == MINIMAL_PAIRS and "balanced" in columns:
+                splits = {split: only_balanced(name, dataset) for split, dataset in splits.items()}
             return [make_task(name, kind, splits, inputs, answer)]
     tag_columns = sorted(column for column in columns if column.endswith("_tags"))
     if "tokens" in columns and tag_columns:
@@ -214,6 +223,16 @@ def make_tasks(name: str, splits: dict[str, Dataset]) -> list[ProbeTask]:
         f"What is {name} for? All its files have the columns {sorted(columns)}. Needed are {'; '.join(kinds)}; or "
         "tokens and a column that ends in _tags (tagging)."
     )
+
+
+def only_balanced(name: str, dataset: Dataset) -> Dataset:
+    """The rows of paradigms that frequencies of words cannot tell."""
+    rows = [row for row, given in enumerate(dataset["balanced"][:]) if str(given).lower() in ("1", "1.0", "true")]
+    if not rows:
+        raise ValueError(f"{name}: no row has a 1 or true in the column balanced; without that column all rows count.")
+    if len(rows) < len(dataset):
+        logger.info(f"{name}: {len(dataset) - len(rows):,} of {len(dataset):,} rows are not balanced and do not count")
+    return dataset.select(rows)
 
 
 def make_task(
@@ -347,7 +366,12 @@ def probe_model(
     )
     report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
-    results = {column: probe_encoder(model, tokenizer, tasks, seeds, options)}
+    with_head, lack = None, None
+    if grammar := [task.name for task in tasks if task.kind == MINIMAL_PAIRS]:
+        with_head, lack = load_with_token_head(name, config, tokenizer, args)
+    if lack:
+        logger.info(f"{column}: left out {', '.join(grammar)}, because {lack}")
+    results = {column: probe_encoder(model, tokenizer, tasks, seeds, options, with_head)}
     logger.info(f"{column}, its embedding layer alone")
     layer = probe_encoder(EmbeddingLayer(model), tokenizer, tasks, seeds, options)
     untrained = []
@@ -355,26 +379,55 @@ def probe_model(
         logger.info(f"{column} untrained, seed {seed}")
         torch.manual_seed(seed)
         model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
-        untrained.append(probe_encoder(model, tokenizer, tasks, [seed], options))
+        if with_head is not None:
+            torch.manual_seed(seed)
+            with_head = type(with_head)._from_config(config, dtype=torch.float32)
+        untrained.append(probe_encoder(model, tokenizer, tasks, [seed], options, with_head))
     results[f"{column} untrained"] = mean_and_std(untrained)
     results[f"{column} embeddings"] = layer
     return results
 
 
+def load_with_token_head(
+    name: str, config: PreTrainedConfig, tokenizer, args: ProbingArguments
+) -> tuple[PreTrainedModel | None, str | None]:
+    """The model with its token head, for minimal pairs, or else why it has none that was trained."""
+    is_pretraining = "TJEPAForPreTraining" in (config.architectures or [])
+    auto_class = AutoModelForPreTraining if is_pretraining else AutoModelForMaskedLM
+    try:
+        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **args.for_hub())
+    except ValueError as error:  # an architecture without one
+        return None, f"{auto_class.__name__} cannot load it ({str(error).splitlines()[0][:200]})"
+    if info["missing_keys"]:
+        return None, f"it has no token head: {', '.join(sorted(info['missing_keys'])[:3])} are not in its weights"
+    lack = why_it_cannot_score(model, tokenizer)
+    return (None, lack) if lack else (model, None)
+
+
 def probe_encoder(
-    model: torch.nn.Module, tokenizer, tasks: Sequence[ProbeTask], seeds: Sequence[int], options: dict
+    model: torch.nn.Module,
+    tokenizer,
+    tasks: Sequence[ProbeTask],
+    seeds: Sequence[int],
+    options: dict,
+    with_head: PreTrainedModel | None = None,
 ) -> dict[str, float]:
-    """The figures of all tasks, and the quality of the same embeddings (`"quality/{measure}"`)."""
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    """
+    The figures of all tasks, and the quality of the same embeddings (`"quality/{measure}"`). Minimal pairs are judged
+    with `with_head`, and left out without it.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     results, features_of_texts = {}, []
     for task in tasks:
-        if task.kind == MINIMAL_PAIRS:
-            logger.info(f"  {task.name} is left out: it needs a token head")
+        judged = with_head if task.kind == MINIMAL_PAIRS else model
+        if judged is None:
             continue
-        embedded = embed_task(model, tokenizer, task, **options)
+        embedded = embed_task(judged.to(device), tokenizer, task, **options)
         figures = probe_embedded_task(task, embedded, seeds)
         logger.info("  " + ", ".join(f"{name} {format_figure(figures, name)}" for name in measures({"": figures})))
         results.update(figures)
+        if task.kind == MINIMAL_PAIRS:
+            continue
         if task.kind != "tagging":
             features_of_texts.append(embedded["test"].features)
             continue

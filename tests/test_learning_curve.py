@@ -116,6 +116,23 @@ def objective(learning_curve, tokenizer, **values):
     return learning_curve.OBJECTIVES[recipe.objective](recipe, config, args, tokenizer)
 
 
+def test_minimal_pairs_are_judged_with_the_token_head(learning_curve, tokenizer):
+    columns = {
+        "paradigm": ["x"] * 4,
+        "good": [sentence(i) for i in range(4)],
+        "bad": [sentence(i) for i in range(4, 8)],
+    }
+    pairs = ProbeTask("grammar", "minimal pairs", {"test": columns})
+    texts = ProbeTask("pairs", "similarity", {"test": {"sentence1": columns["good"], "sentence2": columns["bad"]}})
+    texts.splits["test"]["score"] = [0.0, 1.0, 2.0, 3.0]
+    for values in ({"objective": "mlm"}, {"token_prediction_weight": 1.0}):
+        figures = learning_curve.judge(objective(learning_curve, tokenizer, **values), tokenizer, [pairs, texts], 64)
+        expected = (figures["grammar/accuracy"] + figures["pairs/spearman_whitened"]) / 2
+        assert figures["score"] == pytest.approx(expected)
+    without = learning_curve.judge(objective(learning_curve, tokenizer), tokenizer, [pairs, texts], 64)
+    assert "grammar/accuracy" not in without and without["score"] == without["pairs/spearman_whitened"]
+
+
 def examples(tokenizer) -> list[dict]:
     texts = [sentence(index) for index in range(6)]
     ids = tokenizer(texts)["input_ids"]

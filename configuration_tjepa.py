@@ -47,6 +47,12 @@ DERIVED_SIZES = {
 }
 
 
+WEIGHTS = (  # of the optional terms of the loss
+    *("variance_covariance_weight", "sigreg_weight", "token_prediction_weight", "denoising_weight"),
+    *("pooled_weight", "segment_weight"),
+)
+
+
 @strict
 class TJEPAConfig(PreTrainedConfig):
     r"""
@@ -108,9 +114,11 @@ class TJEPAConfig(PreTrainedConfig):
         predictor_type (`str`, defaults to `"self_attention"`):
             `"self_attention"`, the reference's, which encodes the context again; `"cross_attention"`, which carries
             only the target slots through its layers, where they attend to each other and to the context encoder's
-            output as it is, with less than half the arithmetic; or `"boundary"` (SpanBERT, arXiv 1907.10529), an MLP
-            on the states of the nearest visible tokens to a slot's left and right, which has no layers, heads, mask
-            token or dropout: of the predictor's sizes only `predictor_intermediate_size` counts.
+            output as it is, with less than half the arithmetic; `"boundary"` (SpanBERT, arXiv 1907.10529), an MLP on
+            the states of the nearest visible tokens to a slot's left and right; or `"in_place"`, an MLP on the state
+            that the context encoder itself has at the slot's place, where it meets a mask token as in BERT, and from
+            which tokens are predicted directly. These two have no layers, heads, mask token or dropout: of the
+            predictor's sizes only `predictor_intermediate_size` counts.
         learned_mask_token (`bool`, defaults to `True`):
             Whether the mask token is learned (initialised to ones) or fixed (ones scaled to unit norm).
         variance_covariance_weight (`float`, defaults to 0.0):
@@ -126,6 +134,18 @@ class TJEPAConfig(PreTrainedConfig):
         sigreg_weight (`float`, defaults to 0.0):
             Weight of SIGReg (LeJEPA, arXiv 2511.08544) on the context encoder's output: how far its tokens are from
             an isotropic Gaussian.
+        pooled_weight (`float`, defaults to 0.0):
+            Weight of telling a document by a part of it: the mean state of the visible tokens of a view against the
+            mean states that the target encoder has of all documents of the batch (InfoNCE, arXiv 1807.03748).
+        segment_weight (`float`, defaults to 0.0):
+            Weight of telling hidden segments of a document by its visible ones (`segment_length` of the collator). A
+            predictor of `segment_predictor_num_hidden_layers` blocks sees the mean states of the visible segments and
+            the places of the hidden ones, and its output is compared with the target encoder's mean states of all
+            segments of the batch, those of the same document among them (InfoNCE).
+        segment_predictor_num_hidden_layers (`int`, defaults to 2):
+            See `segment_weight`.
+        contrastive_temperature (`float`, defaults to 0.05):
+            Of both InfoNCE terms: cosines are divided by it.
         target_layers (`int`, defaults to 1):
             The labels are the mean of the outputs of so many of the target encoder's last blocks, each normalised
             before (data2vec, arXiv 2202.03555). The output of the last block is taken after the final LayerNorm.
@@ -186,6 +206,10 @@ class TJEPAConfig(PreTrainedConfig):
     denoising_weight: float | int = 0.0
     denoising_ratio: float | int = 0.1
     sigreg_weight: float | int = 0.0
+    pooled_weight: float | int = 0.0
+    segment_weight: float | int = 0.0
+    segment_predictor_num_hidden_layers: int = 2
+    contrastive_temperature: float = 0.05
     target_layers: int = 1
     target_normalization: str = "layer"
     loss_type: str = "smooth_l1"
@@ -210,9 +234,10 @@ class TJEPAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses impossible values; called by `@strict` when a config is made and when it is saved."""
-        # another encoder has checked its own sizes, and a boundary predictor has no heads
+        # another encoder has checked its own sizes
         prefixes = ("", "predictor_") if self.encoder is None else ("predictor_",)
-        for prefix in prefixes if self.encoder is None or self.predictor_type != "boundary" else ():
+        no_heads = self.predictor_type in ("boundary", "in_place")
+        for prefix in prefixes if self.encoder is None or not no_heads else ():
             hidden_size = getattr(self, f"{prefix}hidden_size")
             num_heads = getattr(self, f"{prefix}num_attention_heads")
             rotary_dim = getattr(self, f"{prefix}rotary_dim")
@@ -236,7 +261,7 @@ class TJEPAConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("variance_covariance_weight", "token_prediction_weight", "denoising_weight", "sigreg_weight"):
+        for name in WEIGHTS:
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
         if not 0.0 < self.denoising_ratio <= 1.0:
@@ -246,11 +271,16 @@ class TJEPAConfig(PreTrainedConfig):
                 f"target_layers must be between 1 and num_hidden_layers ({self.num_hidden_layers}), got "
                 f"{self.target_layers}."
             )
+        if self.segment_predictor_num_hidden_layers < 1 or not self.contrastive_temperature > 0.0:
+            raise ValueError(
+                "segment_predictor_num_hidden_layers must be at least 1 and contrastive_temperature positive, got "
+                f"{self.segment_predictor_num_hidden_layers} and {self.contrastive_temperature}."
+            )
         if not self.smooth_l1_beta > 0.0:
             raise ValueError(f"smooth_l1_beta must be positive, got {self.smooth_l1_beta}; for 0 set loss_type='l1'.")
         for name, allowed in (
             ("encoder_input", ("auto", "packed", "padded")),
-            ("predictor_type", ("self_attention", "cross_attention", "boundary")),
+            ("predictor_type", ("self_attention", "cross_attention", "boundary", "in_place")),
             ("target_normalization", ("layer", "instance")),
             ("loss_type", ("smooth_l1", "l1", "l2", "cosine")),
             ("classifier_pooling", ("mean", "first", "attention")),
@@ -268,6 +298,18 @@ class TJEPAConfig(PreTrainedConfig):
     def derived_sizes(self) -> list[str]:
         """The optional sizes that have the value which they would have by themselves, given the others."""
         return [name for name, derive in DERIVED_SIZES.items() if getattr(self, name) == derive(self)]
+
+    def segment_predictor_config(self) -> "TJEPAConfig":
+        """The configuration that makes a `TJEPAPredictor` of segments."""
+        sizes = {
+            "predictor_type": "self_attention",
+            "predictor_hidden_size": self.hidden_size,
+            "predictor_num_hidden_layers": self.segment_predictor_num_hidden_layers,
+            "predictor_num_attention_heads": None,
+            "predictor_intermediate_size": None,
+            "predictor_rotary_dim": None,
+        }
+        return TJEPAConfig.from_dict({**self.to_dict(), **sizes}, attn_implementation=self._attn_implementation)
 
     def predictor_config(self) -> "TJEPAConfig":
         """The configuration of the predictor's blocks: this one, with the predictor's sizes for the encoder's."""

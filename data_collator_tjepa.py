@@ -204,9 +204,7 @@ def draw_block_lengths(
     Lengths of the target blocks: of each view as many as fill its budget of tokens (int [num_views], at least 1), the
     last one shrunk to what is left, or its first `max_blocks` (int [num_views]). `mean`, `std` (float [num_views]) are
     those of the length in tokens, a mean of inf is one block of the whole budget; `keys` (uint64 [num_views]) random.
-
-    Returns:
-        `(lengths, num_blocks)`: int [total blocks], ordered by view, and int [num_views].
+    Returns lengths, int [total blocks], ordered by view, and how many each view has, int [num_views].
     """
     fixed_length = np.minimum(mean, budget).astype(np.int64)
     draws = np.minimum(max_blocks, np.where(std > 0, budget, -(-budget // fixed_length)))  # rounded up
@@ -231,11 +229,8 @@ def draw_block_starts(
 ) -> np.ndarray:
     """
     Starts of non-overlapping blocks in [first, end), every arrangement of the gaps equally likely: k of the
-    (free tokens + k) places are chosen, and each chosen place is then widened to its block's length. `lengths` and
-    `num_blocks` are those of `draw_block_lengths`, the others [num_views].
-
-    Returns:
-        int [total blocks]: positions in the document, ascending within a view.
+    (free tokens + k) places are chosen, and each is then widened to its block's length. `lengths` and `num_blocks` are
+    those of `draw_block_lengths`, the others [num_views]. Returns positions, int [total blocks], ascending in a view.
     """
     num_views = len(num_blocks)
     view_of_block = np.repeat(np.arange(num_views), num_blocks)
@@ -262,13 +257,11 @@ def find_recurring(
     """
     Which tokens belong to an occurrence of one of their view's target blocks of two tokens or more.
 
-    Equal windows of the documents get equal ranks by prefix doubling (Karp, Miller and Rosenberg, 1972): two windows
-    are equal if their first and their last 2^k tokens are, for the largest 2^k that fits. So time and memory grow with
-    the tokens of the views, not with the number of occurrences.
+    Equal windows get equal ranks by prefix doubling (Karp, Miller and Rosenberg, 1972): two are equal if their first
+    and their last 2^k tokens are. Time and memory grow with the tokens of the views, not with the occurrences.
 
     Args:
-        documents: token ids of each document.
-        document (int [num_views]): which document.
+        document (int [num_views]): which of the documents, token ids.
         block_view, block_start, block_length (int [num_blocks]): view, position in the document, and tokens.
 
     Returns:
@@ -306,13 +299,12 @@ def draw_views(
     strategies: list[MaskingStrategy],
     mask_recurring_targets: bool = False,
     views_per_document: int | None = None,
+    in_place: bool = False,
 ) -> Views:
     """
-    Draws the masks of all documents under all strategies (or `views_per_document` of them).
-
-    Args:
-        documents: token ids of each document, int [n] with n >= 2.
-        keys (uint64 [num_documents]): random keys; a document's views depend on its key and its tokens only.
+    Draws the masks of all documents (token ids, int [n] with n >= 2) under all strategies, or `views_per_document` of
+    them; with `in_place` every token is context. A document's views depend on its key (uint64 [num_documents]) and
+    its tokens only.
     """
     num_documents, num_strategies = len(documents), len(strategies)
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
@@ -353,7 +345,7 @@ def draw_views(
     slot_position = np.repeat(block_start, block_length) + ragged_arange(block_length)
     slot_block = np.repeat(ragged_arange(num_blocks) + 1, block_length)
     visible = np.ones(n.sum(), dtype=bool)
-    visible[view_starts[slot_view] + slot_position] = False
+    visible[view_starts[slot_view] + slot_position] = in_place
 
     if mask_recurring_targets and num_views:
         not_copied = visible & ~find_recurring(documents, document, block_view, block_start, block_length)
@@ -432,10 +424,8 @@ def pack_rows(
     """
     Places sequences of `lengths` (int [num_sequences], tokens) in rows, in the `order` given: by default in one row,
     exactly as long as all together; else in rows of `row_length`, filled by best fit. `"auto"`: of the multiples of
-    128 up to 4,096 (or the longest sequence) a length that leaves little padding.
-
-    Returns:
-        `(starts, (num_rows, row_length))`: where each sequence starts in the flattened rows, and their shape.
+    128 up to 4,096 (or the longest sequence) a length that leaves little padding. Returns where each sequence starts
+    in the flattened rows, and their shape (num_rows, row_length).
     """
     total, longest = int(lengths.sum()), int(lengths.max(initial=0))
     if row_length is None:
@@ -465,11 +455,15 @@ def group_equal_shapes(num_contexts: np.ndarray, num_slots: np.ndarray) -> list[
 
 
 def pack_batch(
-    documents: list[np.ndarray], views: Views, num_strategies: int, row_length: int | Literal["auto"] | None = None
+    documents: list[np.ndarray],
+    views: Views,
+    num_strategies: int,
+    row_length: int | Literal["auto"] | None = None,
+    in_place: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
-    The three streams of packed rows that `TJEPAForPreTraining.forward` takes (see there for names and shapes), from
-    the token ids of each document and their views; for `row_length` see `pack_rows`.
+    The packed rows that `TJEPAForPreTraining.forward` takes (see there for names and shapes), from the token ids of
+    each document and their views; for `row_length` see `pack_rows`, for `in_place` `draw_views`.
     """
     num_views = len(views.document)
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
@@ -509,6 +503,7 @@ def pack_batch(
     entry_view = np.concatenate([views.context_view, views.slot_view])
     slot_strategy = views.strategy[views.slot_view]
     in_order = np.argsort(slot_entry)  # the model takes the slots as they lie in the rows
+    hidden_place = np.repeat(context_starts, num_slots) + token_position[views.slot_token]  # where a view is whole
     return {
         "input_ids": rows(document_shape, token_place, tokens, 0),
         "position_ids": rows(document_shape, token_place, token_position, 0),
@@ -523,6 +518,8 @@ def pack_batch(
         "label_indices": torch.from_numpy(token_place[views.slot_token[in_order]].astype(np.int32)),
         "slot_strategy_ids": torch.from_numpy(slot_strategy[in_order].astype(np.int32)),
         "slots_per_strategy": torch.from_numpy(np.bincount(slot_strategy, minlength=num_strategies)),
+        "hidden_indices": torch.from_numpy(hidden_place[in_order].astype(np.int32)) if in_place else None,
+        "tokens_per_document": torch.from_numpy(lengths.astype(np.int32)),
         "view_groups": view_groups,
     }
 
@@ -538,11 +535,11 @@ class DataCollatorForTJEPA:
         seed (`int`, defaults to 0): masks are a pure function of (seed, epoch, document index).
         row_length (`int` or `"auto"`, *optional*):
             Rows of this many tokens, or of a length that suits the batch (`pack_rows`), as `flex_attention` and
-            `torch.compile` like them. By default each stream is one row without any padding, which is best for `sdpa`.
+            `torch.compile` like them. By default each stream is one row without padding, which is best for `sdpa`.
         mask_recurring_targets (`bool`, defaults to `False`):
-            Hide from the context every other occurrence of a target block's tokens (two or more), so that the answer
-            cannot be copied.
+            Hide from the context every other occurrence of a target block of two tokens or more: no copied answers.
         views_per_document (`int`, *optional*): draw so many of the strategies for each document instead of all.
+        in_place (`bool`): whether hidden tokens keep their places in the context, for `predictor_type="in_place"`.
         special_tokens (`tuple[Sequence[int], Sequence[int]]`): ids before and behind each document, always visible.
     """
 
@@ -553,6 +550,7 @@ class DataCollatorForTJEPA:
         row_length: int | Literal["auto"] | None = None,
         mask_recurring_targets: bool = False,
         views_per_document: int | None = None,
+        in_place: bool = False,
         special_tokens: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ):
         self.strategies = list(MASKING_PRESETS["ul2"] if strategies is None else strategies)
@@ -561,7 +559,7 @@ class DataCollatorForTJEPA:
         if views_per_document is not None and not 1 <= views_per_document <= len(self.strategies):
             allowed = f"between 1 and the number of strategies ({len(self.strategies)})"
             raise ValueError(f"views_per_document must be {allowed}, got {views_per_document}.")
-        self.seed, self.row_length = seed, row_length
+        self.seed, self.row_length, self.in_place = seed, row_length, in_place
         self.mask_recurring_targets, self.views_per_document = mask_recurring_targets, views_per_document
         self.special_tokens = special_tokens
         self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count too
@@ -573,13 +571,8 @@ class DataCollatorForTJEPA:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
-        Args:
-            examples:
-                each with `input_ids` (int [n]), `document_index` (int) and `epoch` (int). `None` is a place without a
-                document: where there are fewer than processes could share, and in what a resumed stream skips.
-
-        Raises:
-            ValueError: if `document_index` or `epoch` is missing.
+        `examples` have `input_ids` (int [n]), `document_index`, `epoch` (int), else a `ValueError`. `None` stands for
+        no document: where there are fewer than processes, and in what a resumed stream skips.
         """
         examples = [example for example in examples if example is not None]
         for key in ("input_ids", "document_index", "epoch"):
@@ -593,8 +586,14 @@ class DataCollatorForTJEPA:
         documents = [np.asarray(example["input_ids"], dtype=np.int64) for example in kept]
         epochs = np.array([example["epoch"] for example in kept], dtype=np.int64)
         indices = np.array([example["document_index"] for example in kept], dtype=np.int64)
-        keys = hash_keys(self.seed, epochs, indices)
-        views = draw_views(documents, keys, self.strategies, self.mask_recurring_targets, self.views_per_document)
+        return self.collate(documents, hash_keys(self.seed, epochs, indices))
+
+    def collate(self, documents: list[np.ndarray], keys: np.ndarray) -> dict[str, torch.Tensor]:
+        """From the token ids of each document and its random key (uint64 [num_documents]) to the batch."""
+        if self.in_place and (self.mask_recurring_targets or any(s.max_context_ratio < 1 for s in self.strategies)):
+            raise ValueError("In place every token is read: leave out mask_recurring_targets and max_context_ratio.")
+        options = (self.mask_recurring_targets, self.views_per_document, self.in_place)
+        views = draw_views(documents, keys, self.strategies, *options)
         if documents and any(self.special_tokens):
             documents, views = add_special_tokens(documents, views, *self.special_tokens)
-        return pack_batch(documents, views, len(self.strategies), self.row_length)
+        return pack_batch(documents, views, len(self.strategies), self.row_length, self.in_place)

@@ -59,6 +59,24 @@ def replace_tokens(input_ids: torch.Tensor, config: TJEPAConfig) -> tuple[torch.
     return flat_ids.index_copy(0, replaced, tokens).view_as(input_ids), picked
 
 
+def hide_in_place(input_ids: torch.Tensor, hidden: torch.Tensor, config: TJEPAConfig, training: bool) -> torch.Tensor:
+    """
+    Puts the mask token at hidden places. In training, as in BERT (arXiv 1810.04805), a tenth of them gets a token
+    drawn uniformly from the vocabulary instead, and a tenth keeps its own.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[rows, row_length]`): token ids.
+        hidden (`torch.LongTensor` of shape `[num_slots]`): where the hidden places lie in the flattened rows.
+    """
+    flat_ids = input_ids.flatten()
+    tokens = torch.full_like(flat_ids[hidden], config.mask_token_id)
+    if training:
+        draw = torch.rand(tokens.shape, device=tokens.device)
+        other = torch.randint(config.vocab_size, tokens.shape, dtype=tokens.dtype, device=tokens.device)
+        tokens = torch.where(draw < 0.8, tokens, torch.where(draw < 0.9, other, flat_ids[hidden]))
+    return flat_ids.index_copy(0, hidden.long(), tokens).view_as(input_ids)
+
+
 def is_special_token(input_ids: torch.Tensor, config: TJEPAConfig) -> torch.Tensor:
     """Which of the token ids are the special tokens around a text; of our own architecture none are."""
     special = torch.tensor(config.special_token_ids or [], dtype=input_ids.dtype, device=input_ids.device)
@@ -413,7 +431,7 @@ def make_labels(
     label_indices: torch.LongTensor,
     groups: list[tuple[int, int, int]] | None = None,
     traits: EncoderTraits | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     What the predictions should be: the target encoder's outputs at the hidden positions, normalised
     (`config.target_normalization`) and averaged over its last `config.target_layers` blocks.
@@ -426,7 +444,8 @@ def make_labels(
         traits: of an encoder of another architecture.
 
     Returns:
-        `torch.FloatTensor` of shape `[num_slots, hidden_size]`, float32.
+        The labels, float32 [num_slots, hidden_size], and the outputs of the last block that they come from,
+        [rows * row_length, hidden_size].
     """
     lengths = None
     if traits is not None and not traits.is_packed:
@@ -443,4 +462,4 @@ def make_labels(
         else:
             states = states.index_select(0, label_indices).float()
             labels.append(F.layer_norm(states, states.shape[-1:], eps=eps))
-    return torch.stack(labels).mean(dim=0)
+    return torch.stack(labels).mean(dim=0), layers[-1]

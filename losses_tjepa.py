@@ -40,6 +40,37 @@ def mean_over_strategies(
     return loss_per_strategy.sum() / has_slots.sum().clamp(min=1), loss_per_strategy
 
 
+def pool(states: torch.Tensor, groups: torch.Tensor, is_token: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """
+    Mean states of groups of tokens, float32 [num_groups, hidden_size]; 0 for a group without a token.
+
+    Args:
+        states (`torch.FloatTensor` of shape `[num_entries, hidden_size]`): states.
+        groups (`torch.LongTensor` of shape `[num_entries]`): the group of each entry, below `num_groups`.
+        is_token (`torch.BoolTensor` of shape `[num_entries]`): False for padding, which does not count.
+    """
+    weights, groups = is_token.float().unsqueeze(-1), groups.long().clamp(min=0)
+    sums = states.new_zeros(num_groups, states.shape[-1], dtype=torch.float32)
+    counts = sums.new_zeros(num_groups, 1).index_add(0, groups, weights)
+    return sums.index_add(0, groups, states.float() * weights) / counts.clamp(min=1)
+
+
+def contrastive_loss(
+    queries: torch.Tensor, keys: torch.Tensor, answers: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """
+    InfoNCE (arXiv 1807.03748): cross entropy of choosing each query's key by their cosines; 0 without a query.
+
+    Args:
+        queries, keys (`torch.FloatTensor` of shape `[num_queries, hidden_size]` and `[num_keys, hidden_size]`):
+            What is compared; keys without direction (0) are chosen like any other.
+        answers (`torch.LongTensor` of shape `[num_queries]`): which key is right.
+        temperature: cosines are divided by it.
+    """
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
+    return F.cross_entropy(logits, answers, reduction="sum") / max(1, len(queries))
+
+
 # LeJEPA's knots; fewer directions than there, because tokens are many and every call draws new ones
 SIGREG_DIRECTIONS, SIGREG_KNOTS = 64, 17
 

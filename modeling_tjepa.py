@@ -37,6 +37,7 @@ from .encoders_tjepa import (
     EncoderTraits,
     build_encoder,
     encode,
+    hide_in_place,
     is_special_token,
     lengths_of_views,
     longest_document,
@@ -52,8 +53,15 @@ from .layers_tjepa import (
     layer_norm,
     packed_attention_mask,
 )
-from .losses_tjepa import distance_to_labels, mean_over_strategies, sigreg_loss, variance_covariance_loss
-from .predictors_tjepa import TJEPABoundaryPredictor, TJEPAPredictor, TJEPATokenHead
+from .losses_tjepa import (
+    contrastive_loss,
+    distance_to_labels,
+    mean_over_strategies,
+    pool,
+    sigreg_loss,
+    variance_covariance_loss,
+)
+from .predictors_tjepa import TJEPABoundaryPredictor, TJEPAInPlacePredictor, TJEPAPredictor, TJEPATokenHead
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +71,7 @@ logger = logging.get_logger(__name__)
 
 
 # What a pretraining folder holds beside the encoder that was asked for, so that loading does not warn.
-OTHER_PRETRAINING_WEIGHTS = [r"^target_encoder\.", r"^context_encoder\.", r"^predictor\."]
+OTHER_PRETRAINING_WEIGHTS = [r"^(target|context)_encoder\.", r"^(segment_)?predictor\."]
 # Arguments of `from_pretrained` that say where files come from, and so count for config.json, too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -229,6 +237,9 @@ class TJEPAModel(TJEPAPreTrainedModel):
 # --- Pretraining -----------------------------------------------------------------------------------------------------
 
 
+PREDICTORS = {"boundary": TJEPABoundaryPredictor, "in_place": TJEPAInPlacePredictor}  # others: TJEPAPredictor
+
+
 @dataclass
 class TJEPAForPreTrainingOutput(ModelOutput):
     """
@@ -236,9 +247,9 @@ class TJEPAForPreTrainingOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `[]`): the weighted sum of the terms below.
         jepa_loss (`torch.FloatTensor` of shape `[]`): distance between prediction and label, strategies equal.
         loss_per_strategy (`torch.FloatTensor` of shape `[num_strategies]`): the same for each strategy.
-        variance_covariance_loss, sigreg_loss, token_prediction_loss, denoising_loss
+        variance_covariance_loss, sigreg_loss, token_prediction_loss, denoising_loss, pooled_loss, segment_loss
             (`torch.FloatTensor` of shape `[]`, *optional*):
-            The optional terms before their weights; `None` where the weight is 0, and the last in evaluation.
+            The optional terms before their weights; `None` where the weight is 0, and `denoising_loss` in evaluation.
         token_loss_per_strategy (`torch.FloatTensor` of shape `[num_strategies]`, *optional*):
             `token_prediction_loss` for each strategy.
         predictions (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the predictor's output.
@@ -254,6 +265,8 @@ class TJEPAForPreTrainingOutput(ModelOutput):
     token_prediction_loss: torch.FloatTensor | None = None
     token_loss_per_strategy: torch.FloatTensor | None = None
     denoising_loss: torch.FloatTensor | None = None
+    pooled_loss: torch.FloatTensor | None = None
+    segment_loss: torch.FloatTensor | None = None
     predictions: torch.FloatTensor | None = None
     labels: torch.FloatTensor | None = None
     context_states: torch.FloatTensor | None = None
@@ -275,8 +288,10 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         self.context_encoder = TJEPAModel(config) if own else build_encoder(config.encoder)
         self.target_encoder = TJEPAModel(config) if own else build_encoder(config.encoder)
         self.encoder_traits: EncoderTraits | None = None  # of another encoder; see `measure_encoder`
-        boundary = config.predictor_type == "boundary"
-        self.predictor = (TJEPABoundaryPredictor if boundary else TJEPAPredictor)(config)
+        self.predictor = PREDICTORS.get(config.predictor_type, TJEPAPredictor)(config)
+        self.segment_predictor = None
+        if config.segment_weight > 0:
+            self.segment_predictor = TJEPAPredictor(config.segment_predictor_config())
         predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
         width = self.context_encoder.get_input_embeddings().weight.shape[1]
         self.token_head = TJEPATokenHead(config, width) if predicts_tokens else None
@@ -418,6 +433,9 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         label_indices: torch.LongTensor,
         slot_strategy_ids: torch.LongTensor,
         slots_per_strategy: torch.Tensor,
+        tokens_per_document: torch.LongTensor | None = None,
+        hidden_indices: torch.LongTensor | None = None,
+        segments: dict[str, torch.LongTensor] | None = None,
         view_groups: object | None = None,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
         return_dict: bool | None = None,
@@ -442,6 +460,14 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Number of slots of each strategy. Where this batch is one of several that make a step (on as many
                 processes, or one after the other), the mean over those batches: the mean of their losses is then the
                 loss of all their documents together, however unevenly these are divided.
+            tokens_per_document (`torch.LongTensor` of shape `[num_documents]`, *optional*):
+                Their tokens; for `pooled_weight` and `segment_weight`.
+            hidden_indices (`torch.LongTensor` of shape `[num_slots]`, *optional*):
+                Where hidden tokens keep their places (`predictor_type="in_place"`): of each slot the index of its
+                place in stream 2, which then holds every token of a view. Stream 3 is not read.
+            segments (`dict`, *optional*):
+                Where the documents are segments of longer ones (`segment_weight`): a batch like this one whose
+                documents are the longer ones and whose token ids are the segments' numbers in this one.
             view_groups (`SimpleNamespace`, *optional*):
                 The groups of equal views in each stream, `documents`, `contexts` and `predictions`, as plain integers:
                 with them the host never waits for the device. Only for rows without padding.
@@ -456,7 +482,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             view_lengths = lengths_of_views(document_ids, context_indices, context_view_ids)
 
         with torch.no_grad():
-            labels = make_labels(
+            labels, target_states = make_labels(
                 self.target_encoder,
                 self.config,
                 input_ids,
@@ -468,9 +494,12 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             )
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
+        in_place = self.config.predictor_type == "in_place"
+        if in_place:
+            visible_input_ids = hide_in_place(context_input_ids, hidden_indices, self.config, self.training)
         denoises = self.training and self.config.denoising_weight > 0
         if denoises:
-            visible_input_ids, picked = replace_tokens(context_input_ids, self.config)
+            visible_input_ids, picked = replace_tokens(visible_input_ids, self.config)
         (context_states,) = encode(
             self.context_encoder,
             self.config,
@@ -483,15 +512,19 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             longest_document(getattr(view_groups, "documents", None)),
         )
 
-        predictions = self.predictor(
-            context_states,
-            prediction_indices,
-            prediction_position_ids,
-            prediction_view_ids,
-            prediction_block_ids,
-            slot_indices,
-            getattr(view_groups, "predictions", None),
-        )
+        if in_place:
+            slot_states = context_states.index_select(0, hidden_indices)
+            predictions = self.predictor(slot_states)
+        else:
+            predictions = slot_states = self.predictor(
+                context_states,
+                prediction_indices,
+                prediction_position_ids,
+                prediction_view_ids,
+                prediction_block_ids,
+                slot_indices,
+                getattr(view_groups, "predictions", None),
+            )
 
         loss_per_slot = distance_to_labels(self.config, predictions.float(), labels)
         jepa_loss, loss_per_strategy = mean_over_strategies(loss_per_slot, slot_strategy_ids, slots_per_strategy)
@@ -511,7 +544,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.sigreg_loss = sigreg_loss(context_states, is_token, sum_over_processes)
             output.loss = output.loss + self.config.sigreg_weight * output.sigreg_loss
         if self.config.token_prediction_weight > 0:
-            token_losses = self._token_losses(predictions, flat_input_ids[label_indices])
+            token_losses = self._token_losses(slot_states, flat_input_ids[label_indices])
             output.token_prediction_loss, output.token_loss_per_strategy = mean_over_strategies(
                 token_losses, slot_strategy_ids, slots_per_strategy
             )
@@ -522,6 +555,32 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             is_counted = is_token[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
             output.loss = output.loss + self.config.denoising_weight * output.denoising_loss
+        if self.config.pooled_weight > 0 or self.config.segment_weight > 0:
+            flat_document_ids, num_documents = document_ids.flatten(), len(tokens_per_document)
+            with torch.no_grad():
+                keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
+            groups = flat_document_ids[context_indices.flatten()]
+            pooled = pool(context_states, groups, is_token, num_documents)
+            temperature = self.config.contrastive_temperature
+        if self.config.pooled_weight > 0:
+            numbers = torch.arange(num_documents, device=keys.device)
+            output.pooled_loss = contrastive_loss(pooled, keys, numbers, temperature)
+            output.loss = output.loss + self.config.pooled_weight * output.pooled_loss
+        if self.config.segment_weight > 0:
+            numbers = segments["input_ids"].flatten().long()
+            guesses = self.segment_predictor(
+                pooled[numbers[segments["context_indices"].flatten()]],
+                segments["prediction_indices"],
+                segments["prediction_position_ids"],
+                segments["prediction_view_ids"],
+                segments["prediction_block_ids"],
+                segments["slot_indices"],
+                getattr(segments["view_groups"], "predictions", None),
+            )
+            answers = numbers[segments["label_indices"]]
+            centred = keys - keys.mean(dim=0)  # what all segments have in common would leave little to tell them by
+            output.segment_loss = contrastive_loss(guesses.float(), centred, answers, temperature)
+            output.loss = output.loss + self.config.segment_weight * output.segment_loss
         return output
 
 

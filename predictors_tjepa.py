@@ -209,6 +209,28 @@ class TJEPABoundaryPredictor(TJEPAModule):
         return self.final_norm(self.down_proj(hidden_states))
 
 
+class TJEPAInPlacePredictor(TJEPAModule):
+    """
+    Predicts at a target slot from the state s that the context encoder has at its place, where it met a mask token:
+
+        LayerNorm(W_2 LayerNorm(GELU(W_1 s)))
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        width = config.predictor_intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.use_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        self.final_norm = layer_norm(config)
+        self.post_init()
+
+    def forward(self, slot_states: torch.Tensor) -> torch.Tensor:
+        """float [num_slots, hidden_size] -> the predictions, of the same shape."""
+        return self.final_norm(self.down_proj(self.norm(self.activation(self.up_proj(slot_states)))))
+
+
 class TJEPATokenHead(nn.Module):
     """From hidden states to logits over the vocabulary: linear, GELU, LayerNorm, the tied input embedding, a bias."""
 

@@ -38,6 +38,7 @@ from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import QUICKSTART, DataArguments, check_dataset_exists, load_documents
 from tjepa.corpus.private import get_attention
+from tjepa.corpus.segments import SegmentCollator
 from tjepa.corpus.splits import tokenize_splits
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, warn_of_loss
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, special_tokens_around, without_special_tokens
@@ -121,6 +122,13 @@ class MaskingArguments:
     views_per_document: int | None = field(
         default=None, metadata={"help": "Draw so many strategies for each document. Default: all of them."}
     )
+    segment_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut documents into segments of at most so many tokens, each encoded by itself; with "
+            "--config_overrides segment_weight=0.3, which predicts hidden ones from the others."
+        },
+    )
     row_length: int | None = field(
         default=None,
         metadata={
@@ -137,13 +145,7 @@ def main():
         default_unless=("dataset_name", "train_file"),
     )
     # What can be wrong with masks, configuration and tokenizer shows before a document is read or a repository made
-    strategies = load_masking_strategies(masking_args.masking_strategies)
-    collator = DataCollatorForTJEPA(
-        strategies,
-        seed=training_args.data_seed if training_args.data_seed is not None else training_args.seed,
-        mask_recurring_targets=masking_args.mask_recurring_targets,
-        views_per_document=masking_args.views_per_document,
-    )
+    collator = create_collator(masking_args, training_args)
     set_up_logging(training_args)
     if training_args.device.type == "cpu":
         use_all_cores(training_args)
@@ -173,6 +175,12 @@ def main():
         raise ValueError(
             f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
             "of equal views differ. Leave it out: it is for our own architecture."
+        )
+    collator.in_place = config.predictor_type == "in_place"
+    if (config.segment_weight > 0) != (masking_args.segment_length is not None):
+        raise ValueError(
+            f"Segments are cut by --segment_length (given: {masking_args.segment_length}) and predicted with "
+            f"--config_overrides segment_weight=0.3 (here {config.segment_weight}): set both, or neither."
         )
     if model_args.encoder_input is not None:
         config.encoder_input = model_args.encoder_input
@@ -234,7 +242,7 @@ def main():
     # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
     if trainer.is_world_process_zero():
-        save_model_folder(model, tokenizer, strategies, training_args, sentence_modules)
+        save_model_folder(model, tokenizer, collator.strategies, training_args, sentence_modules)
     results |= evaluate(trainer)
     results |= count_documents(trainer, counts)
     results["dropped_in_batches"] = collator.num_dropped_documents
@@ -247,7 +255,7 @@ def main():
                 training_args,
                 trainer.state,
                 model.config,
-                strategies,
+                collator.strategies,
                 counts,
                 results,
                 trainer.health.verdict,
@@ -286,6 +294,19 @@ def read_documents(
 def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:
     """flex_attention on a GPU; beside another encoder sdpa, because packed rows of equal views suit both."""
     return "flex_attention" if args.device.type == "cuda" and config.encoder is None else "sdpa"
+
+
+def create_collator(masking_args: MaskingArguments, training_args: PretrainingArguments) -> DataCollatorForTJEPA:
+    """What draws the views of documents or, with `--segment_length`, of their segments."""
+    options = {
+        "strategies": load_masking_strategies(masking_args.masking_strategies),
+        "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        "mask_recurring_targets": masking_args.mask_recurring_targets,
+        "views_per_document": masking_args.views_per_document,
+    }
+    if masking_args.segment_length is None:
+        return DataCollatorForTJEPA(**options)
+    return SegmentCollator(segment_length=masking_args.segment_length, **options)
 
 
 def choose_tokenizer(

@@ -2,6 +2,7 @@
 
 python benchmarks/learning_curve.py --dataset_name data/books --data_dir eval --seconds 240 --output_dir out
 python benchmarks/learning_curve.py ... --only tjepa mlm --variant "top3=tjepa,target_layers=3" --seeds 0
+python benchmarks/learning_curve.py ... --recipes benchmarks/learning_branches.yaml   # each goes on from one MLM
 
 All recipes train the same encoder on the same documents in the same order, packed without padding; MLM computes its
 logits at the masked tokens only, as T-JEPA does at its slots. The clock is the CPU time of one thread that training
@@ -14,6 +15,7 @@ several processes may share the folder when each is given recipes or seeds of it
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -33,6 +35,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_see
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.documents import DataArguments, load_documents
+from tjepa.corpus.segments import SegmentCollator, cut_into_segments
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, load_masking_strategies, ragged_arange
 from tjepa.downstream.probe import (
     ProbeTask,
@@ -73,8 +76,13 @@ class Recipe:
         masking: of T-JEPA, a preset, a file, or a list of masking strategies as mappings.
         views_per_document: of T-JEPA, how many of the strategies each document gets; `None`: all.
         mask_ratio: of MLM, the share of tokens that is predicted (80% masked, 10% random, 10% kept, as in BERT).
+        segment_length: documents are cut into segments of at most so many tokens, each encoded by itself.
+        permute_segments: of T-JEPA, each segment's label is that of another hidden one of its document (a control).
+        static_labels: of T-JEPA, labels are the first encoder's embeddings of the hidden tokens (a control).
         jepa_weight: weight of the T-JEPA loss beside the optional terms; 0 for the control.
         encoder: which of T-JEPA's encoders is judged, `"target"` or `"context"`.
+        start: the MLM recipe from whose last weights this one goes on.
+        seconds: CPU seconds of training, in place of --seconds.
         config: the rest that `TJEPAConfig` takes.
         training: the rest that `PretrainingArguments` takes.
     """
@@ -83,8 +91,13 @@ class Recipe:
     masking: str | list[dict] = "single_tokens"
     views_per_document: int | None = None
     mask_ratio: float = 0.15
+    segment_length: int | None = None
+    permute_segments: bool = False
+    static_labels: bool = False
     jepa_weight: float = 1.0
     encoder: Literal["target", "context"] = "target"
+    start: str | None = None
+    seconds: float | None = None
     config: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
 
@@ -140,20 +153,62 @@ class TJEPA:
             strategies = [MaskingStrategy.from_dict(strategy) for strategy in recipe.masking]
         else:
             strategies = load_masking_strategies(recipe.masking)
-        self.collator = DataCollatorForTJEPA(strategies, args.seed, views_per_document=recipe.views_per_document)
+        options = {"views_per_document": recipe.views_per_document, "in_place": config.predictor_type == "in_place"}
+        if recipe.segment_length is None:
+            self.collator = DataCollatorForTJEPA(strategies, args.seed, **options)
+        else:
+            self.collator = SegmentCollator(strategies, args.seed, segment_length=recipe.segment_length, **options)
         self.model = TJEPAForPreTraining(config).train()
+        self.recipe = recipe
         self.ema = EMACallback(
             args.ema_momentum, args.final_ema_momentum, args.schedule_stretch, args.ema_schedule, args.ema_anneal_ratio
         )
-        self.jepa_weight = recipe.jepa_weight
         self.encoder = getattr(self.model, f"{recipe.encoder}_encoder")
 
+    def start_from(self, start: TJEPAForMaskedLM) -> None:
+        self.model.context_encoder.load_state_dict(start.encoder.state_dict())
+        self.model.update_target_encoder(0.0)
+        self.model.token_head.load_state_dict(start.token_head.state_dict())
+        if self.recipe.static_labels:
+            self.model.target_encoder = StaticEncoder(start.encoder.token_embedding)
+
     def loss(self, examples: list[dict]) -> torch.Tensor:
-        output = self.model(**self.collator(examples))
-        return output.loss + (self.jepa_weight - 1.0) * output.jepa_loss
+        batch = self.collator(examples)
+        if self.recipe.permute_segments:
+            permute_labels(batch["segments"])
+        output = self.model(**batch)
+        return output.loss + (self.recipe.jepa_weight - 1.0) * output.jepa_loss
 
     def after_step(self, step: int, num_steps: int) -> None:
-        self.model.update_target_encoder(self.ema.at(step, num_steps))
+        if not self.recipe.static_labels:
+            self.model.update_target_encoder(self.ema.at(step, num_steps))
+
+    def save(self, folder: Path) -> None:
+        if self.recipe.static_labels:  # what the folder says of a target encoder must be one
+            self.model.target_encoder = copy.deepcopy(self.model.context_encoder)
+        self.model.save_pretrained(folder)
+
+
+class StaticEncoder(torch.nn.Module):
+    """In the target encoder's place: what a token is labelled with does not depend on its text."""
+
+    def __init__(self, embedding: torch.nn.Embedding):
+        super().__init__()
+        self.embedding = embedding.requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor, **kwargs) -> tuple[torch.Tensor]:
+        return (self.embedding(input_ids),)
+
+
+def permute_labels(segments: dict) -> None:
+    """The labels of a document's hidden segments change places, each to the next and the last to the first."""
+    views = segments["prediction_view_ids"].flatten()[segments["slot_indices"]]  # slots of a view are neighbours
+    is_last = views.diff(append=views.new_tensor([-1])) != 0
+    first = torch.cat([torch.zeros(1, dtype=torch.bool), is_last[:-1]]).nonzero()[:, 0]
+    first = torch.cat([first.new_zeros(1), first]) if len(views) else first
+    following = torch.arange(1, len(views) + 1)
+    following[is_last] = first
+    segments["label_indices"] = segments["label_indices"][following]
 
 
 class MLM:
@@ -161,9 +216,16 @@ class MLM:
         self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mask_ratio)
         self.model = TJEPAForMaskedLM(config).train()
         self.encoder = self.model.encoder
+        self.segment_length = recipe.segment_length
+
+    def start_from(self, start: TJEPAForMaskedLM) -> None:
+        self.model.load_state_dict(start.state_dict())
 
     def loss(self, examples: list[dict]) -> torch.Tensor:
-        documents = sorted((example["input_ids"] for example in examples), key=len)  # equal shapes side by side
+        documents = [example["input_ids"] for example in examples]
+        if self.segment_length is not None:
+            documents, _ = cut_into_segments(documents, self.segment_length)
+        documents = sorted(documents, key=len)  # equal shapes side by side
         lengths = np.array([len(document) for document in documents])
         input_ids = torch.from_numpy(np.concatenate(documents)).long()
         input_ids, labels = self.collator.torch_mask_tokens(input_ids, torch.zeros_like(input_ids))
@@ -178,6 +240,9 @@ class MLM:
 
     def after_step(self, step: int, num_steps: int) -> None:
         pass
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
 
 
 OBJECTIVES = {"tjepa": TJEPA, "mlm": MLM}
@@ -206,14 +271,20 @@ class Training:
     tokenizer: object
     seed: int
     num_steps: int
+    start: Path | None = None
 
     def __post_init__(self):
         self.args = PretrainingArguments(output_dir="unused", use_cpu=True, seed=self.seed, **self.recipe.training)
         set_seed(self.seed)
         config = TJEPAConfig(
-            vocab_size=len(self.tokenizer), max_position_embeddings=max(map(len, self.documents)), **self.recipe.config
+            vocab_size=len(self.tokenizer),
+            max_position_embeddings=max(map(len, self.documents)),
+            mask_token_id=self.tokenizer.mask_token_id,
+            **self.recipe.config,
         )
         self.objective = OBJECTIVES[self.recipe.objective](self.recipe, config, self.args, self.tokenizer)
+        if self.start is not None:
+            self.objective.start_from(TJEPAForMaskedLM.from_pretrained(self.start))
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         """CPU seconds, document tokens and loss of each step."""
@@ -239,12 +310,20 @@ class Training:
             yield {"seconds": seconds, "tokens": sum(len(e["input_ids"]) for e in examples), "loss": loss.item()}
 
 
-def train_and_judge(recipe: Recipe, seed: int, documents, tokenizer, tasks, args) -> list[dict[str, float]]:
-    """The checkpoints: step, CPU seconds and document tokens so far, the mean loss since the last, and the figures."""
-    timed = list(Training(recipe, documents, tokenizer, seed, NUM_TIMED_STEPS))[NUM_WARMUP_STEPS:]
-    budget, unit = (args.seconds, "seconds") if args.seconds else (args.tokens, "tokens")
+def train_and_judge(
+    recipe: Recipe, seed: int, documents, tokenizer, tasks, args, weights: Path
+) -> list[dict[str, float]]:
+    """
+    The checkpoints: step, CPU seconds and document tokens so far, the mean loss since the last, and the figures. The
+    last weights are saved in the folder `weights`, for others to start from and to be judged on more tasks.
+    """
+    start = None if recipe.start is None else args.output_dir / f"{recipe.start}-seed{seed}"
+    if start is not None and not start.is_dir():
+        raise FileNotFoundError(f"{start} is not there: run the recipe {recipe.start} with this seed first.")
+    timed = list(Training(recipe, documents, tokenizer, seed, NUM_TIMED_STEPS, start))[NUM_WARMUP_STEPS:]
+    budget, unit = (recipe.seconds or args.seconds, "seconds") if args.seconds else (args.tokens, "tokens")
     num_steps = max(1, round(budget / statistics.mean(step[unit] for step in timed)))
-    training = Training(recipe, documents, tokenizer, seed, num_steps)
+    training = Training(recipe, documents, tokenizer, seed, num_steps, start)
     marks = {round(num_steps * (part + 1) / args.num_checkpoints) for part in range(args.num_checkpoints)}
     checkpoints, seconds, tokens, losses = [], 0.0, 0, []
     for step, taken in enumerate(training, start=1):
@@ -255,6 +334,7 @@ def train_and_judge(recipe: Recipe, seed: int, documents, tokenizer, tasks, args
             mean_loss = statistics.mean(losses)
             checkpoints.append({"step": step, "seconds": seconds, "tokens": tokens, "loss": mean_loss, **figures})
             losses = []
+    training.objective.save(weights)
     return checkpoints
 
 
@@ -445,7 +525,8 @@ def main():
                 if name == UNTRAINED:
                     objective = Training(recipe, documents, tokenizer, seed, num_steps=1).objective
                     return [{**nothing, **judge(objective, tokenizer, tasks, max(map(len, documents)))}]
-                return train_and_judge(recipe, seed, documents, tokenizer, tasks, args)
+                weights = args.output_dir / f"{name}-seed{seed}"
+                return train_and_judge(recipe, seed, documents, tokenizer, tasks, args, weights)
 
             checkpoints = finished_or_run(args.output_dir / f"{name}-seed{seed}.json", settings, run)
             runs.setdefault(name, []).append(checkpoints)

@@ -209,6 +209,8 @@ def load_pretraining_model(
         way = "packed rows" if traits.is_packed else "padded rows"
         logger.info(f"{type(model.context_encoder).__name__} is fed {way} (difference {traits.difference:.1e})")
         return model
+    if config.predictor_type == "in_place":
+        set_mask_token(config, tokenizer)
     if model_name_or_path is None:
         facts = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         facts["max_position_embeddings"] = max_length
@@ -265,14 +267,17 @@ def fit_to_tokenizer(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase, na
         )
     prefix, suffix = special_tokens_around(tokenizer)
     config.special_token_ids = sorted({*prefix, *suffix})
+    set_mask_token(config, tokenizer)
+
+
+def set_mask_token(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What stands in hidden places: the mask token, or a token that a text rarely has."""
     config.mask_token_id = tokenizer.mask_token_id
     if config.mask_token_id is None:
         others = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
         config.mask_token_id = next(token_id for token_id in others if token_id is not None)
-        logger.warning(
-            "The tokenizer has no mask token: in hidden places stands "
-            f"{tokenizer.convert_ids_to_tokens(config.mask_token_id)}, on which no state depends"
-        )
+        token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
+        logger.warning(f"The tokenizer has no mask token: in hidden places stands {token}")
 
 
 def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPreTraining:

@@ -1,0 +1,9 @@
+# Trains the quickstart: docker build -t tjepa . && docker run -v "$PWD/runs:/t-jepa/runs" tjepa
+FROM python:3.11-slim
+
+WORKDIR /t-jepa
+# First, so that it is fetched once, and without CUDA; for a GPU leave out the index
+RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
+COPY . .
+RUN pip install --no-cache-dir .
+CMD ["tjepa", "pretrain"]

@@ -1,4 +1,4 @@
-"""Draws what each UL2 masking strategy hides of one document: the picture in the README.
+"""Draws what each UL2 masking strategy hides of one document: the picture in docs/pretraining.md.
 
 python docs/plot_strategies.py docs/strategies.png
 """

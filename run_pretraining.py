@@ -36,7 +36,13 @@ from transformers import (
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.atomic_writes import replacing_files
-from tjepa.corpus.documents import QUICKSTART, DataArguments, check_dataset_exists, load_documents
+from tjepa.corpus.documents import (
+    QUICKSTART,
+    DataArguments,
+    check_dataset_exists,
+    load_documents,
+    record_source,
+)
 from tjepa.corpus.private import get_attention
 from tjepa.corpus.segments import SegmentCollator
 from tjepa.corpus.splits import tokenize_splits
@@ -245,6 +251,7 @@ def main():
         save_model_folder(model, tokenizer, collator.strategies, training_args, sentence_modules)
     results |= evaluate(trainer)
     results |= count_documents(trainer, counts)
+    results["source"] = record_source(data_args)
     results["dropped_in_batches"] = collator.num_dropped_documents
     results["nonfinite_gradients"] = trainer.health.num_nonfinite_gradients
     if trainer.is_world_process_zero():

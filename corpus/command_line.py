@@ -86,7 +86,8 @@ def check_names(flags: list[str], names: list[str]) -> None:
     """
     for flag in flags:
         name = flag.partition("=")[0]
-        if name.startswith("--") and len(name) > 2 and name[2:].removeprefix("no_") not in [*names, "help"]:
+        spellings = {name[2:], name[2:].removeprefix("no_")}
+        if name.startswith("--") and len(name) > 2 and spellings.isdisjoint([*names, "help"]):
             raise ValueError(f"There is no argument {name}.{_did_you_mean(name, [f'--{n}' for n in names])}")
 
 

@@ -152,6 +152,17 @@ class DataArguments(SourceArguments):
             )
 
 
+def record_source(args: SourceArguments) -> dict[str, Any]:
+    """What `SourceArguments` must be given to read the same documents again, from any folder of this machine."""
+    record = {field.name: getattr(args, field.name) for field in fields(SourceArguments)}
+    record = {name: value for name, value in record.items() if value is not None}
+    for name in ("dataset_name", "train_file", "validation_file"):
+        path = record.get(name)
+        if path is not None and "://" not in path and (name != "dataset_name" or Path(path).exists()):
+            record[name] = os.path.abspath(path)
+    return record
+
+
 def load_documents(
     args: SourceArguments, cache_dir: str | None = None, token: str | bool | None = None
 ) -> DatasetDict | IterableDatasetDict:

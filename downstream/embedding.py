@@ -75,13 +75,31 @@ class Embedder:
     pooling: Literal["mean", "first"] = "mean"
     modules: list[nn.Module] = field(default_factory=list)  # of sentence-transformers, behind the pooling
 
-    @torch.inference_mode()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """`num_texts` strings, none of them empty -> float32 `[num_texts, width]` on the CPU."""
-        vectors = embed_texts(self.model, self.tokenizer, texts, self.max_length, batch_size, pooling=self.pooling)
+        encoded = self.tokenize(texts)
+        check_tokens(texts, encoded)
+        return self.embed_tokens(encoded, batch_size)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return (
+            encode_texts(self.model, self.tokenizer, list(texts), self.max_length)["input_ids"] if len(texts) else []
+        )
+
+    @torch.inference_mode()
+    def embed_tokens(self, encoded: Sequence[list[int]], batch_size: int = 64) -> Tensor:
+        """What `tokenize` made of texts, without those that have no token."""
+        vectors = embed_tokens(self.model, encoded, batch_size, self.pooling)
         for module in self.modules:
             vectors = module(vectors)
         return vectors.clone()
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a vector."""
+        return (
+            [self.model.config.hidden_size] + [m.out_features for m in self.modules if hasattr(m, "out_features")]
+        )[-1]
 
 
 def load_embedder(
@@ -200,14 +218,21 @@ def embed_texts(
     """
     if not len(texts):
         raise ValueError("`texts` is empty; embed_texts needs at least one text.")
-    encoded = _encode(model, tokenizer, list(texts), max_length, add_special_tokens)["input_ids"]
+    encoded = encode_texts(model, tokenizer, list(texts), max_length, add_special_tokens)["input_ids"]
+    check_tokens(texts, encoded)
+    return embed_tokens(model, encoded, batch_size, pooling)
+
+
+def check_tokens(texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
+    """Raises a `ValueError` if there is no text, or one without a token: the mean over no tokens does not exist."""
+    if not len(texts):
+        raise ValueError("`texts` is empty; give at least one text.")
     lengths = [len(ids) for ids in encoded]
     if 0 in lengths:
         raise ValueError(
             f"Text {lengths.index(0)} of {len(texts)} has no tokens: {texts[lengths.index(0)]!r}. Every text needs at "
             "least one; drop empty texts, or pass add_special_tokens=True if the tokenizer has special tokens."
         )
-    return embed_tokens(model, encoded, batch_size, pooling)
 
 
 def embed_tokens(
@@ -257,7 +282,7 @@ def embed_words(
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} does not tell where its tokens come from; use a fast tokenizer.")
-    encoding = _encode(model, tokenizer, [" ".join(words) for words in sentences], max_length, add_special_tokens)
+    encoding = encode_texts(model, tokenizer, [" ".join(words) for words in sentences], max_length, add_special_tokens)
     tokens_of_sentence, found = [], []
     for sentence, words in enumerate(sentences):
         start, tokens = 0, []
@@ -298,8 +323,8 @@ def as_text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _encode(
-    model: torch.nn.Module, tokenizer, texts: list[str], max_length: int, add_special_tokens: bool | None
+def encode_texts(
+    model: torch.nn.Module, tokenizer, texts: list[str], max_length: int, add_special_tokens: bool | None = None
 ) -> BatchEncoding:
     """Token ids of texts, in which nothing is read as a special token."""
     if add_special_tokens is None:

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ..corpus.faults import find_fault
-from .embedding import embed_texts
+from .embedding import embed_tokens, encode_texts
 
 
 VECTORS_PER_DIMENSION = 10  # that a covariance is estimated from; more change the similarities little
@@ -114,16 +114,17 @@ def fit_text_whitening(
         ValueError: for too few texts.
     """
     wanted = max(MIN_VECTORS, VECTORS_PER_DIMENSION * model.config.hidden_size)
-    rng, chosen = np.random.default_rng(0), []
+    rng, chosen = np.random.default_rng(0), {}  # texts, each once
     for text in texts:
         if find_fault(text) is None:
             parts = sentences(text)
-            chosen += {text: None, parts[rng.integers(len(parts))]: None}  # one where the text is a sentence
+            chosen |= {text: None, parts[rng.integers(len(parts))]: None}
         if len(chosen) >= wanted:
             break
     if not chosen:
         raise ValueError("There is no text to fit a whitening on.")
-    return Whitening.fit(embed_texts(model, tokenizer, chosen, max_length), num_dimensions)
+    encoded = encode_texts(model, tokenizer, list(chosen), max_length)["input_ids"]
+    return Whitening.fit(embed_tokens(model, [ids for ids in encoded if ids]), num_dimensions)
 
 
 def sentences(text: str) -> list[str]:

@@ -44,6 +44,9 @@ def workspace(tmp_path_factory, inputs):
         run(monkeypatch, arguments(inputs, folder / "runs" / "quickstart", **flags))
     export_sentence_transformer(folder / "runs" / "quickstart", folder / "runs" / "quickstart-sentences")
     make_folder(folder / "runs" / "adapted")
+    (folder / "arrays").mkdir()
+    for name in ("ids", "embeddings"):
+        np.save(folder / "arrays" / f"{name}.npy", np.zeros((4, 8), np.float32))
     (folder / "eval").mkdir()
     texts = make_texts(60)
     rows = {

@@ -29,6 +29,8 @@ COMMANDS = {  # subcommand -> (module, what it does)
     "tag": ("downstream.run_token_classification", "fine-tune an encoder to tag the words of sentences"),
     "search": ("tools.search", "find texts by what they mean, by default in the docstrings that are installed"),
     "embed": ("tools.embed", "write a vector for each text of a file, for an index or a database"),
+    "fill": ("tools.fill", "guess the hidden words of a text"),
+    "train-decoder": ("tools.train_decoder", "fit a token head to the predictions of a model that has none"),
     "convert": ("tools.convert_checkpoint", "turn a run folder of the original T-JEPA code into a model folder"),
     "export": ("tools.export_sentence_transformer", "write a folder that sentence-transformers loads"),
 }

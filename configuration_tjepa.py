@@ -131,6 +131,9 @@ class TJEPAConfig(PreTrainedConfig):
             The loss of an evaluation has no such term.
         denoising_ratio (`float`, defaults to 0.1):
             See `denoising_weight`.
+        token_decoder (`bool`, defaults to `False`):
+            Whether there is a token head although no loss of pretraining has one: the one that `tjepa train-decoder`
+            fitted to the predictions. Pretraining leaves it as it is.
         sigreg_weight (`float`, defaults to 0.0):
             Weight of SIGReg (LeJEPA, arXiv 2511.08544) on the context encoder's output: how far its tokens are from
             an isotropic Gaussian.
@@ -205,6 +208,7 @@ class TJEPAConfig(PreTrainedConfig):
     token_prediction_weight: float | int = 0.0
     denoising_weight: float | int = 0.0
     denoising_ratio: float | int = 0.1
+    token_decoder: bool = False
     sigreg_weight: float | int = 0.0
     pooled_weight: float | int = 0.0
     segment_weight: float | int = 0.0

@@ -293,6 +293,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         if config.segment_weight > 0:
             self.segment_predictor = TJEPAPredictor(config.segment_predictor_config())
         predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
+        self.trains_token_head = predicts_tokens
+        predicts_tokens = predicts_tokens or config.token_decoder
         width = self.context_encoder.get_input_embeddings().weight.shape[1]
         self.token_head = TJEPATokenHead(config, width) if predicts_tokens else None
         self.post_init()
@@ -311,6 +313,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         self.target_encoder.eval().requires_grad_(False)
         for name in () if self.encoder_traits is None else self.encoder_traits.unused_parameters:
             self.context_encoder.get_parameter(name).requires_grad_(False)
+        if self.token_head is not None and not self.trains_token_head:
+            self.token_head.requires_grad_(False)
         return self
 
     @classmethod
@@ -411,6 +415,67 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         contexts = [context.to(target.dtype) for target, context in zip(targets, contexts, strict=True)]
         # exact where both are equal: what does not train does not drift
         torch._foreach_lerp_(targets, contexts, 1.0 - momentum)
+
+    @torch.no_grad()
+    def predict_states(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> torch.Tensor:
+        """
+        What the predictor expects of a text's hidden tokens. Neighbouring hidden tokens are a block, and predicted
+        together; blocks do not see each other.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[length]`):
+                One text, with what the tokenizer puts around it where the encoder is not our own. The ids of hidden
+                tokens count for nothing.
+            is_hidden (`torch.BoolTensor` of shape `[length]`): which tokens are hidden.
+
+        Returns:
+            `torch.FloatTensor` of shape `[num_hidden, hidden_size]`: predictions of the labels, in the text's order.
+
+        Raises:
+            ValueError: if no token is hidden, or none is visible.
+        """
+        if is_hidden.all() or not is_hidden.any():
+            raise ValueError("There must be a hidden token to predict, and a visible one to predict it from.")
+        visible, slots = (~is_hidden).nonzero().T, is_hidden.nonzero().T  # [1, ...]: one row
+        starts_block = is_hidden & ~torch.cat([is_hidden.new_zeros(1), is_hidden[:-1]])
+        blocks = starts_block.long().cumsum(0)[slots]
+        contexts = torch.arange(visible.shape[1], device=slots.device)[None]
+        zeros = torch.zeros_like(input_ids)[None]
+        was_training = self.training
+        self.eval()
+        output = self(
+            input_ids=input_ids[None],
+            position_ids=torch.arange(len(input_ids), device=slots.device)[None],
+            document_ids=zeros,
+            context_indices=visible,
+            context_view_ids=torch.zeros_like(visible),
+            prediction_indices=torch.cat([contexts, torch.zeros_like(slots)], dim=1),
+            prediction_position_ids=torch.cat([visible, slots], dim=1),
+            prediction_view_ids=zeros,
+            prediction_block_ids=torch.cat([torch.zeros_like(visible), blocks], dim=1),
+            slot_indices=visible.shape[1] + torch.arange(slots.shape[1], device=slots.device),
+            label_indices=slots[0],
+            slot_strategy_ids=torch.zeros_like(slots[0]),
+            slots_per_strategy=torch.tensor([slots.shape[1]], device=slots.device),
+            return_dict=True,
+        )
+        self.train(was_training)
+        return output.predictions
+
+    @torch.no_grad()
+    def predict_tokens(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> torch.Tensor:
+        """
+        [`~TJEPAForPreTraining.predict_states`] read by the token head.
+
+        Returns:
+            `torch.FloatTensor` of shape `[num_hidden, vocab_size]`: logits.
+
+        Raises:
+            ValueError: also if there is no token head.
+        """
+        if self.token_head is None:
+            raise ValueError("This model has no token head. `tjepa train-decoder FOLDER` fits one to its predictions.")
+        return self.token_head(self.predict_states(input_ids, is_hidden), self.get_input_embeddings().weight).float()
 
     def _token_losses(self, states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
         """Cross entropy of the token head: states [n, hidden_size], token_ids [n] -> [n]."""

@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import token_accuracy
+import torch
+
+from helpers import make_tiny_config
+from tjepa import TJEPAForMaskedLM
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -74,3 +81,26 @@ def test_encoder_families(tmp_path):
     assert lines["modernbert"]["fed"] == "packed" and lines["modernbert"]["difference"] < 1e-4
     assert lines["deberta"]["fed"] == "padded" and lines["xlm-roberta"]["note"] == "positions + 2"
     assert (lines["gpt2"]["fed"], lines["gpt2"]["note"]) == ("refused", "does not look ahead")
+
+
+@torch.no_grad()
+def test_token_accuracy_asks_both_models_for_the_same_hidden_tokens(make_model):
+    strategy, documents = token_accuracy.HIDDEN["blocks of 4"], [np.arange(40) % 60, np.arange(25) % 60]
+    examples = [{"input_ids": ids, "document_index": index, "epoch": 0} for index, ids in enumerate(documents)]
+    batch = DataCollatorForTJEPA([strategy], seed=0)(examples)
+    places = batch["label_indices"].long()
+    tokens = batch["input_ids"].flatten()[places].long()
+    model, mlm = make_model(token_prediction_weight=1.0).eval(), TJEPAForMaskedLM(make_tiny_config()).eval()
+    is_masked = torch.zeros(65, dtype=torch.bool).index_fill(0, places, True)
+    expected = [model.token_head(model(**batch).predictions, model.get_input_embeddings().weight)]
+    rows = [
+        torch.arange(length).where(~part, 59) for length, part in zip((40, 25), is_masked.split([40, 25]), strict=True)
+    ]
+    expected.append(torch.cat([mlm(row[None]).logits[0] for row in rows])[places])
+    for candidate, logits in zip((model, mlm), expected, strict=True):
+        nats = torch.nn.functional.cross_entropy(logits, tokens).item()
+        right = (logits.argmax(-1) == tokens).float().mean().item()
+        assert token_accuracy.judge(candidate, strategy, documents, 59) == pytest.approx((right, nats), abs=1e-4)
+    frequencies = torch.eye(60)[3:4] * 100  # always 3
+    share = (tokens == 3).float().mean().item()
+    assert token_accuracy.judge(frequencies, strategy, documents, 59)[0] == pytest.approx(share)

@@ -292,9 +292,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         self.segment_predictor = None
         if config.segment_weight > 0:
             self.segment_predictor = TJEPAPredictor(config.segment_predictor_config())
-        predicts_tokens = config.token_prediction_weight > 0 or config.denoising_weight > 0
-        self.trains_token_head = predicts_tokens
-        predicts_tokens = predicts_tokens or config.token_decoder
+        self.trains_token_head = config.token_prediction_weight > 0 or config.denoising_weight > 0
+        predicts_tokens = self.trains_token_head or config.token_decoder
         width = self.context_encoder.get_input_embeddings().weight.shape[1]
         self.token_head = TJEPATokenHead(config, width) if predicts_tokens else None
         self.post_init()
@@ -419,13 +418,11 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
     @torch.no_grad()
     def predict_states(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> torch.Tensor:
         """
-        What the predictor expects of a text's hidden tokens. Neighbouring hidden tokens are a block, and predicted
-        together; blocks do not see each other.
+        What the predictor expects of a text's hidden tokens. Neighbours are a block; blocks do not see each other.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[length]`):
-                One text, with what the tokenizer puts around it where the encoder is not our own. The ids of hidden
-                tokens count for nothing.
+                One text, with the special tokens around it that the encoder is used to. Those hidden do not count.
             is_hidden (`torch.BoolTensor` of shape `[length]`): which tokens are hidden.
 
         Returns:
@@ -434,48 +431,40 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         Raises:
             ValueError: if no token is hidden, or none is visible.
         """
-        if is_hidden.all() or not is_hidden.any():
-            raise ValueError("There must be a hidden token to predict, and a visible one to predict it from.")
-        visible, slots = (~is_hidden).nonzero().T, is_hidden.nonzero().T  # [1, ...]: one row
-        starts_block = is_hidden & ~torch.cat([is_hidden.new_zeros(1), is_hidden[:-1]])
-        blocks = starts_block.long().cumsum(0)[slots]
-        contexts = torch.arange(visible.shape[1], device=slots.device)[None]
-        zeros = torch.zeros_like(input_ids)[None]
-        was_training = self.training
-        self.eval()
-        output = self(
-            input_ids=input_ids[None],
-            position_ids=torch.arange(len(input_ids), device=slots.device)[None],
-            document_ids=zeros,
-            context_indices=visible,
-            context_view_ids=torch.zeros_like(visible),
-            prediction_indices=torch.cat([contexts, torch.zeros_like(slots)], dim=1),
-            prediction_position_ids=torch.cat([visible, slots], dim=1),
-            prediction_view_ids=zeros,
-            prediction_block_ids=torch.cat([torch.zeros_like(visible), blocks], dim=1),
-            slot_indices=visible.shape[1] + torch.arange(slots.shape[1], device=slots.device),
-            label_indices=slots[0],
-            slot_strategy_ids=torch.zeros_like(slots[0]),
-            slots_per_strategy=torch.tensor([slots.shape[1]], device=slots.device),
-            return_dict=True,
-        )
-        self.train(was_training)
-        return output.predictions
+        return self._predict(input_ids, is_hidden)[1]
 
     @torch.no_grad()
     def predict_tokens(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> torch.Tensor:
-        """
-        [`~TJEPAForPreTraining.predict_states`] read by the token head.
-
-        Returns:
-            `torch.FloatTensor` of shape `[num_hidden, vocab_size]`: logits.
-
-        Raises:
-            ValueError: also if there is no token head.
-        """
+        """Logits `[num_hidden, vocab_size]` of the same; without a token head a `ValueError`, too."""
         if self.token_head is None:
             raise ValueError("This model has no token head. `tjepa train-decoder FOLDER` fits one to its predictions.")
-        return self.token_head(self.predict_states(input_ids, is_hidden), self.get_input_embeddings().weight).float()
+        states = self._predict(input_ids, is_hidden)[0]
+        return self.token_head(states, self.get_input_embeddings().weight).float()
+
+    def _predict(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states [num_hidden, hidden_size] that tokens are predicted from, and the predictions of the labels."""
+        if is_hidden.all() or not is_hidden.any():
+            raise ValueError("There must be a hidden token to predict, and a visible one to predict it from.")
+        was_training, traits = self.training, self.measure_encoders()
+        self.eval()
+        places, slots = torch.arange(len(input_ids), device=input_ids.device)[None], is_hidden.nonzero().T
+        in_place, views = self.config.predictor_type == "in_place", torch.zeros_like(places)
+        visible = places if in_place else (~is_hidden).nonzero().T  # [1, num_visible]: one row, and one view
+        ids = hide_in_place(input_ids[None], slots[0], self.config, False) if in_place else input_ids[visible]
+        lengths, num_visible = views.new_tensor([len(input_ids)]), visible.shape[1]
+        view = (ids, visible, views[:, :num_visible])
+        (states,) = encode(self.context_encoder, self.config, traits, *view, view_lengths=lengths)
+        if in_place:
+            slot_states = states[slots[0]]
+            predictions = self.predictor(slot_states)
+        else:
+            blocks = (is_hidden & ~is_hidden.roll(1).index_fill(0, places[0, :1], False)).cumsum(0)[slots]
+            block_ids = torch.cat([views[:, :num_visible], blocks], dim=1)
+            position_ids = torch.cat([visible, slots], dim=1)
+            slot_states = self.predictor(states, places, position_ids, views, block_ids, places[0, num_visible:])
+            predictions = slot_states
+        self.train(was_training)
+        return slot_states, predictions
 
     def _token_losses(self, states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
         """Cross entropy of the token head: states [n, hidden_size], token_ids [n] -> [n]."""

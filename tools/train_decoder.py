@@ -82,8 +82,9 @@ def train_decoder(
         """Predictions [num_places, hidden_size] and the tokens that are hidden there [num_places]."""
         inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in collator(batch).items()}
         with torch.no_grad():
-            predictions = model(**inputs).predictions
-        return predictions, inputs["input_ids"].flatten()[inputs["label_indices"]].long()
+            output = model(**inputs)
+        states = output.context_states[inputs["hidden_indices"]] if collator.in_place else output.predictions
+        return states, inputs["input_ids"].flatten()[inputs["label_indices"]].long()
 
     for step in tqdm(range(num_steps), desc="Fitting the token head"):
         chosen = torch.randint(len(fitted), (BATCH_SIZE,), generator=generator).tolist()
@@ -135,6 +136,7 @@ def main():
     folder = Path(model.name_or_path)  # where the predictor is
     strategies = folder / STRATEGIES_FILE
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
+    collator.in_place = model.config.predictor_type == "in_place"
     max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     if model.config.encoder is not None:
         collator.special_tokens = special_tokens_around(tokenizer)

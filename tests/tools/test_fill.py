@@ -48,21 +48,26 @@ def run(monkeypatch, *arguments):
 # ---- the model's own methods ----
 
 
-@pytest.mark.parametrize("predictor_type", ["self_attention", "cross_attention", "boundary"])
+@pytest.mark.parametrize("predictor_type", ["self_attention", "cross_attention", "boundary", "in_place"])
 def test_predictions_are_those_of_the_same_view_in_a_batch(make_model, predictor_type):
-    model = make_model(token_prediction_weight=1.0, predictor_type=predictor_type).eval()
+    in_place = predictor_type == "in_place"
+    model = make_model(token_prediction_weight=1.0, predictor_type=predictor_type, mask_token_id=59).eval()
     ids = torch.randint(60, (30,), generator=torch.Generator().manual_seed(0))
     example = {"input_ids": ids.numpy(), "document_index": 0, "epoch": 0}
-    batch = DataCollatorForTJEPA([MaskingStrategy(3, max_target_mask_ratio=0.4)], seed=1)([example])
+    collator = DataCollatorForTJEPA([MaskingStrategy(3, max_target_mask_ratio=0.4)], seed=1)
+    collator.in_place = in_place
+    batch = collator([example])
     is_hidden = torch.zeros(30, dtype=torch.bool).index_fill(0, batch["label_indices"].long(), True)
     assert 2 <= (is_hidden.int().diff() == 1).sum()  # several blocks
     with torch.no_grad():
-        expected = model(**batch).predictions
+        output = model(**batch)
+    expected = output.predictions
     order = batch["label_indices"].argsort()  # the collator's blocks come in the order they were drawn
     changed = ids.clone()
     changed[is_hidden] = 0  # what stands there counts for nothing
     torch.testing.assert_close(model.predict_states(changed, is_hidden), expected[order], atol=1e-5, rtol=1e-4)
-    logits = model.token_head(expected[order], model.get_input_embeddings().weight)
+    read = output.context_states[batch["hidden_indices"]] if in_place else expected
+    logits = model.token_head(read[order], model.get_input_embeddings().weight)
     torch.testing.assert_close(model.predict_tokens(ids, is_hidden), logits, atol=1e-4, rtol=1e-4)
 
 

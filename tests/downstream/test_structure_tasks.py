@@ -11,16 +11,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
+from tjepa.downstream import probe
 from tjepa.downstream.probe import (
     EmbeddingLayer,
+    LabelledFeatures,
     ProbeTask,
     embed_task,
     groups_of_rows,
+    probe_embedded_task,
     probe_tasks,
     probe_tasks_with_tfidf,
 )
 from tjepa.downstream.run_probing import load_tasks
 from tjepa.downstream.structure_tasks import combine, mrr_of_a_guess, next_segment_figures, rows_of_sentences
+from tjepa.downstream.whitening import as_array, fit_whitening
 
 
 FILLERS = [f"w{i}" for i in range(40)]
@@ -120,6 +124,27 @@ def test_rows_of_the_same_sentences_are_held_out_together(model, tokenizer):
     features, labels, groups = embed_task(model, tokenizer, task, max_length=8)["train"]
     assert groups.tolist() == [0, 0, 0, 0, 1, 1] and labels.tolist() == [1, 1, 0, 0, 1, 1]
     assert features[0].equal(features[3]) and features[1].equal(features[2]) and not features[0].equal(features[1])
+
+
+def test_both_orders_are_held_out_together_and_retrieval_is_whitened_with_the_training_part(monkeypatch):
+    seen = []
+    monkeypatch.setattr(probe, "hold_out", lambda groups, seed: seen.append(groups.tolist()) or groups == 0)
+    columns = {"sentence1": [*"abcd"], "sentence2": [*"badc"], "label": [1, 0, 1, 0]}
+    features = torch.randn(8, 2, generator=torch.manual_seed(0))
+    part = LabelledFeatures(features, torch.tensor([1, 1, 0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    task = ProbeTask("pairs", "pair order", {"train": columns, "test": columns})
+    probe_embedded_task(task, {"train": part, "test": part}, seeds=(0,))
+    assert seen == [[0, 0, 1, 1]]
+
+    vectors = torch.randn(60, 3, generator=torch.manual_seed(0)) * torch.tensor([1.0, 9.0, 0.1])
+    test = LabelledFeatures(vectors, torch.arange(60) // 3, torch.zeros(60))
+    train = LabelledFeatures(torch.eye(3).repeat(9, 1) - torch.eye(3).repeat_interleave(9, 0) * 0.5, test[1], test[2])
+    task = ProbeTask("books", "retrieval", {})
+    for embedded, statistics in (({"test": test}, test), ({"train": train, "test": test}, train)):
+        white = fit_whitening(statistics.features).transform(as_array(vectors))
+        expected = next_segment_figures(white, test.labels.numpy(), test.groups.numpy())
+        found = probe_embedded_task(task, embedded)
+        assert found == {f"books/{name}": pytest.approx(figure) for name, figure in expected.items()}
 
 
 def test_the_next_segment_by_hand_and_by_a_plain_loop():

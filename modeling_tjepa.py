@@ -228,9 +228,9 @@ class TJEPAModel(TJEPAPreTrainedModel):
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
 
         hidden_states = self.dropout(inputs_embeds)
-        rotary_angles = self.rotary_embedding(position_ids)
+        rotation = self.rotary_embedding(position_ids)
         for layer in self.layers if hidden_states.shape[1] > 0 else ():  # an empty text: attention refuses no tokens
-            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, rotation, attention_mask=attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
 
 

@@ -1,7 +1,6 @@
 """From the context encoder's states to predictions at the target slots, and from states to tokens."""
 
 import torch
-from rotary_embedding_torch import apply_rotary_emb
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -17,6 +16,7 @@ from .layers_tjepa import (
     TJEPARotaryEmbedding,
     layer_norm,
     packed_attention_mask,
+    rotate,
 )
 
 
@@ -26,20 +26,19 @@ class TJEPAPredictorAttention(TJEPAAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        rotary_angles: torch.Tensor,
+        rotation: torch.Tensor,
         attention_mask: "torch.Tensor | PackedViews | None",
         slot_indices: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if slot_indices is None:
-            return super().forward(hidden_states, rotary_angles, attention_mask)
+            return super().forward(hidden_states, rotation, attention_mask)
         sizes = [hidden_states.shape[-1], 2 * hidden_states.shape[-1]]
         q_weight, kv_weight = self.qkv_proj.weight.split(sizes)
         q_bias, kv_bias = (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
         query = F.linear(hidden_states[:, slot_indices], q_weight, q_bias).unflatten(-1, (-1, self.head_dim))
-        key, value = F.linear(hidden_states, kv_weight, kv_bias).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
-        rotary_angles = rotary_angles.unsqueeze(2)
-        query, key = apply_rotary_emb(rotary_angles[:, slot_indices], query), apply_rotary_emb(rotary_angles, key)
-        return self.attend(query, key, value, attention_mask)
+        key_value = F.linear(hidden_states, kv_weight, kv_bias).unflatten(-1, (-1, self.head_dim))
+        query = rotate(query, rotation[:, slot_indices], self.num_heads)
+        return self.attend(query, *rotate(key_value, rotation, self.num_heads).chunk(2, dim=2), attention_mask)
 
 
 class TJEPAPredictorLayer(TJEPALayer):
@@ -53,15 +52,15 @@ class TJEPAPredictorLayer(TJEPALayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        rotary_angles: torch.Tensor,
+        rotation: torch.Tensor,
         attention_mask: "torch.Tensor | PackedViews | None",
         slot_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden_states [rows, row_length, hidden_size]; slot_indices int [num_slots], ascending, for a single row."""
         if slot_indices is None:
-            return super().forward(hidden_states, rotary_angles, attention_mask)
+            return super().forward(hidden_states, rotation, attention_mask)
         normed = self.attention_norm(hidden_states)
-        attn_output, _ = self.attention(normed, rotary_angles, attention_mask, slot_indices)
+        attn_output, _ = self.attention(normed, rotation, attention_mask, slot_indices)
         slots = hidden_states[:, slot_indices] + self.dropout(attn_output)
         return slots + self.dropout(self.mlp(self.mlp_norm(slots)))
 
@@ -130,7 +129,7 @@ class TJEPAPredictor(TJEPAModule):
         entries = prediction_indices.masked_fill(prediction_block_ids > 0, len(context_states))
         hidden_states = F.embedding(entries, table)  # [rows, row_length, predictor_hidden_size]
 
-        rotary_angles = self.rotary_embedding(prediction_position_ids)
+        rotation = self.rotary_embedding(prediction_position_ids)
         view_ids, block_ids = prediction_view_ids, prediction_block_ids
         slot_indices, queries = slot_indices.long(), None
         # Layers behind these move the target slots alone. With SDPA that is the last one, whose context states nobody
@@ -142,13 +141,13 @@ class TJEPAPredictor(TJEPAModule):
             view_ids, block_ids = view_ids.view(1, -1), block_ids.view(1, -1)
         attention_mask = packed_attention_mask(self.config, hidden_states, view_ids, block_ids, queries, groups)
         for layer in self.layers[:num_full_layers]:
-            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
-        hidden_states, rotary_angles = hidden_states.flatten(0, 1)[None], rotary_angles.flatten(0, 1)[None]
+            hidden_states = layer(hidden_states, rotation, attention_mask=attention_mask)
+        hidden_states, rotation = hidden_states.flatten(0, 1)[None], rotation.flatten(0, 1)[None]
         slot_states = None
         for layer in self.layers[num_full_layers:]:
             if slot_states is not None:
                 hidden_states = hidden_states.index_copy(1, slot_indices, slot_states)
-            slot_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask, slot_indices=slot_indices)
+            slot_states = layer(hidden_states, rotation, attention_mask=attention_mask, slot_indices=slot_indices)
         slot_states = hidden_states[0].index_select(0, slot_indices) if slot_states is None else slot_states[0]
         return self.out_proj(self.final_norm(slot_states))
 

@@ -83,10 +83,10 @@ def plain_forward_backward(model: TJEPAForPreTraining, batch: dict) -> float:
         predictor = model.predictor
         mask_tokens = predictor.mask_token.expand(*slot_positions.shape, -1)
         hidden_states = predictor.in_proj(torch.cat([context_states, mask_tokens], dim=1))
-        rotary_angles = predictor.rotary_embedding(torch.cat([context_positions, slot_positions], dim=1))
+        rotation = predictor.rotary_embedding(torch.cat([context_positions, slot_positions], dim=1))
         attention_mask = strategy["prediction_mask"].unsqueeze(1)
         for layer in predictor.layers:
-            hidden_states = layer(hidden_states, rotary_angles, attention_mask=attention_mask)
+            hidden_states = layer(hidden_states, rotation, attention_mask=attention_mask)
         slot_states = hidden_states[:, context_positions.shape[1] :][strategy["slot_mask"]]
         predictions = predictor.out_proj(predictor.final_norm(slot_states))
         slot_labels = labels.gather(1, slot_positions[..., None].expand(-1, -1, labels.shape[-1]))

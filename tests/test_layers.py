@@ -1,10 +1,12 @@
 """The layer's parts by hand: which entries may attend to which, local attention, dropout, what is saved."""
 
+import pytest
 import torch
+from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
 from helpers import make_tiny_config
 from tjepa import TJEPAModel
-from tjepa.layers_tjepa import PackedViews, flash_attention_kwargs
+from tjepa.layers_tjepa import PackedViews, TJEPARotaryEmbedding, flash_attention_kwargs, rotate
 
 
 def test_groups_and_masks_of_packed_views():
@@ -45,6 +47,29 @@ def test_attention_dropout_is_for_training_only():
         states = [model.train(training)(ids)[0] for training in (False, False, True, True)]
         assert torch.equal(states[0], states[1])
         assert not torch.allclose(states[1], states[2]) and not torch.allclose(states[2], states[3])
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(8, torch.float32), (6, torch.float32), (7, torch.float32), (8, torch.bfloat16)]
+)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rotation_is_that_of_the_library(monkeypatch, width, dtype, compiling):
+    """Of the first heads alone, and of their first features; gradients, too."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    config = make_tiny_config(hidden_size=2 * width, num_attention_heads=2, rotary_dim=6)
+    positions = torch.randint(0, 4096, (2, 5))
+    library = RotaryEmbedding(6)
+    states, gradient = torch.randn(2, 5, 3, width).to(dtype), torch.randn(2, 5, 3, width).to(dtype)
+    expected = states.clone().requires_grad_()
+    rotated = apply_rotary_emb(library(positions.flatten()).view(2, 5, 1, 6), expected[:, :, :2])
+    rotated = torch.cat([rotated, expected[:, :, 2:]], dim=2)
+    rotated.backward(gradient)
+    states.requires_grad_()
+    ours = rotate(states + 0, TJEPARotaryEmbedding(config)(positions), num_heads=2)
+    ours.backward(gradient)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # half a bit of bfloat16
+    torch.testing.assert_close(ours, rotated, rtol=0, atol=tolerance)
+    torch.testing.assert_close(states.grad, expected.grad, rtol=0, atol=tolerance)
 
 
 def test_rotary_frequencies_are_not_saved():

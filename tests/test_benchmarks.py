@@ -53,6 +53,20 @@ def test_pretraining_throughput(generated_text, tmp_path):
     assert result["loss"]["ours"] == pytest.approx(result["loss"]["plain"], abs=1e-5)
 
 
+def test_pretraining_throughput_against_a_checkout(generated_text, tmp_path):
+    """This one, under another name: our step against itself, and in bfloat16."""
+    (tmp_path / "another").symlink_to(BENCHMARKS.parent, target_is_directory=True)
+    options = ["--model", "quickstart", "--max_length", "32", "--num_documents", "8", "--repeats", "1"]
+    options += ["--num_threads", "1", "--dtype", "bfloat16", "--baseline", str(tmp_path / "another"), "--cpu_time"]
+    result = run_benchmark("pretraining_throughput", tmp_path / "result.json", *generated_text, *options)
+    for key in ("bf16_over_float32", "float32_over_baseline", "bf16_over_baseline", "useful_flop_utilisation"):
+        assert isinstance(result[key], float), key
+    assert result["bf16_over_baseline"] == pytest.approx(result["bf16_over_float32"] * result["float32_over_baseline"])
+    difference = result["difference_from_float32"]
+    assert difference["baseline"]["loss"] < 1e-6 and difference["baseline"]["gradients"] < 1e-6
+    assert 0 < difference["bfloat16"]["loss"] < 0.01 and difference["bfloat16"]["gradient_cosine"] > 0.99
+
+
 def test_a_missing_file_is_named(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "pretraining_throughput.py"), "--train_file", str(tmp_path / "no.txt")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import logging
 from dataclasses import MISSING, fields
 from typing import Literal, NamedTuple
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -174,15 +175,27 @@ def check_flags(args: TrainingArguments, kind: Literal["pretraining", "finetunin
         raise ValueError("; ".join(problems) + ".")
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether this processor has instructions for matrices in bfloat16; True, too, where that is not known."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    return cpu.get("architecture") != "x86_64" or cpu["amx_bf16"] or cpu["avx512_bf16"]
+
+
 def check_precision(args: TrainingArguments) -> None:
     """
-    At the end of `__post_init__`, when the device is known.
+    At the end of `__post_init__`, when the device is known. bfloat16 on a CPU without instructions for it is warned
+    of: it works, and is slower.
 
     Raises:
         ValueError: for float16 on a CPU, which would have no effect.
     """
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise ValueError("--fp16 is refused on a CPU, which does not train in float16. Use --bf16, or leave it out.")
+    if args.mixed_precision == "bf16" and args.device.type == "cpu" and not computes_in_bfloat16():
+        logger.warning(
+            "--bf16 will be many times slower than float32: this processor has no instructions for it (amx_bf16 or "
+            "avx512_bf16). Leave it out."
+        )
 
 
 PAGE = """# Flags of `TrainingArguments`

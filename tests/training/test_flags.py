@@ -379,6 +379,18 @@ def test_float16_on_a_cpu(tmp_path, kind):
         make_arguments(kind, tmp_path, fp16=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("instructions", [(), ("amx_bf16",), ("avx512_bf16",)])
+def test_bf16_warns_where_the_processor_knows_no_bfloat16(kind, tmp_path, monkeypatch, caplog, instructions):
+    capabilities = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}
+    capabilities.update(dict.fromkeys(instructions, True))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    make_arguments(kind, tmp_path)
+    assert caplog.text == ""
+    make_arguments(kind, tmp_path, bf16=True)
+    assert ("--bf16 will be many times slower" in caplog.text) == (not instructions)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

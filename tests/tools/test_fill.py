@@ -7,6 +7,7 @@ import encoder_folders
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from helpers import make_texts, make_tiny_config
@@ -94,10 +95,21 @@ def word_piece() -> PreTrainedTokenizerFast:
     return encoder_folders.make_tokenizer()
 
 
-@pytest.mark.parametrize("which", ["bytes", "words", "open-llama"])
+def prepending() -> PreTrainedTokenizerFast:
+    """As Llama 2's: every text gets a space in front, whether it has one or not."""
+    words = ["<unk>", "▁", *(f"▁{word}" for word in "the fox sees a hen and runs home".split())]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("which", ["bytes", "words", "prepending", "open-llama"])
 def test_gaps_stand_where_the_tokens_of_the_words_would(which, tokenizer, make_model, request):
     if which == "words":
         tokenizer = word_piece()
+    elif which == "prepending":
+        tokenizer = prepending()
     elif which == "open-llama":
         folder = request.getfixturevalue("shared_folder") / "tokenizers" / "open-llama"
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -24,6 +24,8 @@ COMMANDS = {  # subcommand -> (module, what it does)
     "tokenizer": ("corpus.train_tokenizer", "train a tokenizer on your own documents"),
     "pretrain": ("run_pretraining", "pretrain a text encoder"),
     "adapt": ("run_pretraining", "continue the pretraining of any text encoder on your own texts"),
+    "report": ("tools.report", "draw a run: one page with its curves, texts and settings"),
+    "health": ("tools.health", "say whether a run is healthy, and what to do if not"),
     "probe": ("downstream.run_probing", "judge frozen encoders, beside the untrained encoder and TF-IDF"),
     "classify": ("downstream.run_classification", "fine-tune an encoder to classify texts or pairs of texts"),
     "tag": ("downstream.run_token_classification", "fine-tune an encoder to tag the words of sentences"),

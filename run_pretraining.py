@@ -20,7 +20,7 @@ import copy
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +55,8 @@ from tjepa.data_collator_tjepa import (
 )
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
+from tjepa.tools.health import closing_lines
+from tjepa.tools.report import ReportCallback, texts_to_keep, write_report
 from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
@@ -65,9 +67,11 @@ from tjepa.training.model_folder import (
     PRETRAINING_FOLDER,
     exported_encoder,
     find_sentence_modules,
+    name_of_exported,
     save_model_folder,
 )
 from tjepa.training.publishing import create_publisher
+from tjepa.training.record import RunRecorder, describe_run, fingerprint, suppressing_errors
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
 from tjepa.training.trainer import TJEPATrainer
@@ -243,7 +247,23 @@ def main():
     before = None
     if comparison is not None and trainer.is_world_process_zero():
         before = comparison.embed(model.target_encoder, tokenizer, data_args.max_length)
-    results = train(trainer, checkpoint, publisher)
+    callbacks = []
+    if trainer.is_world_process_zero():
+        with suppressing_errors("The run's record"):
+            facts = describe_run(
+                [model_args, data_args, masking_args, training_args, report_args],
+                seed=training_args.seed,
+                strategies=[asdict(strategy) for strategy in collator.strategies],
+                documents={split: count.to_dict() for split, count in counts.items() if hasattr(count, "to_dict")},
+                max_length=data_args.max_length,
+                exported=name_of_exported(model.config, training_args),
+                started_from=model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                fingerprint_at_start=fingerprint(model.target_encoder),
+                **texts_to_keep(documents, data_args.text_column_name, tokenizer, comparison),
+            )
+            callbacks = [RunRecorder(facts), ReportCallback()]
+    results = train(trainer, checkpoint, publisher, callbacks)
 
     # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
@@ -255,6 +275,7 @@ def main():
     results["dropped_in_batches"] = collator.num_dropped_documents
     results["nonfinite_gradients"] = trainer.health.num_nonfinite_gradients
     if trainer.is_world_process_zero():
+        pictures = {}
 
         def save_results():
             save_figures("all_results.json", results, training_args)
@@ -271,10 +292,10 @@ def main():
                 max_length=data_args.max_length,
                 ema_momentum=trainer.ema.momentum,
                 license=model_args.model_license,
+                pictures=pictures,
             )
 
         save_results()
-        logger.info(f"The model folder is {training_args.output_dir}")
         if is_quickstart:
             encoders = (model.target_encoder, untrained_encoder)
             results |= report_what_was_learned(*encoders, tokenizer, model_args.cache_dir)
@@ -285,8 +306,13 @@ def main():
             results["before_after"] = comparison.report(before, after)
             print("\nWhat it did to the encoder", *results["before_after"]["lines"], "", sep="\n  ")
             save_results()
+        with suppressing_errors("The report"):
+            pictures = write_report(training_args.output_dir)
+            save_results()
         if publisher is not None:
             publisher.publish_model_folder(training_args.output_dir, tokenizer)
+        with suppressing_errors("How good the model is"):
+            print("", *closing_lines(training_args.output_dir), sep="\n")
     if trainer.health.must_stop:
         sys.exit(3)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import SHARED_FOLDER, make_examples, make_texts, make_tiny_config
-from tjepa import TJEPAConfig, TJEPAForPreTraining
+from tjepa import TJEPAConfig, TJEPAForPreTraining, run_pretraining
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
@@ -28,6 +28,18 @@ def quick_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def with_reports() -> None:
+    """For tests of what a run's report says; all others do without the second or two that each takes."""
+
+
+@pytest.fixture(autouse=True)
+def without_reports(request, monkeypatch):
+    if "with_reports" not in request.fixturenames:
+        monkeypatch.setattr(run_pretraining, "write_report", lambda folder: {})
+        monkeypatch.setattr(run_pretraining.ReportCallback, "on_save", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def test_every_help_fits(command, monkeypatch, capsys):
     assert end.value.code in (0, None)
     assert len(help_text.splitlines()) < 200
     assert f"usage: tjepa {command}" in help_text
-    if command not in ("convert", "embed", "export", "search", "fill", "train-decoder"):
+    if command not in ("convert", "embed", "export", "fill", "health", "report", "search", "train-decoder"):
         assert "A YAML file of lines `name: value` may come first" in " ".join(help_text.split())
         assert "--output" in help_text
     if command in ("pretrain", "classify", "tag"):
@@ -54,7 +54,7 @@ def test_every_help_fits(command, monkeypatch, capsys):
 def test_the_command_without_a_subcommand_lists_them(monkeypatch, capsys):
     run(monkeypatch)
     usage = capsys.readouterr().out
-    assert all(f"\n  {name} " in usage for name in cli.COMMANDS) and len(cli.COMMANDS) == 13
+    assert all(f"\n  {name} " in usage for name in cli.COMMANDS)
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "pretain")
     assert end.value.code == 2 and "no command 'pretain'" in capsys.readouterr().err

@@ -305,7 +305,7 @@ class HealthMonitor:
             self.verdict += f"; so in the last {len(steps)} evaluations, since step {steps[0]}"
         is_lasting = len(steps) >= self.patience
         report = logger.error if is_lasting else logger.warning
-        report(f'The representations are {self.verdict}. See "Is it learning, or collapsing?" in README.md.')
+        report(f"The representations are {self.verdict}. `tjepa health` says what to do (docs/health.md).")
         if is_training and is_lasting and self.stop_on_collapse:
             logger.error(f"Stopping at step {step} without another checkpoint (--stop_on_collapse).")
             self.must_stop = True

@@ -3,10 +3,11 @@
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from .checkpoints import CheckpointCallback, count_steps, explain_failed_save, is_finished
 from .publishing import HubPublisher
@@ -17,9 +18,15 @@ from .signals import StopOnSignalCallback
 logger = logging.getLogger(__name__)
 
 
-def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | None) -> dict[str, float]:
+def train(
+    trainer: Trainer,
+    checkpoint: str | None,
+    publisher: HubPublisher | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, float]:
     """
-    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics.
+    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics. Of `callbacks` those of
+    a save come last, when the checkpoint is complete.
 
     Raises:
         SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
@@ -42,8 +49,9 @@ def train(trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | No
     stop_on_signal = StopOnSignalCallback()
     trainer.callback_handler.callbacks.insert(0, stop_on_signal)  # before those that look at control.should_save
     trainer.add_callback(CheckpointCallback())
-    if publisher is not None:  # what it uploads must be complete by then
-        trainer.add_callback(publisher)
+    # what is uploaded, or described, must be complete by then
+    for callback in (*([] if publisher is None else [publisher]), *callbacks):
+        trainer.add_callback(callback)
     with explain_failed_save(trainer):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if stop_on_signal.signal_number is not None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -50,7 +51,7 @@ def write_card(
         max_length: Tokens of a text that were read.
         task_type, tags, license, base_model: The card's metadata, as the Hub names them.
         sections: What else the template shows: `summary`, `auto_class`, `loaded`, `before_after`, `rows`,
-            `strategies`, `health`.
+            `strategies`, `health`, `pictures`.
     """
     repo_id = args.hub_model_id or "PATH_OR_REPO_ID"
     name = Path(args.hub_model_id or Path(args.output_dir).resolve()).name
@@ -125,6 +126,7 @@ def write_pretraining_card(
     max_length: int,
     ema_momentum: float,
     license: str,
+    pictures: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """
     The card of a pretraining folder.
@@ -138,6 +140,7 @@ def write_pretraining_card(
         verdict (`str`, *optional*): What the health figures say, if not that all is well.
         dataset_name, train_file, max_length, license: As the arguments of `run_pretraining.py` of these names.
         ema_momentum (`float`): Of the target encoder at the start.
+        pictures (`Mapping[str, str]`): Those to show: file in the folder -> what it shows.
     """
     encoder = config.encoder  # of another architecture, which needs no code of ours
     dataset, is_on_hub = describe_source(dataset_name, train_file)
@@ -160,6 +163,7 @@ def write_pretraining_card(
         loaded=f"the {name_of_exported(config, args)} encoder",
         has_code=encoder is None,
         before_after=metrics.get("before_after", {}).get("lines"),
+        pictures=pictures,
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
         strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),
         health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",

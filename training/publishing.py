@@ -23,6 +23,7 @@ PUBLISHED_FILES = [
     # by name: a star would match in the folders of checkpoints, too
     *(f"{name}_tjepa.py" for name in ("configuration", "layers", "encoders", "predictors", "losses", "modeling")),
     *("config.json", "tokenizer.json", "tokenizer_config.json"),
+    *(f"pictures/{name}.png" for name in ("loss", "cosine", "map", "spread")),  # of the card
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
 

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import sys
 
 import datasets
 import torch
@@ -27,7 +28,8 @@ def set_up_logging(args: TrainingArguments) -> None:
     for name in ("tjepa", "__main__"):  # the package, and a script started as a file
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(level if is_asked_for else logging.WARNING)
-    if args.process_index != 0:
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing a file of weights
+    if args.process_index != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
 

@@ -24,6 +24,7 @@ from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import MOVES, TRAINED_ENCODER_MOVES, PretrainingArguments
 from .ema import EMACallback
 from .health import HealthMonitor
+from .progress import PLAIN_PROGRESS, RunProgress, TokenClock
 from .resuming import ResumeStateCallback, ScheduleStart, saved_schedule_start
 from .schedules import WarmupThenDecay, WeightDecayCallback, split_heads
 
@@ -149,8 +150,12 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self.resume_state = ResumeStateCallback(self)
         self.schedule_start = ScheduleStart()
         self.new_schedule_start: ScheduleStart | None = None  # for the next start of training (`plan_extension`)
-        for callback in (self.weight_decay, EpochCallback(), self.resume_state):
+        self.token_clock = TokenClock()
+        for callback in (self.weight_decay, EpochCallback(), self.resume_state, self.token_clock):
             self.add_callback(callback)
+        for plain in [c for c in self.callback_handler.callbacks if type(c) in PLAIN_PROGRESS]:
+            self.remove_callback(plain)
+            self.add_callback(RunProgress(show_bar=not args.disable_tqdm))
 
     # The accelerator and the model on it
 
@@ -274,11 +279,13 @@ class TJEPATrainer(GradientNormHook, Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""
         self.health.step_statistics = self.health.new_statistics() if self._will_log_next_step() else None
+        self.token_clock.resume()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # it may divide itself, unequally; to know makes a GPU wait once a step
             longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
             batches += [send_to_device(self.data_collator([]), device) for _ in range(longest - len(batches))]
+        self.token_clock.count(batches)
         if batches:
             self._share_slot_counts(batches)
         else:
@@ -341,6 +348,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
                 figures = self.health.step_statistics.summary()
                 logs.update({name: value for name, value in figures.items() if name != "loss"})
                 self.health.step_statistics = None
+            logs["tokens_per_second"] = self.token_clock.take(lambda n: reduce(n.to(self.args.device), "sum"))
             counts = [line["nonfinite_gradients"] for line in self.state.log_history if "nonfinite_gradients" in line]
             logs.update(self.health.count_nonfinite_gradients(counts[-1] if counts else 0))
         super().log(logs, start_time)

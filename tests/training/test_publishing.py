@@ -31,7 +31,8 @@ MODEL_FILES = {
     "losses_tjepa.py",
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
-PUBLISHED = {".gitattributes", "README.md", *MODEL_FILES, *TOKENIZER_FILES}
+PICTURES = {f"pictures/{name}.png" for name in ("loss", "cosine", "spread")}  # 8 held-out texts make no map
+PUBLISHED = {".gitattributes", "README.md", *MODEL_FILES, *TOKENIZER_FILES, *PICTURES}
 
 
 @pytest.fixture
@@ -192,8 +193,8 @@ def test_checkpoints_go_to_the_hub_only_when_asked_for(hub, inputs, tmp_path):
     assert pushed.returncode == 0, pushed.stderr
     assert hub.files("owner/name").keys() == {".gitattributes"}  # main is left alone
     files = hub.files("owner/name", "wip")
-    assert {path for path in files if "/" not in path} == PUBLISHED
-    checkpoint = {path.removeprefix("last-checkpoint/") for path in files if "/" in path}
+    checkpoint = {path.removeprefix("last-checkpoint/") for path in files if path.startswith("last-checkpoint/")}
+    assert {path for path in files if not path.startswith("last-checkpoint/")} == PUBLISHED
     assert checkpoint == {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert {"optimizer.pt", "trainer_state.json"} <= checkpoint
     assert not [path for path, content in files.items() if TOKEN.encode() in content]
@@ -215,7 +216,11 @@ def test_another_encoder_comes_from_the_hub_and_goes_there_as_it_came(hub, input
     pushed = pretrain(hub, inputs, tmp_path / "run", TOKEN, max_length=60, **names)
     assert pushed.returncode == 0, pushed.stderr
     files = hub.files("owner/name")
-    assert {path for path in files if not path.startswith("pretraining/")} == {".gitattributes", "README.md", *there}
+    assert {path for path in files if not path.startswith(("pretraining/", "pictures/"))} == {
+        ".gitattributes",
+        "README.md",
+        *there,
+    }
     same = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
     assert all(files[name] == there[name] for name in same)
     pretraining = {path.removeprefix("pretraining/") for path in files if path.startswith("pretraining/")}
@@ -245,7 +250,7 @@ def test_a_push_that_fails_at_the_end_loses_nothing(hub, inputs, tmp_path, monke
     assert failed.returncode != 0
     assert "step 1: the push to owner/name failed" in failed.stderr  # and training went on
     assert "RuntimeError: The push to owner/name failed, but nothing is lost" in failed.stderr
-    assert PUBLISHED - {".gitattributes"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert all((tmp_path / "run" / name).is_file() for name in PUBLISHED - {".gitattributes"})
     assert hub.files("owner/name").keys() == {".gitattributes"}
 
 

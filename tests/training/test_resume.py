@@ -20,7 +20,7 @@ from tjepa.training.checkpoints import CheckpointCallback, is_finished
 
 NUM_EVAL_DOCUMENTS = 5  # one batch, and no training batch has as many
 STRATEGIES = [MaskingStrategy(3), MaskingStrategy(8, max_target_mask_ratio=0.5)]
-TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+TIMES = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 EVAL_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 

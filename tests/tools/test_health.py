@@ -1,0 +1,111 @@
+"""`tjepa health`: what it says of every way in which a run can go wrong, and where to read on."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from helpers import REPOSITORY
+from tjepa import cli
+from tjepa.tools import health
+from tjepa.tools.health import diagnose, worst_level
+from tjepa.training.record import Run
+
+
+GOOD = {"target_std": 0.9, "cosine": 0.5, "mean_target_cosine": 0.4, "target_rank": 0.5}
+COUNTS = {"num_documents": 100, "num_kept": 99, "dropped": {"null": 1}, "num_tokens": 900, "num_tokens_cut": 9}
+
+
+def make_run(tmp_path, last=None, results=None, **facts) -> Run:
+    """A healthy run of 100 steps; `last` changes the last line of its log."""
+    log = [
+        {"step": step, "loss": 10 - step / 20, "ema_momentum": 0.9, "epoch": 1.0, **GOOD}
+        for step in range(10, 101, 10)
+    ]
+    log[-1] = {**log[-1], **(last or {})}
+    results = {"probe_accuracy": 0.7, "probe_accuracy_untrained": 0.6} if results is None else results
+    return Run(tmp_path, log, results, **{"max_steps": 100, "documents": {"train": COUNTS}, **facts})
+
+
+def findings_of(run: Run) -> dict[str, health.Finding]:
+    return {finding.name: finding for finding in diagnose(run)}
+
+
+def test_a_healthy_run(tmp_path):
+    findings = diagnose(make_run(tmp_path))
+    assert {finding.level for finding in findings} == {"good"} and health.summarise(findings) == "Healthy."
+    assert not any(finding.advice for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "change", "advice"),
+    [
+        ("spread of the targets", "bad", {"last": {"target_std": 0.05}}, "variance_covariance_weight"),
+        ("predictions", "bad", {"last": {"cosine": 0.39}}, "token_prediction_weight"),
+        ("predictions", "watch", {"last": {"cosine": 0.41}}, "Wait"),
+        ("predictions", "watch", {"last": {"cosine": 0.39}, "max_steps": 1000}, "Wait"),
+        ("directions in use", "watch", {"last": {"target_rank": 0.05}}, "tjepa probe"),
+        ("numbers", "bad", {"last": {"loss": math.nan}}, "--resume_from_checkpoint|Resume"),
+        ("numbers", "watch", {"last": {"nonfinite_gradients": 3}}, "--bf16"),
+        ("loss", "watch", {"last": {"loss": 50.0}}, "cosine"),
+        ("target encoder", "watch", {"last": {"ema_momentum": 0.9}}, "ema_momentum"),
+        ("documents", "watch", {"documents": {"train": {**COUNTS, "dropped": {"null": 50}}}}, "report"),
+        ("documents", "watch", {"documents": {"train": {**COUNTS, "num_tokens_cut": 900}}}, "split"),
+        ("passes over the text", "watch", {"last": {"epoch": 50.0}}, "More text"),
+        ("what was learned", "bad", {"results": {"probe_accuracy": 0.5, "probe_accuracy_untrained": 0.6}}, "longer"),
+        ("what was learned", "watch", {"results": {"eval_loss": 1.0}}, "tjepa probe"),
+        ("what was learned", "watch", {"results": {"before_after": {"lines": ["R: worse. 0.1"]}}}, "rate"),
+        ("end", "watch", {"results": {}, "max_steps": 200}, "save_steps"),
+    ],
+)
+def test_each_way_to_go_wrong(tmp_path, name, level, change, advice):
+    run = make_run(tmp_path, **change)
+    if name == "target encoder":
+        for line in run.log:
+            line["ema_momentum"] = 0.999
+    if change.get("max_steps") == 1000:  # early, and it rises
+        run.log[-2]["cosine"] = 0.3
+    finding = findings_of(run)[name]
+    assert finding.level == level and any(words in finding.advice for words in advice.split("|")), finding
+    others = {other: f.level for other, f in findings_of(run).items() if other != name}
+    assert set(others.values()) <= {"good"} or change.get("results") == {} or change.get("max_steps"), others
+
+
+def test_evaluations_count_more_than_training(tmp_path):
+    run = make_run(tmp_path)
+    run.log.append({"step": 100, "eval_loss": 1.0, **{f"eval_{name}": value for name, value in GOOD.items()}})
+    run.log[-1]["eval_target_std"] = 0.01
+    assert "on held-out texts, step 100" in findings_of(run)["spread of the targets"].figures
+    assert worst_level(diagnose(run)) == "bad"
+
+
+def test_a_run_that_has_logged_nothing(tmp_path):
+    run = Run(tmp_path, [], {}, max_steps=100)
+    assert findings_of(run)["figures"].level == "watch" and worst_level(diagnose(run)) == "watch"
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Of a run's folder as it lies there; the exit code tells a script."""
+    run = make_run(tmp_path)
+    for last, code in (({}, 0), ({"target_std": 0.01}, health.NOT_HEALTHY)):
+        run.log[-1].update(last)
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log) + '{"half of a li')
+        (tmp_path / "run.json").write_text(json.dumps({"max_steps": 100, "unknown": 1}))
+        monkeypatch.setattr(sys, "argv", ["tjepa", "health", str(tmp_path)])
+        if code:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            assert end.value.code == code
+        else:
+            cli.main()
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 120 and ("BAD" in text) == bool(code)
+
+
+def test_the_page_explains_every_finding():
+    page = (REPOSITORY / "docs" / "health.md").read_text(encoding="utf-8")
+    source = (REPOSITORY / "tools" / "health.py").read_text(encoding="utf-8")
+    names = {"end", "numbers", "spread of the targets", "predictions", "directions in use", "loss", "target encoder"}
+    names |= {"documents", "passes over the text", "what was learned"}
+    assert all(f'"{name}"' in source and f"**{name}**" in page for name in names)

@@ -1,0 +1,97 @@
+"""What a run writes down and shows as it goes on: run.json, log.jsonl, and a line that a newcomer can read."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from fault_injection import Fault, InjectedError
+from helpers import arguments, make_trainer, run
+from tjepa.corpus.documents import DataArguments
+from tjepa.corpus.tokenizers import HubArguments
+from tjepa.training.progress import RunProgress, TokenClock, as_time, short
+from tjepa.training.record import describe_run, fingerprint, read_run
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_file_is_the_log_after_a_resume_too(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(InjectedError):
+        Fault("optimizer", "exception", step=4).install(patch)
+        run(patch, arguments(inputs, out))
+    assert [line["step"] for line in read_log(out)] == [1, 2, 3]  # one more than the checkpoint knows
+    assert not (out / "trainer_state.json").exists() and read_run(out).last_step == 3
+    run(monkeypatch, arguments(inputs, out, resume_from_checkpoint="last"))
+    log = read_log(out)
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert log[: len(state["log_history"])] == state["log_history"]
+    assert all(line["tokens_per_second"] > 0 for line in log if "loss" in line)
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["max_steps"] == 4 and facts["documents"]["train"]["dropped"]["null"] == 1
+    assert len(facts["texts"]) == 8 and facts["settings"]["max_length"] == 64
+
+
+def test_secrets_stay_out():
+    facts = describe_run(
+        [DataArguments(train_file="https://me:key@host/a.txt?key=1"), HubArguments(token="hf_secret")], seed=1
+    )
+    text = json.dumps(facts)
+    assert "hf_secret" not in text and "key" not in text and facts["settings"]["train_file"] == "https://host/a.txt"
+    assert facts["seed"] == 1 and facts["versions"]["torch"] == torch.__version__
+
+
+def test_a_fingerprint_tells_weights_apart(make_model):
+    assert fingerprint(make_model(0)) == fingerprint(make_model(0)) != fingerprint(make_model(1))
+
+
+# --- The line of figures ---------------------------------------------------------------------------------------------
+
+
+def test_a_line_fits_and_says_what_matters(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, max_steps=3, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5  # 3 steps, an evaluation, the end
+    assert all(words in lines[0] for words in ("step 1/3", "loss ", "(constant guess ", "rank ", "tokens/s", " left"))
+    assert "held out: loss" in lines[3] and lines[4].startswith("trained 3 steps in 0:0")
+    progress = RunProgress()
+    trainer.state.global_step = trainer.state.max_steps = 1_000_000
+    logs = {"loss": 12345.678, "cosine": -0.1234, "mean_target_cosine": 0.1234, "target_rank": 0.1234}
+    line = progress.describe({**logs, "tokens_per_second": 1_234_567.8}, trainer.state)
+    assert len(line) <= 120 and "1.23M tokens/s" in line and "{" not in line
+    probed = progress.describe({f"eval_{k}": v for k, v in logs.items()} | {"eval_probe_accuracy": 0.5}, trainer.state)
+    assert "probe 50.0%" in probed and len(probed) <= 120
+
+
+def test_one_bar_on_a_terminal_and_none_elsewhere(tmp_path, capsys, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=2, disable_tqdm=False)
+    trainer.train()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    trainer = make_trainer(tmp_path, max_steps=2, disable_tqdm=False, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    bar = capsys.readouterr().err
+    assert "2/2 steps" in bar and "tokens/s" in bar and "loss" in bar and " left" in bar
+    assert bar.count("100%|") == 0  # the Trainer's own, of training and of evaluations
+
+
+def test_tokens_per_second_leaves_pauses_out():
+    clock = TokenClock()
+    clock.resume()
+    clock.count([{"document_ids": torch.tensor([[0, 0, 1, -1]])}] * 2)
+    clock.on_step_end(None, None, None)
+    clock.on_save(None, None, None)
+    time.sleep(0.2)
+    clock.resume()
+    rate = clock.take(lambda tokens: tokens * 10)
+    assert rate > 10 * 6 / 0.15
+
+
+def test_numbers_for_people():
+    assert [short(number) for number in (7, 52_123.0, 1_234_567.0, 2e9)] == ["7", "52.1k", "1.23M", "2G"]
+    assert [as_time(seconds) for seconds in (0.4, 65, 3661)] == ["0:00", "1:05", "1:01:01"]

@@ -1,0 +1,204 @@
+"""What a run writes about itself as it goes on: `run.json` when it starts, a line of `log.jsonl` for every report.
+
+Both lie in the run's folder whatever becomes of the run; `read_run` puts them together with what else is there. They
+stay on this machine: nothing of them goes to the Hub.
+"""
+
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..corpus.atomic_writes import replacing_files
+from ..corpus.files import without_query
+from .checkpoints import list_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE, LOG_FILE, RESULTS_FILE = "run.json", "log.jsonl", "all_results.json"
+PACKAGES = ("tjepa", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+SECRETS = ("token", "hub_token")  # never written
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+class RunRecorder(TrainerCallback):
+    """
+    Keeps `log.jsonl` equal to the log of the run, line by line, and writes `run.json` when training starts.
+
+    Args:
+        facts: what `run.json` says, see `describe_run`.
+    """
+
+    def __init__(self, facts: dict[str, Any]):
+        self.facts = facts
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with suppressing_errors("The run's record"), replacing_files(args.output_dir) as folder:
+                # of a resumed run the lines up to its checkpoint
+                lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+                (folder / LOG_FILE).write_text("".join(lines), encoding="utf-8")
+                facts = {**self.facts, "max_steps": state.max_steps}
+                (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with suppressing_errors("The log"), open(Path(args.output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+@contextmanager
+def suppressing_errors(what: str) -> Iterator[None]:
+    """Around what must not end a run, such as a picture of it: an error becomes a warning."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{what} could not be written ({type(error).__name__}: {error}). Training does not need it.")
+
+
+def describe_run(arguments: list, **facts) -> dict[str, Any]:
+    """
+    What `run.json` says of a run: the settings that differ from their defaults, the versions of what it runs with, and
+    `facts`, which are those of `Run`.
+
+    Args:
+        arguments: the dataclasses of arguments.
+    """
+    settings = {}
+    for group in arguments:
+        for item in fields(group):
+            value = getattr(group, item.name)
+            if (
+                item.name in SECRETS
+                or value == item.default
+                or value is None
+                or (value is False and item.default is None)
+            ):
+                continue
+            value = getattr(value, "value", value)  # of an enum
+            if item.name.endswith("_file") and isinstance(value, str):
+                value = without_query(value)  # which may hold a key
+            if isinstance(value, (str, int, float, bool)):
+                settings[item.name] = value
+    versions = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # a clone that was not installed
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"settings": settings, "versions": versions, "device": device, **facts}
+
+
+def fingerprint(model: torch.nn.Module) -> float:
+    """A number that tells whether two models have the same weights: the sum of their squares."""
+    with torch.no_grad():
+        return sum(parameter.double().square().sum().item() for parameter in model.parameters())
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What is known of a run from its folder; what a run did not write is empty or `None`."""
+
+    folder: Path
+    log: list[dict[str, float]]  # as the Trainer's `log_history`
+    results: dict[str, Any]  # figures of the end; empty if it did not come to that
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+    max_steps: int | None = None
+    seed: int = 0
+    strategies: list[dict] = field(default_factory=list)
+    documents: dict[str, dict | str] = field(default_factory=dict)  # split -> counts
+    texts: list[str] = field(default_factory=list)  # held out
+    labels: list[str] | None = None  # of these texts
+    why_no_texts: str = "The run kept no texts: it was started by other code, or by an older version."
+    max_length: int | None = None  # tokens of a text
+    exported: str = "target"  # which encoder is the product
+    started_from: str | None = None  # folder or name of the model; `None`: from scratch
+    revision: str = "main"
+    fingerprint_at_start: float | None = None  # of the target encoder
+
+    @property
+    def last_step(self) -> int:
+        return max((entry.get("step", 0) for entry in self.log), default=0)
+
+    @property
+    def training(self) -> list[dict[str, float]]:
+        """The lines about training."""
+        return [entry for entry in self.log if "loss" in entry]
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """The lines about evaluations, with the names of training's figures."""
+        prefix = "eval_"
+        return [
+            {"step": entry["step"], **{k.removeprefix(prefix): v for k, v in entry.items() if k.startswith(prefix)}}
+            for entry in self.log
+            if "eval_target_std" in entry
+        ]
+
+
+def read_run(folder: str | Path) -> Run:
+    """
+    A run's folder, whether the run has come to its end or not, or was started before it wrote a record.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds nothing that a run writes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Name that of a run, such as runs/quickstart.")
+    facts = _read_json(folder / RUN_FILE) or {}
+    log = _read_log(folder)
+    results = _read_json(folder / RESULTS_FILE) or {}
+    if not log and not facts:
+        raise ValueError(
+            f"{folder} is not the folder of a pretraining run: it has no {LOG_FILE}, no {RUN_FILE} and no checkpoint "
+            "with a trainer_state.json. Name the --output_dir of `tjepa pretrain`."
+        )
+    known = {item.name for item in fields(Run)}
+    run = Run(folder, log, results, **{name: value for name, value in facts.items() if name in known})
+    if not run.strategies:
+        for path in (folder / "masking_strategies.json", folder / "pretraining" / "masking_strategies.json"):
+            run.strategies = run.strategies or _read_json(path) or []
+    run.documents = results.get("documents") or run.documents  # those of a stream are known at the end
+    return run
+
+
+def _read_log(folder: Path) -> list[dict]:
+    if (folder / LOG_FILE).is_file():
+        lines = []
+        for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # the last one of a run that was killed
+                continue
+        return lines
+    for place in (folder, *reversed(list_checkpoints(folder).values())):
+        if state := _read_json(place / "trainer_state.json"):
+            return state["log_history"]
+    return []
+
+
+def _read_json(path: Path) -> Any:
+    """`None` where there is no such file, or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

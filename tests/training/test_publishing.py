@@ -31,7 +31,7 @@ MODEL_FILES = {
     "losses_tjepa.py",
 }
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
-PICTURES = {f"pictures/{name}.png" for name in ("loss", "cosine", "spread")}  # 8 held-out texts make no map
+PICTURES = {f"pictures/{name}.png" for name in ("loss", "cosine", "map")}
 PUBLISHED = {".gitattributes", "README.md", *MODEL_FILES, *TOKENIZER_FILES, *PICTURES}
 
 

@@ -1,10 +1,7 @@
 """One side of `pretraining_throughput.py --baseline`: a process that imports whichever `tjepa` its path leads to.
 
-    python one_side.py draw FOLDER
-    python one_side.py step FOLDER BATCHES DTYPE
-
-The first draws the views of the documents in FOLDER. The second makes one training step for every line that it reads,
-and answers with a line of JSON. Both use only what commit 9ad65c5 has, too.
+`draw FOLDER` draws the views of the documents in FOLDER. `step FOLDER BATCHES DTYPE` makes one training step for every line
+that it reads, and answers with a line of JSON. Both keep to what older checkouts have, too.
 """
 
 import json

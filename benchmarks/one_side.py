@@ -1,7 +1,7 @@
 """One side of `pretraining_throughput.py --baseline`: a process that imports whichever `tjepa` its path leads to.
 
-`draw FOLDER` draws the views of the documents in FOLDER. `step FOLDER BATCHES DTYPE` makes one training step for every line
-that it reads, and answers with a line of JSON. Both keep to what older checkouts have, too.
+`draw FOLDER` draws the views of the documents in FOLDER. `step FOLDER BATCHES DTYPE` makes one training step for every
+line that it reads, and answers with a line of JSON. Both keep to what older checkouts have, too.
 """
 
 import json

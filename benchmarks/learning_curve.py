@@ -7,7 +7,8 @@ python benchmarks/learning_curve.py ... --recipes benchmarks/learning_branches.y
 All recipes train the same encoder on the same documents in the same order, packed without padding; MLM computes its
 logits at the masked tokens only, as T-JEPA does at its slots. The clock is the CPU time of one thread that training
 steps take (judging is not in it): on shared machines it is what the wall-clock of a core would be on a quiet one.
-Steps are timed first, and the schedules made for as many as fit. With --tokens, runs are of equal tokens instead.
+Steps are timed first, and the schedules made for as many as fit. With --tokens, runs are of equal tokens instead, as
+they should be on a GPU, whose time this clock does not see.
 
 Each finished run is a JSON in --output_dir and is not run again, so the same command goes on where it was stopped;
 several processes may share the folder when each is given recipes or seeds of its own. Recipes are chosen with
@@ -29,6 +30,7 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from reporting import new_figure, save_figure
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_seed
@@ -176,7 +178,7 @@ class TJEPA:
         batch = self.collator(examples)
         if self.recipe.permute_segments:
             permute_labels(batch["segments"])
-        output = self.model(**batch)
+        output = self.model(**send_to_device(batch, self.model.device))
         return output.loss + (self.recipe.jepa_weight - 1.0) * output.jepa_loss
 
     def after_step(self, step: int, num_steps: int) -> None:
@@ -229,10 +231,12 @@ class MLM:
         lengths = np.array([len(document) for document in documents])
         input_ids = torch.from_numpy(np.concatenate(documents)).long()
         input_ids, labels = self.collator.torch_mask_tokens(input_ids, torch.zeros_like(input_ids))
+        positions = torch.from_numpy(ragged_arange(lengths))
+        views = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+        inputs = send_to_device((input_ids, positions, views, labels), self.model.device)
+        input_ids, positions, views, labels = inputs
         states = self.model.encoder(
-            input_ids[None],
-            position_ids=torch.from_numpy(ragged_arange(lengths))[None],
-            view_ids=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))[None],
+            input_ids[None], position_ids=positions[None], view_ids=views[None]
         ).last_hidden_state[0]
         is_masked = labels >= 0
         logits = self.model.token_head(states[is_masked], self.model.decoder.weight)
@@ -283,6 +287,7 @@ class Training:
             **self.recipe.config,
         )
         self.objective = OBJECTIVES[self.recipe.objective](self.recipe, config, self.args, self.tokenizer)
+        self.objective.model.to("cuda" if torch.cuda.is_available() else "cpu")
         if self.start is not None:
             self.objective.start_from(TJEPAForMaskedLM.from_pretrained(self.start))
 

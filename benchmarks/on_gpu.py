@@ -1,0 +1,373 @@
+"""The pieces of on_gpu.sh: what a GPU has to show, each written to OUT/PIECE.json while it is measured.
+
+    python benchmarks/on_gpu.py speed-768 --output_dir out
+
+`equality` and `speed` need neither `datasets` nor any data: documents are random token ids. MFU is the share of the
+card's dense bfloat16 rate that useful FLOPs come to: per token and layer 8 d^2 + 4 d i, 4 d for each allowed pair of
+query and key, the target encoder once, the trained parts three times; of the context in the predictor's last layer
+keys and values only. Where the card's rate is not known, that of a large matmul, measured here, takes its place.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from reporting import SHARED
+from torch.nn import functional as F
+from transformers.utils import is_flash_attn_2_available
+
+from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
+
+
+VOCAB_SIZE = 32000
+CARD_RATES = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, of the SXM form, from the data sheets
+SIZES = {  # encoder and predictor
+    "speed-384": {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 8},
+    "speed-768": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "equality": {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4},
+    "tiny": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "rotary_dim": 8, "vocab_size": 120},
+}
+ENCODER_ALONE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 18}  # 152M parameters
+BOUNDS = {"float32": {"loss": 1e-4, "direction": 0.9999}, "bfloat16": {"loss": 2e-2, "direction": 0.99}}
+TOKENS_AT_100_TIMES = 1.1e7  # at 384 x 6, of 13.5 times the FLOPs of the page's 128 x 4, which saw 1.5e6
+
+
+class Report:
+    """A JSON file that holds whatever was measured so far."""
+
+    def __init__(self, path: Path, device: torch.device):
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        self.path, self.content = path, {"device": name, "torch": torch.__version__, "results": []}
+
+    def add(self, **figures) -> None:
+        print(json.dumps(figures), flush=True)
+        self.content["results"].append(figures)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+
+def make_config(size: dict, attention: str) -> TJEPAConfig:
+    layers, width = size["num_hidden_layers"], size["hidden_size"]
+    predictor = {
+        "predictor_num_hidden_layers": layers,
+        "predictor_hidden_size": width,
+        "predictor_num_attention_heads": size["num_attention_heads"],
+    }
+    config = TJEPAConfig(**{"vocab_size": VOCAB_SIZE, "max_position_embeddings": 16384, **predictor, **size})
+    config._attn_implementation = attention
+    return config
+
+
+def draw_documents(size: dict, num_tokens: int, median: int, longest: int) -> list[np.ndarray]:
+    """Random token ids, lengths log-normal and cut off, until there are so many tokens."""
+    rng, documents = np.random.default_rng(0), []
+    while sum(map(len, documents)) < num_tokens:
+        length = int(np.clip(rng.lognormal(np.log(median), 0.7), 8, longest))
+        documents.append(rng.integers(0, size.get("vocab_size", VOCAB_SIZE), length))
+    return documents
+
+
+def make_batch(documents: list[np.ndarray], row_length: int, device: torch.device) -> dict:
+    examples = [{"input_ids": ids, "document_index": i, "epoch": 0} for i, ids in enumerate(documents)]
+    batch = DataCollatorForTJEPA(row_length=row_length)(examples)
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compiled(model: torch.nn.Module, device: torch.device) -> Callable:
+    """As `--torch_compile` does it; on the CPU without code generation, which takes minutes there."""
+    return torch.compile(model) if device.type == "cuda" else torch.compile(model, backend="aot_eager")
+
+
+# --- equality --------------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(model: Callable, parameters: list, batch: dict, dtype: str) -> tuple[float, torch.Tensor]:
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = model(**batch).loss
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return float(loss), torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])
+
+
+def check_equality(args: argparse.Namespace, report: Report) -> bool:
+    """Every path against eager attention in float32: the loss, and the direction of the gradient."""
+    size = SIZES["tiny" if args.tiny else "equality"]
+    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (4000, 60, 900)))
+    batch = make_batch(documents, 96 if args.tiny else 1024, args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def build(attention: str) -> TJEPAForPreTraining:
+        torch.manual_seed(0)
+        model = TJEPAForPreTraining(make_config(size, "eager" if attention == "flash_attention_2" else attention))
+        if attention == "flash_attention_2":
+            model.set_attn_implementation(attention)
+        return model.to(args.device)
+
+    reference = build("eager")
+    parameters = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    expected_loss, expected_gradient = loss_and_gradient(reference, parameters, batch, "float32")
+    all_hold = True
+    ways = [*itertools.product(("eager", "sdpa", "flex_attention"), (False, True)), ("flash_attention_2", False)]
+    for (attention, is_compiled), dtype in itertools.product(ways, BOUNDS):
+        what = {"attention": attention, "compiled": is_compiled, "dtype": dtype}
+        if attention == "sdpa" and is_compiled:
+            report.add(**what, skipped="sdpa takes the views' shapes on the host; flex_attention is what is compiled")
+            continue
+        if attention == "flash_attention_2" and (dtype == "float32" or not is_flash_attn_2_available()):
+            report.add(**what, skipped="its kernels are not installed, or take no float32")
+            continue
+        if attention == "flex_attention" and args.device.type != "cuda":
+            report.add(**what, skipped="torch has no backward of flex_attention on the CPU")
+            continue
+        try:
+            model = build(attention)
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            run = compiled(model, args.device) if is_compiled else model
+            loss, gradient = loss_and_gradient(run, parameters, batch, dtype)
+        except Exception as error:  # one path that fails does not hide the others
+            report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
+            all_hold = False
+            continue
+        finally:
+            torch._dynamo.reset()
+        figures = {"loss": loss, "loss_difference": abs(loss - expected_loss) / abs(expected_loss)}
+        figures["gradient_direction"] = float(F.cosine_similarity(gradient, expected_gradient, dim=0))
+        holds = figures["loss_difference"] < BOUNDS[dtype]["loss"]
+        holds &= figures["gradient_direction"] > BOUNDS[dtype]["direction"]
+        report.add(**what, **figures, holds=holds)
+        all_hold &= holds
+    return all_hold
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def useful_flops(config: TJEPAConfig, batch: dict) -> float:
+    """Of a training step, from the ids of the batch; see the head of this file."""
+    d, i = config.hidden_size, config.intermediate_size
+    p, j = config.predictor_hidden_size, config.predictor_intermediate_size
+    ids = {name: batch[name].flatten().cpu().long() for name in batch if torch.is_tensor(batch[name])}
+
+    def encoder(view_ids: torch.Tensor) -> float:
+        lengths = view_ids[view_ids >= 0].bincount().double()
+        per_layer = (8 * d * d + 4 * d * i) * lengths.sum() + 4 * d * lengths.square().sum()
+        return float(config.num_hidden_layers * per_layer)
+
+    is_real = ids["prediction_view_ids"] >= 0
+    views, blocks = ids["prediction_view_ids"][is_real], ids["prediction_block_ids"][is_real]
+    is_slot = blocks > 0
+    context = views[~is_slot].bincount(minlength=int(views.max()) + 1).double()
+    of_block, counts = torch.stack([views[is_slot], blocks[is_slot]]).unique(dim=1, return_counts=True)
+    slot_pairs = float((counts * (context[of_block[0]] + counts)).sum())
+    num_context, num_slots = float((~is_slot).sum()), float(is_slot.sum())
+    linear, layers = 8 * p * p + 4 * p * j, config.predictor_num_hidden_layers
+    predictor = (layers - 1) * (
+        linear * (num_context + num_slots) + 4 * p * (float(context.square().sum()) + slot_pairs)
+    )
+    predictor += linear * num_slots + 4 * p * p * num_context + 4 * p * slot_pairs
+    return encoder(ids["document_ids"]) + 3 * (encoder(ids["context_view_ids"]) + predictor)
+
+
+def card_rate(device: torch.device) -> float:
+    if device.type == "cuda":
+        for name, rate in CARD_RATES.items():
+            if name in torch.cuda.get_device_name():
+                return rate
+    n, times = 8192 if device.type == "cuda" else 256, []
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def time_steps(step: Callable, args: argparse.Namespace) -> dict:
+    """Seconds of a step (median), of the first one (compiling included), and the peak of memory in bytes."""
+    seconds = []
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3 if args.tiny else 13):
+        start = time.perf_counter()
+        step()
+        synchronise(args.device)
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
+    return {"seconds": float(np.median(seconds[-10:])), "first_seconds": seconds[0], "peak_memory_bytes": peak}
+
+
+def make_step(model: torch.nn.Module, loss: Callable, device: torch.device, after: Callable) -> Callable:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+
+    return step
+
+
+def measure_speed(args: argparse.Namespace, report: Report) -> None:
+    """The pretraining step; at 768 the encoder alone as well."""
+    size = SIZES["tiny" if args.tiny else args.piece]
+    attention = "flex_attention" if args.device.type == "cuda" else "eager"
+    rate = card_rate(args.device)
+    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (8192, 400, 1024)))
+    num_tokens = sum(map(len, documents))
+    row_lengths = (96,) if args.tiny else (1024, 4096, 16384)
+    for is_compiled, row_length in itertools.product((False, True), row_lengths):
+        torch.manual_seed(0)
+        model = TJEPAForPreTraining(make_config(size, attention)).to(args.device).train()
+        batch = make_batch(documents, row_length, args.device)
+        run = compiled(model, args.device) if is_compiled else model
+        step = make_step(
+            model,
+            lambda run=run, batch=batch: run(**batch).loss,
+            args.device,
+            lambda m=model: m.update_target_encoder(0.99),
+        )
+        what = {
+            "model": "pretraining",
+            "row_length": row_length,
+            "compiled": is_compiled,
+            "document_tokens": num_tokens,
+        }
+        try:
+            figures = time_steps(step, args)
+        except Exception as error:  # out of memory, say: the next one may fit
+            report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
+        else:
+            flops = useful_flops(model.config, batch)
+            figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
+            report.add(**what, **figures, flops=flops, rate=rate)
+            if is_compiled and row_length == row_lengths[len(row_lengths) // 2]:
+                write_profile(step, args)
+        del model, run, step, batch
+        torch._dynamo.reset()
+    if args.piece == "speed-768":
+        measure_encoder_alone(args, report, rate)
+
+
+def measure_encoder_alone(args: argparse.Namespace, report: Report, rate: float) -> None:
+    """Masked language modelling, a third of the tokens predicted, logits at these only."""
+    size = SIZES["tiny"] if args.tiny else ENCODER_ALONE
+    config = make_config(size, "flex_attention" if args.device.type == "cuda" else "eager")
+    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (65536, 400, 1024)))
+    batch = make_batch(documents, 192 if args.tiny else 4096, args.device)
+    input_ids, positions, views = (batch[name] for name in ("input_ids", "position_ids", "document_ids"))
+    num_tokens = sum(map(len, documents))
+    picked = torch.randperm(input_ids.numel(), device=args.device)[: input_ids.numel() // 3]
+    labels = input_ids.flatten()[picked].long()
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        model = TJEPAForMaskedLM(config).to(args.device).train()
+        encoder = compiled(model.encoder, args.device) if is_compiled else model.encoder
+
+        def loss(model=model, encoder=encoder):
+            states = encoder(input_ids, position_ids=positions, view_ids=views).last_hidden_state.flatten(0, 1)
+            return F.cross_entropy(model.token_head(states[picked], model.decoder.weight).float(), labels)
+
+        figures = time_steps(make_step(model, loss, args.device, lambda: None), args)
+        lengths = torch.tensor([len(document) for document in documents]).double()
+        d, i = config.hidden_size, config.intermediate_size
+        per_layer = (8 * d * d + 4 * d * i) * lengths.sum() + 4 * d * lengths.square().sum()
+        flops = 3 * float(config.num_hidden_layers * per_layer + 2 * d * (d + config.vocab_size) * len(labels))
+        figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
+        what = {"model": "encoder alone (MLM)", "parameters": sum(p.numel() for p in model.parameters())}
+        report.add(**what, compiled=is_compiled, document_tokens=num_tokens, **figures, flops=flops, rate=rate)
+        torch._dynamo.reset()
+
+
+def write_profile(step: Callable, args: argparse.Namespace) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        synchronise(args.device)
+    table = profile.key_averages().table(sort_by=f"self_{args.device.type}_time_total", row_limit=30)
+    (args.output_dir / f"{args.piece}-profile.txt").write_text(table, encoding="utf-8")
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def compare_learning(args: argparse.Namespace, report: Report) -> None:
+    """docs/learning.md's comparison with a larger encoder on more tokens: the best T-JEPA, its control, and MLM."""
+    if not (SHARED / "data").is_dir():
+        report.add(skipped=f"the corpus and the data sets to judge with are not at {SHARED / 'data'}")
+        return
+    data, out = SHARED / "data", args.output_dir / "learning"
+    train = ["--train_file", str(data / ("books-validation.parquet" if args.tiny else "books-train.parquet"))]
+    larger = "hidden_size=384,num_hidden_layers=6,num_attention_heads=6,per_device_train_batch_size=128"
+    larger = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8" if args.tiny else larger
+    recipes = ("tjepa", "control", "mlm")
+    variants = [
+        word for name in recipes for word in ("--variant", f"{name}-large={name},{larger},learning_rate=0.001")
+    ]
+    prepared, cli = str(out / "books64"), [sys.executable, "-m", "tjepa.cli"]
+    tokenizer = ["--vocab_size", "300" if args.tiny else "4096", "--output_dir", str(out / "tokenizer")]
+    pieces = ["--max_length", "64", "--long_documents", "split", "--min_tokens", "16", "--output_dir", prepared]
+    curve = [sys.executable, str(Path(__file__).with_name("learning_curve.py")), "--output_dir", str(out / "runs")]
+    curve += ["--dataset_name", prepared, "--data_dir", str(data / "eval"), "--only", "untrained", *variants]
+    curve += [
+        "--tokens",
+        "1000" if args.tiny else str(TOKENS_AT_100_TIMES),
+        "--num_checkpoints",
+        "1" if args.tiny else "2",
+    ]
+    curve += ["--judge_on", "test", "--tasks", "trec", *(() if args.tiny else ("sst2", "subj", "sts14"))]
+    curve += ["--max_samples", "40" if args.tiny else "5000"]
+    commands = [
+        [*cli, "tokenizer", *train, *tokenizer],
+        [*cli, "prepare", *train, "--tokenizer_name", str(out / "tokenizer"), *pieces],
+        curve,
+    ]
+    for command, is_done in zip(commands, ((out / "tokenizer").exists(), Path(prepared).exists(), False), strict=True):
+        if not is_done:
+            subprocess.run(command, check=True, env={**os.environ, "HF_DATASETS_CACHE": str(out / "cache")})
+    for path in sorted((out / "runs").glob("*.json")):
+        report.add(recipe=path.stem, **json.loads(path.read_text(encoding="utf-8"))["checkpoints"][-1])
+
+
+PIECES = {
+    "equality": check_equality,
+    "speed-384": measure_speed,
+    "speed-768": measure_speed,
+    "learning": compare_learning,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("piece", choices=PIECES)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true", help="at a size for the CPU, to see that it runs")
+    args = parser.parse_args()
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device.type != "cuda" and not args.tiny:
+        parser.error("there is no GPU here; --tiny runs all of it on the CPU, to see that it works")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if PIECES[args.piece](args, Report(args.output_dir / f"{args.piece}.json", args.device)) is False:
+        sys.exit("A path does not agree with eager attention, or failed: see the lines above.")
+
+
+if __name__ == "__main__":
+    main()

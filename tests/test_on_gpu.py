@@ -1,0 +1,81 @@
+"""The run-book for a GPU, all of it at tiny size on the CPU: without `datasets` where it says that none is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import REPOSITORY
+
+
+def run(out: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Where the packages `lacking` cannot be imported."""
+    for name in lacking:
+        (out / "packages").mkdir(parents=True, exist_ok=True)
+        (out / "packages" / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    return subprocess.run(
+        ["bash", str(REPOSITORY / "benchmarks" / "on_gpu.sh"), *arguments],
+        cwd=out.parent,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": "", "HF_DATASETS_CACHE": str(out.parent / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def results(out: Path, piece: str) -> list[dict]:
+    return json.loads((out / f"{piece}.json").read_text())["results"]
+
+
+def test_equality_and_speed_without_datasets(tmp_path):
+    out = tmp_path / "out"
+    done = run(out, str(out), "--tiny", lacking=("datasets", "evaluate"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped: datasets and evaluate are not installed and not in wheels" in done.stdout
+    paths = {(r["attention"], r["compiled"], r["dtype"]): r for r in results(out, "equality")}
+    assert len(paths) == 14
+    held = {path for path, figures in paths.items() if figures.get("holds")}
+    assert held == {
+        (attention, False, dtype) for attention in ("eager", "sdpa") for dtype in ("float32", "bfloat16")
+    } | {("eager", True, dtype) for dtype in ("float32", "bfloat16")}
+    assert all("skipped" in figures for path, figures in paths.items() if path not in held)
+    for piece in ("speed-384", "speed-768"):
+        steps = [r for r in results(out, piece) if r["model"] == "pretraining"]
+        assert [(r["row_length"], r["compiled"]) for r in steps] == [(96, False), (96, True)]
+        assert all(r["tokens_per_second"] > 0 and 0 < r["mfu"] for r in results(out, piece))
+        assert "aten::" in (out / f"{piece}-profile.txt").read_text()
+    assert [r["compiled"] for r in results(out, "speed-768") if r["model"].startswith("encoder alone")] == [
+        False,
+        True,
+    ]
+
+
+def test_learning(shared_folder, tmp_path):
+    out = tmp_path / "out"
+    done = run(out, str(out), "--tiny", "learning")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {r["recipe"]: r for r in results(out, "learning")}
+    assert {"tf-idf", "untrained-seed0", "tjepa-large-seed0", "control-large-seed0", "mlm-large-seed0"} == set(found)
+    assert all(0 < r["score"] <= 1 for r in found.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["out", "speed"], "there is no piece speed"),
+        (["out", "--quick"], "there is no flag --quick"),
+        (["--download"], "name the folder"),
+        ([], "OUT [--wheels WHEELS]"),
+    ],
+)
+def test_wrong_arguments_are_said(tmp_path, arguments, message):
+    done = run(tmp_path / "out", *arguments)
+    assert done.returncode == 2 and message in done.stdout + done.stderr
+
+
+def test_a_missing_package_names_the_command_that_fetches_it(tmp_path):
+    done = run(tmp_path / "out", str(tmp_path / "out"), "--tiny", lacking=("rotary_embedding_torch",))
+    assert done.returncode == 2 and "benchmarks/on_gpu.sh --download wheels" in done.stderr

@@ -518,7 +518,7 @@ def pack_batch(
         "label_indices": torch.from_numpy(token_place[views.slot_token[in_order]].astype(np.int32)),
         "slot_strategy_ids": torch.from_numpy(slot_strategy[in_order].astype(np.int32)),
         "slots_per_strategy": torch.from_numpy(np.bincount(slot_strategy, minlength=num_strategies)),
-        "hidden_indices": torch.from_numpy(hidden_place[in_order].astype(np.int32)) if in_place else None,
+        **({"hidden_indices": torch.from_numpy(hidden_place[in_order].astype(np.int32))} if in_place else {}),
         "tokens_per_document": torch.from_numpy(lengths.astype(np.int32)),
         "view_groups": view_groups,
     }

@@ -62,7 +62,7 @@ class Side:
 
     @property
     def gradients(self) -> torch.Tensor:
-        return torch.load(self.steps[0]["gradients"])
+        return torch.load(self.steps[0]["gradients"], weights_only=True)
 
 
 def path_to(package: Path, folder: Path) -> dict[str, str]:
@@ -98,7 +98,8 @@ def compare(args, documents: list[np.ndarray], config: dict, flops: float, matmu
         torch.save({"config": config, "weights": weights}, folder / "start.pt")
         draw = [sys.executable, str(Path(__file__).with_name("one_side.py")), "draw", name]
         subprocess.run(draw, check=True, env=path_to(args.baseline or REPOSITORY, folder))
-        batches = torch.load(folder / "batches.pt", weights_only=False)
+        with torch.serialization.safe_globals([SimpleNamespace]):
+            batches = torch.load(folder / "batches.pt", weights_only=True)
         torch.save([converted(batch) for batch in batches], folder / "converted.pt")
 
         runs = {side: Side(stack, folder, *of_side, args.num_threads) for side, of_side in sides.items()}

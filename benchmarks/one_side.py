@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ def run_steps(folder: Path, batches_name: str, dtype: torch.dtype) -> None:
     Forward and backward of every batch, AdamW with the rate 0, moving average; what they cost, and the loss. The
     first step leaves its gradients in a file beside the batches, and the process's number of threads is the machine's.
     """
-    start = torch.load(folder / "start.pt", weights_only=False)
-    batches = torch.load(folder / batches_name, weights_only=False)
+    start = torch.load(folder / "start.pt", weights_only=True)
+    with torch.serialization.safe_globals([SimpleNamespace]):
+        batches = torch.load(folder / batches_name, weights_only=True)
     model = TJEPAForPreTraining(TJEPAConfig(**start["config"])).train()
     model.load_state_dict(start["weights"])
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -29,7 +29,7 @@ from transformers.hf_argparser import HfArg
 
 from .command_line import CONFIGS
 from .faults import find_fault
-from .files import can_be_read, load_files, load_paths
+from .files import can_be_read, load_files, load_paths, without_query
 from .paths import check_exists, hint_at_nearest
 from .preparation import settle_with_preparation
 from .quickstart import load_quickstart_documents
@@ -158,7 +158,9 @@ def record_source(args: SourceArguments) -> dict[str, Any]:
     record = {name: value for name, value in record.items() if value is not None}
     for name in ("dataset_name", "train_file", "validation_file"):
         path = record.get(name)
-        if path is not None and "://" not in path and (name != "dataset_name" or Path(path).exists()):
+        if path is not None and "://" in path:
+            record[name] = without_query(path)  # which may hold a key
+        elif path is not None and (name != "dataset_name" or Path(path).exists()):
             record[name] = os.path.abspath(path)
     return record
 

@@ -13,7 +13,7 @@ from itertools import chain, islice, repeat
 import datasets
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -34,6 +34,11 @@ def _draws_from_buffer(iterable) -> bool:
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def initialise(model: PreTrainedModel, part: torch.nn.Module) -> None:
+    """First weights for a part that a loaded model lacked: the public `initialize_weights` is for whole models."""
+    part.apply(model._init_weights)
 
 
 def get_attention(config: PreTrainedConfig) -> str | None:

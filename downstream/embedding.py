@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..corpus.private import get_attention
 from ..corpus.tokenizers import load_tokenizer, text_reader
 from ..encoders_tjepa import encode, encoder_class, measure_packing
 from ..layers_tjepa import PACKED_ATTENTION
@@ -361,13 +362,13 @@ _traits: WeakKeyDictionary = WeakKeyDictionary()  # of encoders that are not our
 def takes_packed_rows(model: torch.nn.Module) -> bool:
     """Whether an encoder has the same states in packed rows: ours does, and of others it is measured, once."""
     if isinstance(model, TJEPAModel):  # with other backends the mask of a packed row would be a square
-        return model.config._attn_implementation == "sdpa" or is_flash_attention_requested(model.config)
+        return get_attention(model.config) == "sdpa" or is_flash_attention_requested(model.config)
     if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
         return False
     if model not in _traits:
         # rounding to 16 bits is larger than what is measured
         measured = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-        attention = measured.config._attn_implementation
+        attention = get_attention(measured.config)
         _traits[model] = measure_packing(measured)
         measured.set_attn_implementation(attention)
     return _traits[model].is_packed
@@ -392,7 +393,7 @@ def packed_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
     traits = _traits.get(model)
     if traits is None:
         return encode(model, model.config, None, *row, groups)[0]
-    attention = model.config._attn_implementation
+    attention = get_attention(model.config)
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
         return encode(model, None, traits, *row, groups, longest=int(lengths.max()))[0]

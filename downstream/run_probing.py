@@ -381,7 +381,7 @@ def probe_model(
         model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
         if with_head is not None:
             torch.manual_seed(seed)
-            with_head = type(with_head)._from_config(config, dtype=torch.float32)
+            with_head = type(with_head)(config)
         untrained.append(probe_encoder(model, tokenizer, tasks, [seed], options, with_head))
     results[f"{column} untrained"] = mean_and_std(untrained)
     results[f"{column} embeddings"] = layer

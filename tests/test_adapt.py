@@ -60,7 +60,7 @@ def test_from_an_encoder_to_one_of_the_same_class(folder, tmp_path, monkeypatch,
     out = tmp_path / "out"
     more = ["--probe_file", folder / "labelled.jsonl", "--learning_rate", "1e-2"]
     adapt_texts(monkeypatch, folder, folder / "sentence", out, *more)
-    lines = capsys.readouterr().out.split("What it did to the encoder\n")[1].strip().splitlines()
+    lines = capsys.readouterr().out.split("What it did to the encoder\n")[1].split("\n\n")[0].strip().splitlines()
     assert [line.split(":")[0].strip() for line in lines] == [
         "Retrieval of a text's second half by its first",
         "Probe for the labels",

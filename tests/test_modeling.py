@@ -435,7 +435,7 @@ def test_inputs_embeds_and_position_ids():
         ({"denoising_ratio": 0.0}, r"denoising_ratio must be in \(0, 1\], got 0.0; set denoising_weight=0"),
         (
             {"predictor_type": "mlp"},
-            "predictor_type must be one of self_attention, cross_attention, boundary, got 'mlp'",
+            "predictor_type must be one of self_attention, cross_attention, boundary, in_place, got 'mlp'",
         ),
         ({"target_layers": 9}, r"target_layers must be between 1 and num_hidden_layers \(8\), got 9"),
         ({"target_normalization": "batch"}, "target_normalization must be one of layer, instance, got 'batch'"),

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import start
+from ..corpus.private import initialise
 from ..corpus.quickstart import load_quickstart_documents
 from ..corpus.tokenizers import special_tokens_around, text_reader
 from ..data_collator_tjepa import DataCollatorForTJEPA, load_masking_strategies
@@ -68,7 +69,7 @@ def train_decoder(
     torch.manual_seed(seed)
     if model.token_head is None:
         model.token_head = TJEPATokenHead(model.config, model.get_input_embeddings().weight.shape[1])
-        model.token_head.apply(model._init_weights)
+        initialise(model, model.token_head)
         model.token_head.fit_to(model.get_input_embeddings().weight)
         model.token_head.to(model.device)
     model.config.token_decoder = True

@@ -14,6 +14,7 @@ from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.corpus.private import (
     get_attention,
     has_shuffle_buffer,
+    initialise,
     set_attention,
     without_repeated_documents,
 )
@@ -39,6 +40,13 @@ def test_attn_implementation_of_a_config():
     config = make_tiny_config()
     set_attention(config, "eager")
     assert get_attention(config) == "eager" == get_attention(TJEPAForPreTraining(config).config)
+
+
+def test_init_weights_of_a_model():
+    model = TJEPAModel(make_tiny_config(initializer_range=0.5))
+    part = torch.nn.Linear(200, 200)
+    initialise(model, part)
+    assert part.weight.std().item() == pytest.approx(0.5, abs=0.02) and not part.bias.any()
 
 
 def test_classes_of_accelerate_that_are_exchanged():

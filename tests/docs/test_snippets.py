@@ -11,7 +11,7 @@ import pytest
 from encoder_folders import make_folder
 from snippets import Snippet, commands, docstring_snippets, markdown_snippets, run_python, script_and_flags
 
-from helpers import REPOSITORY, arguments, make_dataset, make_texts, run
+from helpers import REPOSITORY, TINY, arguments, make_dataset, make_texts, run
 from hub_server import serve_hub
 from tjepa import TJEPAForPreTraining, cli
 from tjepa.tools.export_sentence_transformer import export_sentence_transformer
@@ -40,6 +40,7 @@ def workspace(tmp_path_factory, inputs):
             "do_eval": False,
             "hub_model_id": "me/stories",
             "max_length": 32,
+            "config_overrides": f"{TINY},token_prediction_weight=1.0",
         }
         run(monkeypatch, arguments(inputs, folder / "runs" / "quickstart", **flags))
     export_sentence_transformer(folder / "runs" / "quickstart", folder / "runs" / "quickstart-sentences")

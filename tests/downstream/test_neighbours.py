@@ -330,5 +330,5 @@ def test_compiled_as_one_graph_and_once_for_all_lengths(folder, model_class):
             output[is_token].square().sum().backward()
             gradients.append((output[is_token].detach(), model.get_input_embeddings().weight.grad.clone()))
         for actual, expected in zip(*gradients, strict=True):
-            close(actual, expected, 1e-4)
+            close(actual, expected, 5e-4)  # of states of size 100
     assert backend.frame_count <= 2  # the first shape, then any shape

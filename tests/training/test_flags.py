@@ -119,7 +119,13 @@ STEPS = {"eval_strategy": "steps", "eval_steps": 1}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 WSD = {"lr_scheduler_type": "warmup_stable_decay"}
 
+
 # flag -> what is given (one value stands for the flag itself), and what must be true of the run
+def prints_lines_only(trainer) -> bool:
+    shows_bar = [getattr(callback, "show_bar", None) for callback in trainer.callback_handler.callbacks]
+    return "PrinterCallback" in trainer.callback_handler.callback_list or False in shows_bar
+
+
 CASES = {
     "output_dir": ({**SAVES}, lambda r, p: (r.folder / "checkpoint-3").is_dir()),
     "per_device_train_batch_size": (2, differs),
@@ -176,7 +182,7 @@ CASES = {
         {"log_level": "info", "log_level_replica": "error"},
         lambda r, p: on_second_node(r.args, TrainingArguments.get_process_log_level) == [logging.INFO, logging.ERROR],
     ),
-    "disable_tqdm": (True, lambda r, p: "PrinterCallback" in r.trainer.callback_handler.callback_list),
+    "disable_tqdm": (True, lambda r, p: prints_lines_only(r.trainer)),
     "report_to": ("tensorboard", lambda r, p: "TensorBoardCallback" in r.trainer.callback_handler.callback_list),
     "run_name": ({"report_to": "trackio", "run_name": "mine"}, reported("mine", "init", "name")),
     "project": ({"report_to": "trackio", "project": "mine"}, reported("mine", "init", "project")),

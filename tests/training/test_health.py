@@ -1,7 +1,6 @@
 """A lasting collapse and non-finite gradients: said in plain words, and stopping what must be stopped."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -100,8 +99,9 @@ def test_the_script_says_it_in_the_card_and_by_its_exit_code(inputs, tmp_path, m
         helpers.run(monkeypatch, arguments)
     assert stop.value.code == 3
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Health: collapsed: " in card and re.search(r"so in the last 3 evaluations, since step 1\d", card)
-    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["train_steps"] == 13
+    steps = json.loads((tmp_path / "out" / "all_results.json").read_text())["train_steps"]
+    assert 10 <= steps < 20  # how soon is a matter of rounding at such a rate
+    assert "Health: collapsed: " in card and f"so in the last 3 evaluations, since step {steps - 2}" in card
 
 
 # --- Non-finite gradients --------------------------------------------------------------------------------------------

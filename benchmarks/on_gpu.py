@@ -343,7 +343,7 @@ def compare_learning(args: argparse.Namespace, report: Report) -> None:
     for command, is_done in zip(commands, ((out / "tokenizer").exists(), Path(prepared).exists(), False), strict=True):
         if not is_done:
             subprocess.run(command, check=True, env={**os.environ, "HF_DATASETS_CACHE": str(out / "cache")})
-    for path in sorted((out / "runs").glob("*.json")):
+    for path in sorted({*(out / "runs").glob("*.json")} - {out / "runs" / "result.json"}):
         report.add(recipe=path.stem, **json.loads(path.read_text(encoding="utf-8"))["checkpoints"][-1])
 
 

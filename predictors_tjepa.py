@@ -152,7 +152,32 @@ class TJEPAPredictor(TJEPAModule):
         return self.out_proj(self.final_norm(slot_states))
 
 
-class TJEPABoundaryPredictor(TJEPAModule):
+class TJEPAInPlacePredictor(TJEPAModule):
+    """
+    Predicts at a target slot from the state s that the context encoder has at its place, where it met a mask token:
+
+        LayerNorm(W_2 LayerNorm(GELU(W_1 s)))
+    """
+
+    def __init__(self, config: TJEPAConfig):
+        super().__init__(config)
+        self.add_layers(config, config.hidden_size)
+
+    def add_layers(self, config: TJEPAConfig, input_width: int) -> None:
+        width = config.predictor_intermediate_size
+        self.up_proj = nn.Linear(input_width, width, bias=config.use_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        self.final_norm = layer_norm(config)
+        self.post_init()
+
+    def forward(self, slot_states: torch.Tensor) -> torch.Tensor:
+        """float [num_slots, input_width] -> the predictions, [num_slots, hidden_size]."""
+        return self.final_norm(self.down_proj(self.norm(self.activation(self.up_proj(slot_states)))))
+
+
+class TJEPABoundaryPredictor(TJEPAInPlacePredictor):
     """
     Predicts at a target slot from two states, those of the nearest visible tokens to its left and right, and the
     distances to them: the span boundary objective of SpanBERT (arXiv 1907.10529) for representations. With l and r the
@@ -165,16 +190,9 @@ class TJEPABoundaryPredictor(TJEPAModule):
 
     MAX_DISTANCE = 31  # in tokens; those further away share an embedding
 
-    def __init__(self, config: TJEPAConfig):
-        super().__init__(config)
-        width = config.predictor_intermediate_size
+    def add_layers(self, config: TJEPAConfig, input_width: int) -> None:
         self.distance_embedding = nn.Embedding(2 * self.MAX_DISTANCE + 1, config.hidden_size)  # 0: there is no token
-        self.up_proj = nn.Linear(2 * config.hidden_size, width, bias=config.use_bias)
-        self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
-        self.final_norm = layer_norm(config)
-        self.post_init()
+        super().add_layers(config, 2 * input_width)
 
     def forward(
         self,
@@ -204,30 +222,7 @@ class TJEPABoundaryPredictor(TJEPAModule):
         entries = prediction_indices.flatten()[order[neighbours.clamp(min=0)]].masked_fill(~has_neighbour, 0)
         states = F.embedding(entries, context_states).masked_fill(~has_neighbour.unsqueeze(-1), 0.0)
         states = states + self.distance_embedding(distances % (2 * self.MAX_DISTANCE + 1))  # [slots, 2, hidden_size]
-        hidden_states = self.norm(self.activation(self.up_proj(states.flatten(-2))))
-        return self.final_norm(self.down_proj(hidden_states))
-
-
-class TJEPAInPlacePredictor(TJEPAModule):
-    """
-    Predicts at a target slot from the state s that the context encoder has at its place, where it met a mask token:
-
-        LayerNorm(W_2 LayerNorm(GELU(W_1 s)))
-    """
-
-    def __init__(self, config: TJEPAConfig):
-        super().__init__(config)
-        width = config.predictor_intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.use_bias)
-        self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
-        self.final_norm = layer_norm(config)
-        self.post_init()
-
-    def forward(self, slot_states: torch.Tensor) -> torch.Tensor:
-        """float [num_slots, hidden_size] -> the predictions, of the same shape."""
-        return self.final_norm(self.down_proj(self.norm(self.activation(self.up_proj(slot_states)))))
+        return super().forward(states.flatten(-2))
 
 
 class TJEPATokenHead(nn.Module):

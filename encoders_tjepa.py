@@ -337,7 +337,7 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
     unused = find_unused_parameters(encoder, views, mask_token_id)
     with torch.no_grad():
         expected = views.encode(encoder, mask_token_id)
-        size = expected.abs().mean().clamp(min=1e-6)
+        size = mean_size(expected)
 
         changed = copy.copy(views)
         changed.tokens = views.tokens.clone()
@@ -358,8 +358,7 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
             )
         difference, offset = float("inf"), 0
         if encoder_input != "padded":
-            difference, offset = measure_packed(encoder, views, expected, keep_from=TOLERANCE * float(size))
-            difference /= float(size)
+            difference, offset = measure_packed(encoder, views, expected)
     encoder.train(was_training)
     if encoder_input == "packed" and not difference < TOLERANCE:
         raise ValueError(
@@ -388,19 +387,20 @@ def measure_packing(encoder: PreTrainedModel) -> EncoderTraits:
     encoder.eval()
     views = MadeUpViews.draw(encoder, mask_token_id=0)
     expected = views.encode(encoder, views.other_token)
-    size = float(expected.abs().mean().clamp(min=1e-6))
-    difference, offset = measure_packed(encoder, views, expected, keep_from=TOLERANCE * size)
-    return EncoderTraits(difference / size < TOLERANCE, difference / size, offset, ())
+    difference, offset = measure_packed(encoder, views, expected)
+    return EncoderTraits(difference < TOLERANCE, difference, offset, ())
 
 
-def measure_packed(
-    encoder: PreTrainedModel, views: MadeUpViews, expected: torch.Tensor, keep_from: float
-) -> tuple[float, int]:
+def mean_size(states: torch.Tensor) -> float:
+    return float(states.abs().mean().clamp(min=1e-6))
+
+
+def measure_packed(encoder: PreTrainedModel, views: MadeUpViews, expected: torch.Tensor) -> tuple[float, int]:
     """
-    The largest difference of packed from padded states, and the position offset that makes it so small. Where it is
-    below `keep_from`, the encoder keeps the attention that packed rows need.
+    The largest difference of packed from padded states, relative to their mean size, and the position offset that
+    makes it so small. Where it is below `TOLERANCE`, the encoder keeps the attention that packed rows need.
     """
-    before, smallest = encoder.config._attn_implementation, float("inf")
+    before, smallest, size = encoder.config._attn_implementation, float("inf"), mean_size(expected)
     for offset in position_offsets(encoder.config):
         traits = EncoderTraits(True, 0.0, offset, ())
         row = (views.tokens[None], views.positions[None], views.rows[None])
@@ -411,8 +411,8 @@ def measure_packed(
             logger.info(f"{type(encoder).__name__} does not take packed rows: {error}")
             continue
         if states.shape == expected.shape:
-            smallest = min(smallest, float((states - expected).abs().max()))
-        if smallest < keep_from:
+            smallest = min(smallest, float((states - expected).abs().max()) / size)
+        if smallest < TOLERANCE:
             return smallest, offset
     if encoder.config._attn_implementation != before:
         encoder.set_attn_implementation(before)

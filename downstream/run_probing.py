@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import evaluate
 import torch
-import transformers
 from datasets import Dataset
 from transformers import (
     AutoModel,
@@ -41,6 +40,7 @@ from ..corpus.faults import find_fault
 from ..corpus.files import FILE_FORMATS, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
+from ..training.setup import hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
 from .labels import IGNORED, flatten, is_finite_number
 from .probe import (
@@ -118,8 +118,7 @@ def main():
         raise ImportError("--plot needs matplotlib: pip install matplotlib")
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    transformers.utils.logging.set_verbosity_error()  # a head that is left out is not news here
-    transformers.utils.logging.disable_progress_bar()
+    hide_what_loading_says()
     seeds = range(args.seed, args.seed + args.num_seeds)
     for name in args.model_name_or_path:  # a mistyped one costs a second, not the time of all before it
         load_config(name, **args.for_hub())

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus.command_line import start
@@ -21,6 +20,7 @@ from ..corpus.tokenizers import load_tokenizer, special_tokens_around, text_read
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.loading import load_config
 from ..training.model_folder import PRETRAINING_FOLDER
+from ..training.setup import hide_what_loading_says
 
 
 GAP = re.compile(r"\[(\d+)\]")
@@ -122,8 +122,7 @@ def main():
     args = parser.parse_args()
     if args.num_results < 1:
         raise ValueError(f"--num_results is {args.num_results}; it must be at least 1.")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    hide_what_loading_says()
     name = args.model or str(find_newest_run())
     model, tokenizer = load_for_filling(name)
     if model.token_head is None:

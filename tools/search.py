@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from datasets.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,6 +39,7 @@ from ..corpus.tokenizers import load_tokenizer
 from ..downstream.embedding import embed_texts
 from ..downstream.whitening import Whitening
 from ..training.loading import load_config
+from ..training.setup import hide_what_loading_says
 
 
 logger = logging.getLogger(__name__)
@@ -301,8 +301,7 @@ def main():
     if args.query is not None and not args.query.strip():
         raise ValueError("The query is empty: what should be found?")
     logging.basicConfig(format="%(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    hide_what_loading_says()
     name = args.model or str(find_newest_run())
     index = open_index(name, args.file, args.text_column_name)
     words = WordIndex(index.passages) if args.tfidf else None

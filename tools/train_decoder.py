@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from datasets.utils import tqdm
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from ..corpus.tokenizers import special_tokens_around, text_reader
 from ..data_collator_tjepa import DataCollatorForTJEPA, load_masking_strategies
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..predictors_tjepa import TJEPATokenHead
+from ..training.setup import hide_what_loading_says
 from .fill import load_for_filling
 from .search import load_passages
 
@@ -127,8 +127,7 @@ def main():
     args = parser.parse_args()
     if args.num_steps < 1:
         raise ValueError(f"--num_steps is {args.num_steps}; it must be at least 1.")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    hide_what_loading_says()
     if not Path(args.folder).is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder; the token head is saved in that of the model.")
     model, tokenizer = load_for_filling(args.folder, "FOLDER")

@@ -33,6 +33,12 @@ def set_up_logging(args: TrainingArguments) -> None:
         datasets.disable_progress_bars()
 
 
+def hide_what_loading_says() -> None:
+    """For a command that loads a model only to use it: a head that is left out is not news there."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def check_number_of_processes(args: TrainingArguments) -> None:
     """
     Raises:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reporting import SHARED
+from reporting import DATA
 from torch.nn import functional as F
 from transformers.utils import is_flash_attn_2_available
 
@@ -311,11 +311,11 @@ def write_profile(step: Callable, args: argparse.Namespace) -> None:
 
 def compare_learning(args: argparse.Namespace, report: Report) -> None:
     """docs/learning.md's comparison with a larger encoder on more tokens: the best T-JEPA, its control, and MLM."""
-    if not (SHARED / "data").is_dir():
-        report.add(skipped=f"the corpus and the data sets to judge with are not at {SHARED / 'data'}")
+    if not DATA.is_dir():
+        report.add(skipped=f"no corpus and no data sets to judge with at {DATA}: python benchmarks/fetch_data.py")
         return
-    data, out = SHARED / "data", args.output_dir / "learning"
-    train = ["--train_file", str(data / ("books-validation.parquet" if args.tiny else "books-train.parquet"))]
+    out = args.output_dir / "learning"
+    train = ["--train_file", str(DATA / ("books-validation.parquet" if args.tiny else "books-train.parquet"))]
     larger = "hidden_size=384,num_hidden_layers=6,num_attention_heads=6,per_device_train_batch_size=128"
     larger = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8" if args.tiny else larger
     recipes = ("tjepa", "control", "mlm")
@@ -326,7 +326,7 @@ def compare_learning(args: argparse.Namespace, report: Report) -> None:
     tokenizer = ["--vocab_size", "300" if args.tiny else "4096", "--output_dir", str(out / "tokenizer")]
     pieces = ["--max_length", "64", "--long_documents", "split", "--min_tokens", "16", "--output_dir", prepared]
     curve = [sys.executable, str(Path(__file__).with_name("learning_curve.py")), "--output_dir", str(out / "runs")]
-    curve += ["--dataset_name", prepared, "--data_dir", str(data / "eval"), "--only", "untrained", *variants]
+    curve += ["--dataset_name", prepared, "--data_dir", str(DATA / "eval"), "--only", "untrained", *variants]
     curve += [
         "--tokens",
         "1000" if args.tiny else str(TOKENS_AT_100_TIMES),

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+DATA = Path(os.environ.get("TJEPA_DATA", "data"))  # what benchmarks/fetch_data.py makes
 
 
 def add_report_arguments(parser: argparse.ArgumentParser, plot: bool = True) -> None:
@@ -19,17 +20,15 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train_file",
         type=existing,
-        default=str(SHARED / "data" / "books-train.parquet"),
+        default=str(DATA / "books-train.parquet"),
         help="a .parquet, .jsonl or .txt file with one document per row",
     )
-    parser.add_argument(
-        "--tokenizer", type=existing, default=str(SHARED / "tokenizers" / "open-llama"), help="a folder"
-    )
+    parser.add_argument("--tokenizer", default="openlm-research/open_llama_7b", help="a folder, or a name on the Hub")
 
 
 def existing(path: str) -> Path:
     if not Path(path).exists():
-        raise argparse.ArgumentTypeError(f"{path} is not there: pass one of your own")
+        raise argparse.ArgumentTypeError(f"{path} is not there: pass another, or python benchmarks/fetch_data.py")
     return Path(path)
 
 

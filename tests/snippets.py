@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from helpers import TINY
 from tjepa.cli import adapt
 
 
@@ -26,6 +27,50 @@ NAMES_OF_THE_READER = {  # names that a snippet may use without making them: wha
     "encoder = AutoModel.from_pretrained('runs/quickstart', trust_remote_code=True).eval()",
     "model": "from transformers import AutoModel\n"
     "model = AutoModel.from_pretrained('runs/quickstart', trust_remote_code=True)",
+}
+
+
+MARKS = ("# needs the network", "# needs a GPU")  # the first line of a block whose commands are parsed only
+OF_OTHERS = ("pip", "uv", "git", "cd", "pytest", "ruff", "hf", "docker", "mkdocs")  # they install, fetch, or run tests
+
+# What makes a command small: flags that are added to those of the docs, and win over them.
+SMALL_RUN = "--max_steps 1 --save_strategy no --logging_steps 1 --use_cpu --push_to_hub False"
+SMALL_RUN += " --dataloader_num_workers 0"
+SMALL = {
+    "tjepa prepare": "--max_train_samples 40",
+    "tjepa tokenizer": "--vocab_size 300",
+    "tjepa pretrain": SMALL_RUN,
+    "run_pretraining.py": SMALL_RUN,
+    "tjepa classify": "--max_steps 1 --overwrite_output_dir",
+    "tjepa tag": "--max_steps 1 --overwrite_output_dir",
+    "tjepa probe": "--max_samples 40 --max_words 40 --num_seeds 1",
+    "tjepa search": "--file texts.jsonl --model runs/quickstart",
+    "tjepa fill": "--model runs/quickstart",
+    "tjepa export": "--no_whitening",
+    "tjepa embed": "",
+    "tjepa health": "",
+    "tjepa report": "",
+    "docs/plot_strategies.py": "",
+    "docs/plot_architecture.py": "",
+    "docs/plot_method.py": "",
+    "docs/plot_health.py": "",
+    "benchmarks/scaling_arithmetic.py": "",
+}
+NEW_MODEL = f"--config_overrides {TINY}"  # not of an encoder that is there
+INSTEAD_OF_DOCSTRINGS = "--train_file stories.parquet --tokenizer_name my-tokenizer"
+# What takes longer, and the test that runs it.
+RUN_BY = {
+    "benchmarks/adaptation.py": "tests/test_adaptation_benchmark.py",
+    "benchmarks/collator_throughput.py": "tests/test_benchmarks.py",
+    "benchmarks/encoder_families.py": "tests/test_benchmarks.py",
+    "benchmarks/learning_curve.py": "tests/test_learning_curve.py",
+    "benchmarks/pretraining_throughput.py": "tests/test_benchmarks.py",
+    "benchmarks/scaling.py": "tests/test_benchmarks.py",
+    "benchmarks/streaming_memory.py": "tests/corpus/test_streaming.py",
+    "benchmarks/token_accuracy.py": "tests/test_benchmarks.py",
+    "tests/hub_server.py": "tests/docs/test_snippets.py",
+    "tests/kill_and_resume.py": "tests/training/test_checkpoints.py",
+    "tests/mutation.py": "tests/test_architecture.py",
 }
 
 
@@ -71,6 +116,23 @@ def _is_python(source: str) -> bool:
 
 
 # ---- bash ----
+
+
+def is_marked(snippet: Snippet) -> bool:
+    """Whether a block says that it needs what a test has not got."""
+    return snippet.source.startswith(MARKS)
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The commands of a page that are to be run."""
+    blocks = [snippet for snippet in markdown_snippets(page) if snippet.language == "bash" and not is_marked(snippet)]
+    return [words for snippet in blocks for words in commands(snippet.source)]
+
+
+def is_run(snippet: Snippet) -> bool:
+    """Whether every command of a block is run, so that it need not be parsed as well."""
+    started = [script_and_flags(words) for words in commands(snippet.source)]
+    return not is_marked(snippet) and all(found is not None and found[0] in SMALL for found in started)
 
 
 def commands(source: str) -> Iterator[list[str]]:

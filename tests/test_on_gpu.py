@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import REPOSITORY
+from helpers import REPOSITORY, SHARED_FOLDER
 
 
 def run(out: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -19,7 +19,13 @@ def run(out: Path, *arguments: str, lacking: tuple[str, ...] = ()) -> subprocess
     return subprocess.run(
         ["bash", str(REPOSITORY / "benchmarks" / "on_gpu.sh"), *arguments],
         cwd=out.parent,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": "", "HF_DATASETS_CACHE": str(out.parent / "cache")},
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PYTHONPATH": "",
+            "HF_DATASETS_CACHE": str(out.parent / "cache"),
+            "TJEPA_DATA": str(SHARED_FOLDER / "data"),
+        },
         capture_output=True,
         text=True,
         timeout=500,

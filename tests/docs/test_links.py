@@ -1,6 +1,7 @@
 """Links and pictures of README and documentation lead to files that are there."""
 
 import re
+import subprocess
 
 import pytest
 
@@ -18,6 +19,15 @@ def test_links_lead_somewhere(page):
     relative = [page.parent / link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert page.name != "README.md" or (ours and not relative)  # relative links are dead on PyPI
     assert [path for path in ours + relative if not path.exists()] == []
+
+
+def test_nothing_that_ships_names_a_folder_that_outsiders_lack():
+    """Only CONTRIBUTING.md, the tests and CI know of the folder beside a developer's clone."""
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split()
+    shipped = [name for name in tracked if name != "CONTRIBUTING.md" and not name.startswith(("tests/", ".ci/"))]
+    texts = [REPOSITORY / name for name in shipped if not name.endswith(".png")]
+    named = re.compile(r"""\.\./shared|["']shared["']|\bshared/""")
+    assert [str(path) for path in texts if path.exists() and named.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_the_address_is_that_of_the_package():

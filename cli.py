@@ -35,6 +35,7 @@ COMMANDS = {  # subcommand -> (module, what it does)
     "train-decoder": ("tools.train_decoder", "fit a token head to the predictions of a model that has none"),
     "convert": ("tools.convert_checkpoint", "turn a run folder of the original T-JEPA code into a model folder"),
     "export": ("tools.export_sentence_transformer", "write a folder that sentence-transformers loads"),
+    "publish": ("tools.publish", "put a run's folder on the Hub, with all that its users reach for"),
 }
 
 

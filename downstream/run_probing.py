@@ -3,6 +3,7 @@
     tjepa probe --model_name_or_path runs/quickstart bert-base-uncased --data_dir eval \
         --output probing.json --plot probing.png
     tjepa probe --model_name_or_path runs/quickstart --dataset mine=train.csv,test.csv
+    tjepa probe --model_name_or_path runs/quickstart --mteb STSBenchmark mine.py
 
 Every encoder embeds every data set once. The protocol (mean pooling, whitening, logistic regression whose strength is
 chosen on a validation part) is in probe.py, and the same for every column of the table. What a data set is for
@@ -43,6 +44,7 @@ from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
 from .labels import IGNORED, flatten, is_finite_number
+from .mteb_tasks import load_mteb_tasks, run_mteb
 from .probe import (
     EmbeddingLayer,
     ProbeTask,
@@ -87,6 +89,12 @@ class ProbingArguments(HubArguments):
         help="NAME=TRAIN,TEST or NAME=TRAIN,VALIDATION,TEST (files), NAME=TEST where nothing is trained, or "
         "NAME for one of --data_dir. Several may be given. Default: all of --data_dir.",
     )
+    mteb: list[str] | None = HfArg(
+        default=None,
+        help="Tasks of the package mteb, by their names, or Python files that define some as mteb documents it; "
+        "beside the data sets above, or without any.",
+    )
+    mteb_output: str = HfArg(default="runs/mteb", help="Folder for the JSON files of mteb.")
     encoder: Literal["target", "context"] = HfArg(
         default="target", help="Which encoder of T-JEPA pretraining folders; others have only one."
     )
@@ -110,6 +118,10 @@ class ProbingArguments(HubArguments):
         for name in ("max_length", "batch_size", "num_seeds", "max_samples", "max_words"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.mteb and (self.encoder != "target" or self.add_special_tokens is not None):
+            raise ValueError(
+                "--mteb judges the vectors that `tjepa embed` makes: leave out --encoder and --add_special_tokens."
+            )
 
 
 def main():
@@ -122,10 +134,21 @@ def main():
     seeds = range(args.seed, args.seed + args.num_seeds)
     for name in args.model_name_or_path:  # a mistyped one costs a second, not the time of all before it
         load_config(name, **args.for_hub())
+    columns = short_names(args.model_name_or_path)
+    if args.mteb:
+        mteb_tasks = load_mteb_tasks(args.mteb)
+        options = {"max_length": args.max_length, "batch_size": args.batch_size, **args.for_hub()}
+        scores = {
+            column: run_mteb(name, mteb_tasks, args.mteb_output, **options)
+            for name, column in zip(args.model_name_or_path, columns, strict=True)
+        }
+        print(f"\n{format_table(scores)}\n\nmteb's JSON files: {args.mteb_output}\n")
+        if not args.dataset and not args.data_dir:
+            return
     tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)
 
     results = {}
-    for name, column in zip(args.model_name_or_path, short_names(args.model_name_or_path), strict=True):
+    for name, column in zip(args.model_name_or_path, columns, strict=True):
         results.update(probe_model(name, column, tasks, args, seeds))
     logger.info(f"{TFIDF} and logistic regression")
     results[TFIDF] = probe_tasks_with_tfidf(tasks, seeds)

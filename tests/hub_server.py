@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub.constants
 import yaml
 
 
@@ -54,6 +55,7 @@ class Repository:
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)  # oid -> the whole tree
     branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, message: str, files: dict[str, File]) -> str:
@@ -63,7 +65,7 @@ class Repository:
         return oid
 
     def resolve(self, revision: str) -> str | None:
-        return self.branches.get(revision, revision if revision in self.commits else None)
+        return {**{oid: oid for oid in self.commits}, **self.tags, **self.branches}.get(revision)
 
 
 class Refused(Exception):
@@ -123,6 +125,16 @@ def serve_hub(tokens: dict[str, str] | None = None, lfs_suffixes: tuple[str, ...
         thread.join()
 
 
+@contextmanager
+def hub_in_this_process(tokens: dict[str, str], monkeypatch):
+    """The same for clients in the test's own process, which have read `HF_ENDPOINT` long ago."""
+    with serve_hub(tokens) as hub:
+        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        yield hub
+
+
 REPO = r"/api/(?P<repo_type>model|dataset)s/(?P<repo_id>[\w.-]+/[\w.-]+)"
 PAGE = r"/(?:(?P<prefix>datasets)/)?(?P<repo_id>[\w.-]+/[\w.-]+)"
 ROUTES = [
@@ -133,6 +145,8 @@ ROUTES = [
     ("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
     ("POST", REPO + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
     ("POST", REPO + r"/branch/(?P<branch>[^/]+)", "create_branch"),
+    ("POST", REPO + r"/tag/(?P<revision>[^/]+)", "create_tag"),
+    ("GET", REPO + r"/refs", "refs"),
     ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", REPO + r"/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", PAGE + r"\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -283,6 +297,23 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(409, f"Reference already exists: {branch}")
         branches[branch] = branches["main"]
         self.answer({})
+
+    def create_tag(self, repo_type, repo_id, revision):
+        self.writer(repo_id.split("/")[0])
+        tags, tag = self.repository(repo_type, repo_id).tags, json.loads(self.body)["tag"]
+        if tag in tags:
+            raise Refused(409, f"Reference already exists: {tag}")
+        tags[tag] = self.files(repo_type, repo_id, revision)[0]
+        self.answer({})
+
+    def refs(self, repo_type, repo_id):
+        repository = self.repository(repo_type, repo_id)
+        kinds = {"branches": ("heads", repository.branches), "tags": ("tags", repository.tags)}
+        refs = {
+            kind: [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": oid} for n, oid in names.items()]
+            for kind, (place, names) in kinds.items()
+        }
+        self.answer({**refs, "converts": []})
 
     # ---- uploads ----
 

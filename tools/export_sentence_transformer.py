@@ -153,12 +153,7 @@ def read_whitening_texts(
     yield from held_out_texts(documents, args.text_column_name, tokenizer)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("model_name_or_path", help="T-JEPA folder or Hub name")
-    parser.add_argument("output_folder", type=Path)
-    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="of a pretraining folder")
-    parser.add_argument("--max_length", type=int, help="tokens of a text that are read")
+def add_whitening_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--whitening_file",
         help="texts such as will be embedded, to fit the whitening on (parquet, json, jsonl, csv, tsv, txt); default: "
@@ -167,20 +162,38 @@ def main():
     parser.add_argument("--text_column_name", default="text", help="the column of --whitening_file that holds texts")
     parser.add_argument("--whitening_dimensions", type=int, help="how many the embeddings have; default: all")
     parser.add_argument("--no_whitening", action="store_true", help="leave the mean over the tokens as it is")
+
+
+def whitening_texts(args: argparse.Namespace, model_name_or_path: str) -> Iterator[str | None] | None:
+    """
+    What those flags ask for.
+
+    Raises:
+        ValueError: if they contradict each other.
+    """
+    if not args.no_whitening:
+        return read_whitening_texts(model_name_or_path, args.whitening_file, args.text_column_name)
+    if args.whitening_file is not None or args.whitening_dimensions is not None:
+        raise ValueError("--no_whitening has no use for --whitening_file and --whitening_dimensions: leave them out.")
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("model_name_or_path", help="T-JEPA folder or Hub name")
+    parser.add_argument("output_folder", type=Path)
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="of a pretraining folder")
+    parser.add_argument("--max_length", type=int, help="tokens of a text that are read")
+    add_whitening_flags(parser)
     parser.add_argument("--no_normalize", action="store_true", help="leave the embeddings' length as it is")
     args = parser.parse_args()
-    texts = None
-    if not args.no_whitening:
-        texts = read_whitening_texts(args.model_name_or_path, args.whitening_file, args.text_column_name)
-    elif args.whitening_file is not None or args.whitening_dimensions is not None:
-        raise ValueError("--no_whitening has no use for --whitening_file and --whitening_dimensions: leave them out.")
     export_sentence_transformer(
         args.model_name_or_path,
         args.output_folder,
         args.encoder,
         args.max_length,
         not args.no_normalize,
-        texts,
+        whitening_texts(args, args.model_name_or_path),
         args.whitening_dimensions,
     )
     print(f"Wrote {args.output_folder}: SentenceTransformer({str(args.output_folder)!r}, trust_remote_code=True)")

@@ -6,6 +6,7 @@ there were some, and what pretraining goes on from is in `pretraining/`.
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +94,6 @@ def sentence_files(folder: Path) -> list[str]:
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     paths = [folder / name for name in SENTENCE_FILES if (folder / name).is_file()]
     for module in modules:
-        if module["path"]:  # the encoder's own is the root
+        if re.fullmatch(r"\d+_\w+", module["path"]):  # the encoder's own is the root; any other is not one of theirs
             paths += files_in(folder / module["path"])
     return [path.relative_to(folder).as_posix() for path in paths]

@@ -3,6 +3,8 @@
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -48,15 +50,10 @@ class HubPublisher(TrainerCallback):
         self.api = HfApi(token=token)
         self.strategy, self.revision = HubStrategy(args.hub_strategy), args.hub_revision
         repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-        try:
+        with explaining_refusal(repo_id, "--hub_token"):
             self.repo_id = self.api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
             if self.revision is not None:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        except HfHubHTTPError as error:
-            raise PermissionError(
-                f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as "
-                "--hub_token, or log in with `hf auth login`. Nothing was trained yet."
-            ) from error
         self.job = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -120,8 +117,25 @@ class HubPublisher(TrainerCallback):
         logger.info(f"Pushed to {self.repo_id}")
 
 
+@contextmanager
+def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
+    """
+    Around making a repository, before the work.
+
+    Raises:
+        PermissionError: if the Hub does not let this token create or use it.
+    """
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise PermissionError(
+            f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as {flag}, or log "
+            "in with `hf auth login`. Nothing was done yet."
+        ) from error
+
+
 def published_files(tokenizer: PreTrainedTokenizerBase, folder: str | None = None) -> list[str]:
-    """Patterns of `upload_folder`; with the folder that was written also for what is not in every one."""
+    """Patterns of all that may be published; with the folder that was written also of what is not in every one."""
     files = [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
     if folder is not None and (Path(folder) / PRETRAINING_FOLDER).is_dir():
         files += [f"{PRETRAINING_FOLDER}/{name}" for name in (*files, "masking_strategies.json")]

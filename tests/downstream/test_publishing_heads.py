@@ -1,11 +1,10 @@
 """Fine-tuning publishes as pretraining does: to the stand-in of hub_server.py, in this process."""
 
-import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
 from finetuning_helpers import arguments, run
-from hub_server import card_errors, serve_hub
+from hub_server import card_errors, hub_in_this_process
 
 
 TOKEN, READING_TOKEN = "hf_thesecretofowner", "hf_thesecretforreading"
@@ -14,10 +13,7 @@ MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 
 @pytest.fixture
 def hub(monkeypatch):
-    with serve_hub({TOKEN: "owner", READING_TOKEN: "reader"}) as hub:
-        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
-        for name, value in settings.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
+    with hub_in_this_process({TOKEN: "owner", READING_TOKEN: "reader"}, monkeypatch) as hub:
         yield hub
 
 

@@ -1,0 +1,314 @@
+"""Puts a pretraining folder on the Hub: both encoders and the predictor, tokenizer, card, pictures, an ONNX graph, the
+modules of sentence-transformers, and a tag for each checkpoint that was kept.
+
+    tjepa publish runs/quickstart --repo_id me/quickstart --dry_run
+    tjepa publish runs/quickstart --repo_id me/quickstart --private
+
+Notable: what may go is a list of names (`PUBLISHED_FILES`), and nothing else in the folder is looked at: no optimizer
+state, no log, no arguments. Started again after an interruption it goes on: the Hub has kept each large file that
+arrived. The weights of step N are those of the tag `step-N`, whose commits are on the branch `checkpoints`, so that
+`main` never holds anything but the end of the run.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..corpus.atomic_writes import files_in
+from ..corpus.command_line import start
+from ..corpus.tokenizers import ensure_pad_token, load_tokenizer
+from ..modeling_tjepa import TJEPAForPreTraining
+from ..training.checkpoints import is_marked, list_checkpoints
+from ..training.loading import load_config
+from ..training.model_folder import PRETRAINING_FOLDER, sentence_files
+from ..training.publishing import explaining_refusal, published_files
+from ..training.record import read_run
+from ..training.setup import hide_what_loading_says
+from .export_sentence_transformer import add_whitening_flags, export_sentence_transformer, whitening_texts
+
+
+logger = logging.getLogger(__name__)
+
+ONNX_FILES = ["onnx/model.onnx", "onnx/model.onnx.data"]  # the second one of a model over 2 GB, which ONNX needs
+BRANCH = "checkpoints"
+UNNAMED = "PATH_OR_REPO_ID"  # what a card says where a run had no name on the Hub
+
+SENTENCES_NOTE = """
+With sentence-transformers, which makes a vector of a text:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+embeddings = SentenceTransformer("{repo_id}", trust_remote_code=True).encode(["A text.", "Another one."])
+```
+"""
+ONNX_NOTE = """
+For ONNX Runtime: `onnx/model.onnx` takes `input_ids` and `attention_mask`, int64 `[batch, length]`, and gives
+`last_hidden_state`, float32 `[batch, length, {width}]`.
+"""
+TAGS_NOTE = """
+The weights on the way are tags, for `from_pretrained(..., revision="{tag}")`: {tags}.
+"""
+
+
+# --- What goes -------------------------------------------------------------------------------------------------------
+
+
+def list_published(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
+    """Path in the repository -> file, of what the whitelist names of a folder."""
+    files = {path.relative_to(folder).as_posix(): path for path in files_in(folder)}
+    allowed = [*published_files(tokenizer, str(folder)), *sentence_files(folder), *ONNX_FILES]
+    return {name: files[name] for name in filter_repo_objects(files, allow_patterns=allowed)}
+
+
+def stage(
+    folder: Path,
+    staging: Path,
+    repo_id: str,
+    tags: list[str],
+    texts: Iterable[str | None] | None,
+    whitening_dimensions: int | None,
+    with_onnx: bool,
+) -> dict[str, Path]:
+    """
+    Makes in `staging` what a run's folder lacks: the modules of sentence-transformers, the ONNX graph, a padding token
+    and the repository's name in the card.
+
+    Returns:
+        Path in the repository -> file, of all that `main` gets.
+    """
+    tokenizer, config = load_tokenizer(str(folder), "folder"), load_config(str(folder), flag="folder")
+    notes = []
+    if config.model_type == "tjepa":
+        with tempfile.TemporaryDirectory() as parent:
+            export = Path(parent) / "export"
+            options = {"whitening_texts": texts, "whitening_dimensions": whitening_dimensions}
+            export_sentence_transformer(folder, export, **options)
+            for name in sentence_files(export):
+                (staging / name).parent.mkdir(exist_ok=True)
+                (export / name).replace(staging / name)
+        if tokenizer.pad_token is None:  # which batches need
+            ensure_pad_token(tokenizer)
+            tokenizer.save_pretrained(staging)
+    if sentence_files(staging) or sentence_files(folder):
+        notes.append(SENTENCES_NOTE)
+    if with_onnx:
+        export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), staging / ONNX_FILES[0])
+        notes.append(ONNX_NOTE)
+    if tags:
+        notes.append(TAGS_NOTE)
+    card = ModelCard.load(folder / "README.md")
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *["onnx"] * with_onnx]))
+    if UNNAMED in card.text:
+        card.data.model_name = repo_id.split("/")[-1]
+        card.text = card.text.replace(UNNAMED, repo_id)
+    facts = {"repo_id": repo_id, "width": config.hidden_size, "tag": (tags or [""])[0], "tags": ", ".join(tags)}
+    card.text += "\n\n## Other ways in\n" + "".join(note.format(**facts) for note in notes)
+    card.save(staging / "README.md")
+    return {**list_published(folder, tokenizer), **list_published(staging, tokenizer)}
+
+
+def stage_checkpoint(checkpoint: Path, staging: Path, folder: Path) -> dict[str, Path]:
+    """As `stage`: what the tag of a checkpoint gets, which `from_pretrained` loads as it does the end of the run."""
+    tokenizer = load_tokenizer(str(checkpoint), "checkpoint")
+    files = list_published(checkpoint, tokenizer)
+    if load_config(str(checkpoint), flag="checkpoint").encoder is None:
+        return files
+    model = TJEPAForPreTraining.from_pretrained(checkpoint)
+    encoders = {"target": model.target_encoder, "context": model.context_encoder}
+    encoders[read_run(folder).exported].save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    modules = {name: folder / name for name in sentence_files(folder)}
+    inside = {f"{PRETRAINING_FOLDER}/{name}": path for name, path in files.items()}
+    return {**inside, **modules, **list_published(staging, tokenizer)}
+
+
+class LastHiddenState(torch.nn.Module):
+    def __init__(self, encoder: PreTrainedModel):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def export_onnx(encoder: PreTrainedModel, path: Path) -> None:
+    """
+    Writes an encoder as an ONNX graph: `input_ids` and `attention_mask`, int64 `[batch, length]`, to
+    `last_hidden_state`, float32 `[batch, length, hidden_size]`; batch and length are free.
+
+    Args:
+        encoder: with `attn_implementation="eager"`.
+    """
+    names = ("input_ids", "attention_mask")
+    tokens = torch.arange(5, 15).view(2, 5) % encoder.config.vocab_size
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
+        program = torch.onnx.export(
+            LastHiddenState(encoder).eval(),
+            (tokens, torch.ones_like(tokens)),
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(names, {0: "batch", 1: "length"}),
+            input_names=list(names),
+            output_names=["last_hidden_state"],
+        )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the lines of code that it came from, with the paths of this machine
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(path)
+
+
+# --- How it goes -----------------------------------------------------------------------------------------------------
+
+
+def additions(files: dict[str, Path]) -> list[CommitOperationAdd]:
+    return [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+
+
+def describe(revision: str, operations: list[CommitOperationAdd]) -> str:
+    """What would go to a revision: size in bytes, SHA-256 and name of each file."""
+    sizes = [operation.upload_info.size for operation in operations]
+    lines = [
+        f"  {operation.upload_info.size:>13,}  {operation.upload_info.sha256.hex()}  {operation.path_in_repo}"
+        for operation in operations
+    ]
+    return "\n".join([f"{revision}: {len(operations)} files, {sum(sizes):,} bytes", *lines])
+
+
+def find_published_tags(api: HfApi, repo_id: str, plans: dict[str, list[CommitOperationAdd]]) -> set[str]:
+    """
+    The tags that are on the Hub already.
+
+    Raises:
+        ValueError: if one of them has other weights.
+    """
+    there = {tag.name for tag in api.list_repo_refs(repo_id).tags} & plans.keys()
+    for tag in sorted(there):
+        hashes = {
+            file.path: file.lfs.sha256
+            for file in api.list_repo_tree(repo_id, recursive=True, revision=tag)
+            if isinstance(file, RepoFile) and file.lfs is not None
+        }
+        for operation in plans[tag]:
+            if hashes.get(operation.path_in_repo, "") not in ("", operation.upload_info.sha256.hex()):
+                raise ValueError(
+                    f"{repo_id} has the tag {tag} with other weights, those of another run, and a tag keeps what it "
+                    "names. Nothing was uploaded. Choose another --repo_id, or delete that tag on the Hub."
+                )
+    return there
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    texts: Iterable[str | None] | None = None,
+    whitening_dimensions: int | None = None,
+    with_onnx: bool = True,
+) -> None:
+    """
+    Publishes a pretraining folder, or says what would go.
+
+    Args:
+        folder (`str` or `Path`): the `output_dir` of a run that has come to its end.
+        repo_id (`str`): the repository, made if need be: `name` or `owner/name`.
+        private (`bool`, *optional*): of a new repository. Default: as the owner's settings say.
+        token (`str`, *optional*): with write permission. Default: the one that is logged in.
+        dry_run (`bool`, defaults to `False`): print the files instead, without the network.
+        texts, whitening_dimensions: as in `export_sentence_transformer`.
+        with_onnx (`bool`, defaults to `True`): whether to make an ONNX graph.
+
+    Raises:
+        FileNotFoundError, ValueError: if the folder is not that of a finished run, or a tag has other weights.
+        ImportError: if what makes an ONNX graph is not installed.
+        PermissionError: if the Hub does not let this token write.
+    """
+    folder = Path(folder)
+    config = load_config(str(folder), flag="folder")
+    is_ours = config.model_type == "tjepa"
+    place = folder if is_ours else folder / PRETRAINING_FOLDER
+    if not (folder / "README.md").is_file() or not (place / "masking_strategies.json").is_file():
+        raise ValueError(
+            f"{folder} is not the folder of a finished pretraining run: README.md or masking_strategies.json is not "
+            "in it. Name the --output_dir of `tjepa pretrain`; a fine-tuned model is published by --push_to_hub."
+        )
+    if with_onnx and None in (find_spec("onnx"), find_spec("onnxscript")):
+        raise ImportError('An ONNX graph needs onnx and onnxscript: pip install "tjepa[export]", or pass --no_onnx.')
+    api = HfApi(token=token)
+    if not dry_run:
+        with explaining_refusal(repo_id, "--token"):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    checkpoints = {f"step-{step}": path for step, path in list_checkpoints(folder).items() if is_marked(path)}
+    with tempfile.TemporaryDirectory() as staging:
+        main_folder = Path(staging) / "main"
+        files = stage(folder, main_folder, repo_id, list(checkpoints), texts, whitening_dimensions, with_onnx)
+        plans = {
+            tag: additions(stage_checkpoint(checkpoint, Path(staging) / tag, folder))
+            for tag, checkpoint in checkpoints.items()
+        }
+        if dry_run:
+            print(f"To {repo_id} would go, with the SHA-256 of each file:\n")
+            print(
+                "\n\n".join(describe(revision, plan) for revision, plan in {"main": additions(files), **plans}.items())
+            )
+            return
+        there = find_published_tags(api, repo_id, plans)
+        api.create_commit(repo_id, additions(files), commit_message=f"Publish {folder.name}")
+        for tag, plan in plans.items():
+            if tag not in there:
+                print(f"{tag} ...", flush=True)
+                publish_tag(api, repo_id, tag, plan)
+    print(f"Published {folder} as {api.endpoint}/{repo_id}, with the tags {', '.join(plans) or '(none)'}")
+
+
+def publish_tag(api: HfApi, repo_id: str, tag: str, plan: list[CommitOperationAdd]) -> None:
+    """Puts a checkpoint's files, and no others, on the branch, and tags that."""
+    api.create_branch(repo_id, branch=BRANCH, exist_ok=True)
+    new = {operation.path_in_repo for operation in plan}
+    old = set(api.list_repo_files(repo_id, revision=BRANCH)) - new - {".gitattributes"}
+    operations = [*plan, *(CommitOperationDelete(name) for name in sorted(old))]
+    commit = api.create_commit(repo_id, operations, commit_message=f"Weights of {tag}", revision=BRANCH)
+    api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="tjepa publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="the output_dir of a pretraining run")
+    parser.add_argument("--repo_id", required=True, help="the repository on the Hub: owner/name")
+    parser.add_argument("--dry_run", action="store_true", help="print what would go, with sizes and hashes, and stop")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make the repository private if it is new"
+    )
+    parser.add_argument("--token", help="a token with write permission; default: the one that is logged in")
+    parser.add_argument("--no_onnx", action="store_true", help="make no ONNX graph")
+    add_whitening_flags(parser)
+    args = parser.parse_args()
+    hide_what_loading_says()
+    publish(
+        args.folder,
+        args.repo_id,
+        args.private,
+        args.token,
+        args.dry_run,
+        whitening_texts(args, args.folder),
+        args.whitening_dimensions,
+        not args.no_onnx,
+    )
+
+
+if __name__ == "__main__":
+    start(main)

@@ -47,6 +47,7 @@ SMALL = {
     "tjepa search": "--file texts.jsonl --model runs/quickstart",
     "tjepa fill": "--model runs/quickstart",
     "tjepa export": "--no_whitening",
+    "tjepa publish": "--no_whitening --no_onnx --dry_run",
     "tjepa embed": "",
     "tjepa health": "",
     "tjepa report": "",

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from ..corpus.command_line import start
 from ..training.checkpoints import list_checkpoints
-from ..training.health import MIN_RANK, MIN_STEPS, MIN_TARGET_STD
+from ..training.health import MIN_RANK, MIN_STEPS, MIN_TARGET_STD, is_learning
 from ..training.record import Run, read_run
 
 
@@ -143,9 +143,8 @@ def find_lead(run: Run, figures: dict[str, float], where: str, earlier: list[dic
     name = "predictions"
     if lead >= MIN_LEAD:
         return Finding("good", name, shown, "Predictions are nearer to the targets than one constant guess is.")
-    is_new = figures["step"] <= MIN_STEPS
-    rises = not earlier or lead > earlier[-1]["cosine"] - earlier[-1]["mean_target_cosine"]
-    if lead > 0 or is_new or (rises and figures["step"] <= (run.max_steps or 0) / 2):
+    earlier_lead = earlier[-1]["cosine"] - earlier[-1]["mean_target_cosine"] if earlier else None
+    if lead > 0 or is_learning(lead, figures["step"], earlier_lead, run.max_steps):
         return Finding(
             "watch",
             name,

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import fields
+from itertools import takewhile
 
 import torch
 from accelerate.utils import reduce
@@ -152,7 +153,7 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool =
     What is wrong with the representations, in plain words, or `None`.
 
     A run is collapsed when the targets' standard deviation across tokens is under 0.1, or when the predictions are no
-    closer to the targets than the mean target is (which says nothing while the predictor is new: `is_new`). A low rank
+    closer to the targets than the mean target is (which says nothing while the predictor is new: `is_learning`). A low rank
     alone is not a collapse. Figures that are not finite are a verdict, too.
     """
     std = metrics[f"{prefix}target_std"]
@@ -172,22 +173,36 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool =
     return None
 
 
-def collapsed_evaluations(state: TrainerState, new_until: int = 0) -> list[int]:
+def is_learning(lead: float, step: int, earlier_lead: float | None, max_steps: int | None) -> bool:
     """
-    Optimizer steps of the latest evaluations in a row that found a collapse; empty if the last one did not. Up to
-    step `new_until` the predictor is taken for new.
+    Whether predictions that do not beat the mean target yet are on their way to: the predictor was just drawn, or, in
+    the first half of a run, they come nearer from evaluation to evaluation. It takes a healthy run a third of its steps.
+
+    Args:
+        lead (`float`): cosine of predictions and targets less that of the mean target.
+        step (`int`): the optimizer step of the figures.
+        earlier_lead (`float`, *optional*): of the evaluation before.
+        max_steps (`int`, *optional*): of the whole run.
     """
-    is_collapsed = {
-        entry["step"]: collapse_verdict(entry, prefix="eval_", is_new=0 < entry["step"] <= new_until) is not None
-        for entry in state.log_history
-        if "eval_target_std" in entry
-    }
-    steps = []
-    for step in reversed(is_collapsed):
-        if not is_collapsed[step]:
-            break
-        steps.insert(0, step)
-    return steps
+    rises = earlier_lead is None or lead > earlier_lead
+    return 0 < step <= MIN_STEPS or (0 < step <= (max_steps or 0) / 2 and rises)
+
+
+def verdicts_of_evaluations(state: TrainerState) -> dict[int, str | None]:
+    """Optimizer step of each evaluation in the log -> what `collapse_verdict` says of it."""
+    verdicts, earlier_lead = {}, None
+    for entry in state.log_history:
+        if "eval_target_std" in entry:
+            lead, step = entry["eval_cosine"] - entry["eval_mean_target_cosine"], entry["step"]
+            is_new = is_learning(lead, step, earlier_lead, state.max_steps)
+            verdicts[step], earlier_lead = collapse_verdict(entry, prefix="eval_", is_new=is_new), lead
+    return verdicts
+
+
+def collapsed_evaluations(state: TrainerState) -> list[int]:
+    """Optimizer steps of the latest evaluations in a row that found a collapse; empty if the last one did not."""
+    latest_first = list(verdicts_of_evaluations(state).items())[::-1]
+    return [step for step, _ in takewhile(lambda item: item[1] is not None, latest_first)][::-1]
 
 
 class HealthMonitor:
@@ -290,7 +305,7 @@ class HealthMonitor:
         if is_untrained_model or 0 < step <= num_warmup_steps:
             self.verdict = None
             return
-        self.verdict = collapse_verdict(metrics, prefix="eval_", is_new=0 < step <= MIN_STEPS)
+        self.verdict = verdicts_of_evaluations(state)[step]
         if self.verdict is None:
             if (rank := metrics["eval_target_rank"]) < MIN_RANK:
                 logger.warning(
@@ -300,7 +315,7 @@ class HealthMonitor:
             return
         if is_training and self.verdict.startswith("not finite"):
             raise FloatingPointError(f"The evaluation after step {step} is {self.verdict}{NOT_FINITE_ADVICE}")
-        steps = [step for step in collapsed_evaluations(state, MIN_STEPS) if step > num_warmup_steps]
+        steps = [step for step in collapsed_evaluations(state) if step > num_warmup_steps]
         if len(steps) > 1:
             self.verdict += f"; so in the last {len(steps)} evaluations, since step {steps[0]}"
         is_lasting = len(steps) >= self.patience

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 import helpers
 from helpers import make_trainer
-from tjepa.training.health import HealthMonitor, collapsed_evaluations
+from tjepa.training.health import HealthMonitor, collapsed_evaluations, verdicts_of_evaluations
 
 
 class Collapse(TrainerCallback):
@@ -84,6 +84,22 @@ def test_the_count_goes_on_after_a_resume(tmp_path):
     run(tmp_path / "a", Collapse(first=3), max_steps=4, stop_on_collapse=False)
     trainer, health = run(tmp_path / "b", Collapse(first=5), resume=str(tmp_path / "a" / "checkpoint-4"))
     assert trainer.state.global_step == 5 and "in the last 3 evaluations, since step 3" in health.verdict
+
+
+def verdicts(leads: list[float], max_steps: int, first_step: int = 100) -> list[bool]:
+    """Whether an evaluation each 100 steps, whose predictions lead the mean target by so much, is called collapsed."""
+    figures = {"eval_target_std": 0.5, "eval_mean_target_cosine": 0.5}
+    log = [{**figures, "step": 100 * i + first_step, "eval_cosine": 0.5 + lead} for i, lead in enumerate(leads)]
+    found = verdicts_of_evaluations(TrainerState(log_history=log, max_steps=max_steps))
+    return [verdict is not None for verdict in found.values()]
+
+
+def test_predictions_may_come_from_below():
+    """A healthy run begins under the mean target, and overtakes it before half of its steps."""
+    assert verdicts([-0.2, -0.15, -0.1, 0.0, 0.1], max_steps=1000) == [False] * 5
+    assert verdicts([-0.2, -0.15, -0.1, -0.05, -0.01], max_steps=600) == [False, False, False, True, True]
+    assert verdicts([-0.2, -0.25, -0.25, -0.2], max_steps=1000) == [False, True, True, False]
+    assert verdicts([-0.2, -0.15], max_steps=1000, first_step=0) == [True, False]  # step 0: what was not trained
 
 
 def test_patience_must_be_positive(tiny_config):

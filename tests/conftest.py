@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real Hub: unreachable, it costs a minute of retries
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other, in subprocesses, too
 
 
 import pytest
@@ -16,9 +17,6 @@ from helpers import SHARED_FOLDER, make_examples, make_texts, make_tiny_config
 from tjepa import TJEPAConfig, TJEPAForPreTraining, run_pretraining
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-
-
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 
 @pytest.fixture(autouse=True, scope="module")

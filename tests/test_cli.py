@@ -284,6 +284,16 @@ def test_what_needs_no_data_is_checked_before_data_is_read(flags, message, tmp_p
 # ---- threads ----
 
 
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_threads_do_not_spin_while_they_wait(chosen, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain", "--use_cpu"])
+    answer_early("pretrain")
+    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+
+
 def test_threads_follow_the_cores_that_are_left(monkeypatch):
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)

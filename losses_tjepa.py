@@ -56,7 +56,11 @@ def pool(states: torch.Tensor, groups: torch.Tensor, is_token: torch.Tensor, num
 
 
 def contrastive_loss(
-    queries: torch.Tensor, keys: torch.Tensor, answers: torch.Tensor, temperature: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    answers: torch.Tensor,
+    temperature: float,
+    left_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     InfoNCE (arXiv 1807.03748): cross entropy of choosing each query's key by their cosines; 0 without a query.
@@ -64,11 +68,44 @@ def contrastive_loss(
     Args:
         queries, keys (`torch.FloatTensor` of shape `[num_queries, hidden_size]` and `[num_keys, hidden_size]`):
             What is compared; keys without direction (0) are chosen like any other.
-        answers (`torch.LongTensor` of shape `[num_queries]`): which key is right.
+        answers (`torch.LongTensor` of shape `[num_queries]`): which key is right; -100: the query does not count.
+        temperature: cosines are divided by it.
+        left_out (`torch.BoolTensor` of shape `[num_queries, num_keys]`, *optional*): keys that are not to choose from.
+    """
+    logits = F.normalize(queries.float(), dim=-1) @ F.normalize(keys, dim=-1).T / temperature
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, torch.finfo(logits.dtype).min)
+    return F.cross_entropy(logits, answers, reduction="sum") / (answers >= 0).sum().clamp(min=1)
+
+
+def pooled_loss(
+    context_states: torch.Tensor,
+    context_views: torch.Tensor,
+    hidden_states: torch.Tensor,
+    hidden_views: torch.Tensor,
+    hidden_documents: torch.Tensor,
+    num_views: int,
+    temperature: float,
+) -> torch.Tensor:
+    """
+    Which hidden part belongs to what is seen: [`contrastive_loss`] of the mean state of what is seen of each view
+    against those of what is hidden of it and of the views of other documents.
+
+    Args:
+        context_states (`torch.FloatTensor` of shape `[num_entries, hidden_size]`): the context encoder's.
+        context_views (`torch.LongTensor` of shape `[num_entries]`): their view, -1 for padding.
+        hidden_states (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the target encoder's.
+        hidden_views, hidden_documents (`torch.LongTensor` of shape `[num_slots]`): their view and document.
+        num_views: above every view's number; not all of them need be there.
         temperature: cosines are divided by it.
     """
-    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
-    return F.cross_entropy(logits, answers, reduction="sum") / max(1, len(queries))
+    hidden_views, is_token = hidden_views.long(), torch.ones_like(hidden_views, dtype=torch.bool)
+    seen = pool(context_states, context_views, context_views >= 0, num_views)
+    hidden = pool(hidden_states, hidden_views, is_token, num_views)
+    documents = hidden_views.new_full((num_views,), -1).index_copy(0, hidden_views, hidden_documents.long())
+    numbers, is_view = torch.arange(num_views, device=seen.device), documents >= 0
+    same_document = (documents[:, None] == documents) & (numbers[:, None] != numbers)
+    return contrastive_loss(seen, hidden, numbers.where(is_view, -100), temperature, same_document | ~is_view)
 
 
 # LeJEPA's knots; fewer directions than there, because tokens are many and every call draws new ones

@@ -58,6 +58,7 @@ from .losses_tjepa import (
     distance_to_labels,
     mean_over_strategies,
     pool,
+    pooled_loss,
     sigreg_loss,
     variance_covariance_loss,
 )
@@ -609,18 +610,22 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             is_counted = is_token[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
             output.loss = output.loss + self.config.denoising_weight * output.denoising_loss
-        if self.config.pooled_weight > 0 or self.config.segment_weight > 0:
-            flat_document_ids, num_documents = document_ids.flatten(), len(tokens_per_document)
-            with torch.no_grad():
-                keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
-            groups = flat_document_ids[context_indices.flatten()]
-            pooled = pool(context_states, groups, is_token, num_documents)
-            temperature = self.config.contrastive_temperature
+        flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
-            numbers = torch.arange(num_documents, device=keys.device)
-            output.pooled_loss = contrastive_loss(pooled, keys, numbers, temperature)
+            output.pooled_loss = pooled_loss(
+                context_states,
+                context_view_ids.flatten(),
+                target_states[label_indices],
+                prediction_view_ids.flatten()[slot_indices],
+                flat_document_ids[label_indices],
+                len(tokens_per_document) * len(slots_per_strategy),  # how many there are, only the device knows
+                self.config.contrastive_temperature,
+            )
             output.loss = output.loss + self.config.pooled_weight * output.pooled_loss
         if self.config.segment_weight > 0:
+            num_documents = len(tokens_per_document)  # which are segments
+            keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
+            pooled = pool(context_states, flat_document_ids[context_indices.flatten()], is_token, num_documents)
             numbers = segments["input_ids"].flatten().long()
             guesses = self.segment_predictor(
                 pooled[numbers[segments["context_indices"].flatten()]],
@@ -633,7 +638,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             )
             answers = numbers[segments["label_indices"]]
             centred = keys - keys.mean(dim=0)  # what all segments have in common would leave little to tell them by
-            output.segment_loss = contrastive_loss(guesses.float(), centred, answers, temperature)
+            output.segment_loss = contrastive_loss(guesses, centred, answers, self.config.contrastive_temperature)
             output.loss = output.loss + self.config.segment_weight * output.segment_loss
         return output
 

@@ -36,8 +36,8 @@ def answer_early(command: str) -> None:
     Args:
         command (`str`): a subcommand of `tjepa`; what it was given is in `sys.argv`.
     """
-    # Read when torch loads OpenMP. By default threads that wait for each other spin, which on cores that are not theirs
-    # alone (two runs, a container's share, a laptop in use) costs a multiple of the work.
+    # Read when torch loads OpenMP. By default threads that wait for each other spin, which costs a multiple of the
+    # work on cores that are not theirs alone: two runs, a container's share, a virtual machine, a laptop in use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     _take_debug(arguments)

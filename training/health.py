@@ -153,8 +153,8 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool =
     What is wrong with the representations, in plain words, or `None`.
 
     A run is collapsed when the targets' standard deviation across tokens is under 0.1, or when the predictions are no
-    closer to the targets than the mean target is (which says nothing while the predictor is new: `is_learning`). A low rank
-    alone is not a collapse. Figures that are not finite are a verdict, too.
+    closer to the targets than the mean target is (which says nothing while the predictor is new: `is_learning`). A low
+    rank alone is not a collapse. Figures that are not finite are a verdict, too.
     """
     std = metrics[f"{prefix}target_std"]
     cosine, baseline = metrics[f"{prefix}cosine"], metrics[f"{prefix}mean_target_cosine"]
@@ -176,7 +176,7 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool =
 def is_learning(lead: float, step: int, earlier_lead: float | None, max_steps: int | None) -> bool:
     """
     Whether predictions that do not beat the mean target yet are on their way to: the predictor was just drawn, or, in
-    the first half of a run, they come nearer from evaluation to evaluation. It takes a healthy run a third of its steps.
+    the first half of a run, they come nearer from evaluation to evaluation. A healthy run needs a third of its steps.
 
     Args:
         lead (`float`): cosine of predictions and targets less that of the mean target.

@@ -240,13 +240,16 @@ def main():
 
     # Training
     trainer = create_trainer(model, training_args, collator, datasets_by_split, tokenizer)
+    if comparison is not None and report_args.probe_file is not None:
+        trainer.judge_encoder = lambda: probe_encoder(trainer, comparison, tokenizer, data_args.max_length)
     if not training_args.do_train:
         load_state(trainer, model_args.model_name_or_path)
         save_figures("eval_results.json", evaluate(trainer), training_args)
         return
-    before = None
+    before = probe_at_start = None
     if comparison is not None and trainer.is_world_process_zero():
         before = comparison.embed(model.target_encoder, tokenizer, data_args.max_length)
+        probe_at_start = comparison.probe(before.labelled)[0] if report_args.probe_file is not None else None
     callbacks = []
     if trainer.is_world_process_zero():
         with suppressing_errors("The run's record"):
@@ -260,6 +263,7 @@ def main():
                 started_from=model_args.model_name_or_path,
                 revision=model_args.model_revision,
                 fingerprint_at_start=fingerprint(model.target_encoder),
+                probe_at_start=probe_at_start,
                 **texts_to_keep(documents, data_args.text_column_name, tokenizer, comparison),
             )
             callbacks = [RunRecorder(facts), ReportCallback()]
@@ -436,6 +440,14 @@ def create_trainer(
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
     )
+
+
+def probe_encoder(trainer: TJEPATrainer, comparison: BeforeAfter, tokenizer, max_length: int) -> dict[str, float]:
+    """For every evaluation: the probe's accuracy on the encoder that the run exports. A sharded one is not judged."""
+    if isinstance(trainer.model, FSDPModule):
+        return {}
+    encoder = exported_encoder(trainer.model, trainer.args)
+    return {"probe_accuracy": comparison.probe_now(encoder, tokenizer, max_length)}
 
 
 def evaluate(trainer: TJEPATrainer) -> dict[str, float]:

@@ -43,8 +43,8 @@ class BeforeAfterArguments:
     )
     probe_file: str | None = HfArg(
         default=None,
-        help="Labelled texts for that report, which this turns on: a json, jsonl, csv, tsv or parquet file with the "
-        "columns text and label.",
+        help="Labelled texts to judge the encoder by, with a frozen probe at every evaluation and in that report, "
+        "which this turns on: a json, jsonl, csv, tsv or parquet file with the columns text and label.",
     )
 
     def __post_init__(self):
@@ -203,6 +203,10 @@ class BeforeAfter:
                 f"of a half text {figures['neighbours_kept']:.0%} (± {error:.0%}) are the same as before."
             )
         return {**figures, "lines": lines}
+
+    def probe_now(self, encoder: torch.nn.Module, tokenizer, max_length: int) -> float:
+        """What `probe` says of the labelled texts as the encoder embeds them now."""
+        return self.probe(embed_texts(encoder, tokenizer, self.labelled, max_length))[0]
 
     def probe(self, features: Tensor) -> tuple[float, int]:
         """Accuracy of the probe on every second labelled text, and how many these are; it is trained on the others."""

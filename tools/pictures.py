@@ -162,6 +162,19 @@ def draw_rank(run: Run) -> Figure | None:
     return figure
 
 
+def draw_probe(run: Run) -> Figure | None:
+    steps, accuracies = series(run.evaluations, "probe_accuracy")
+    if not len(steps):
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axis = new_axis("Accuracy of the probe for your labels")
+        axis.plot(steps, accuracies, "o-", markersize=4)
+        if run.probe_at_start is not None:
+            axis.axhline(run.probe_at_start, color=GREY, linestyle="--", label="before training")
+            axis.legend()
+    return figure
+
+
 def draw_threshold(axis, height: float, colour: str, label: str) -> None:
     axis.axhline(height, color=colour, linestyle=":", linewidth=1.2)
     axis.axhspan(0, height, color=colour, alpha=0.08, linewidth=0)

@@ -76,6 +76,7 @@ CURVES = {  # section -> words, then (drawing, title, caption)
             "Under the dotted line all tokens have nearly the same target: a collapse.",
         ),
         (pictures.draw_rank, "Share of directions in use", "Low is no collapse by itself; falling to 0 is."),
+        (pictures.draw_probe, "Probe", "Of the frozen encoder, on the texts of --probe_file that it did not see."),
     ),
     "Schedules and speed": (
         "",

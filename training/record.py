@@ -132,6 +132,7 @@ class Run:
     started_from: str | None = None  # folder or name of the model; `None`: from scratch
     revision: str = "main"
     fingerprint_at_start: float | None = None  # of the target encoder
+    probe_at_start: float | None = None  # accuracy on the texts of --probe_file
 
     @property
     def last_step(self) -> int:

@@ -9,7 +9,7 @@ needs `callbacks=[EMACallback()]` and nothing else, as long as one process makes
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -134,6 +134,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
             args.stop_on_collapse,
             args.collapse_patience,
         )
+        self.judge_encoder: Callable[[], dict[str, float]] | None = None  # more figures for every evaluation
         self._evaluation = None
         self._given_optimizer, self._given_scheduler = self.optimizer, self.lr_scheduler
         self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
@@ -374,6 +375,8 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self._evaluation = self.health.new_statistics()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures, self._evaluation = self._evaluation.summary(), None
+        if self.judge_encoder is not None:
+            figures |= self.judge_encoder()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 

@@ -60,6 +60,7 @@ from tjepa.tools.report import ReportCallback, texts_to_keep, write_report
 from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
+from tjepa.training.forecast import Forecast
 from tjepa.training.loading import load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
@@ -166,7 +167,8 @@ def main():
             f"One process sees {training_args.n_gpu} GPUs. Start one process for each with accelerate launch "
             f"--num_processes {training_args.n_gpu}, or show it only one with CUDA_VISIBLE_DEVICES=0."
         )
-    checkpoint = find_checkpoint(training_args)
+    forecast = Forecast(training_args) if training_args.forecast else None
+    checkpoint = None if forecast else find_checkpoint(training_args)
     if not training_args.do_train:
         model_args.model_name_or_path = find_weights_to_evaluate(model_args, training_args, checkpoint)
         training_args.push_to_hub = False
@@ -242,6 +244,11 @@ def main():
     trainer = create_trainer(model, training_args, collator, datasets_by_split, tokenizer)
     if comparison is not None and report_args.probe_file is not None:
         trainer.judge_encoder = lambda: probe_encoder(trainer, comparison, tokenizer, data_args.max_length)
+    if forecast is not None:
+        lines = forecast.measure(trainer, counts["train"])
+        if trainer.is_world_process_zero():
+            print("", *lines, sep="\n")
+        return
     if not training_args.do_train:
         load_state(trainer, model_args.model_name_or_path)
         save_figures("eval_results.json", evaluate(trainer), training_args)

@@ -81,6 +81,11 @@ class PretrainingArguments(TrainingArguments):
     schedule_stretch: float = HfArg(
         default=1.0, help="Schedules are made for this many times the number of training steps (I-JEPA's ipe_scale)."
     )
+    forecast: bool = HfArg(
+        default=False,
+        help="Only measure twenty steps, and say what the run would take on this machine: time, memory, epochs, "
+        "tokens a parameter, and which flag changes each. Nothing is written.",
+    )
     resume_from_checkpoint: str | None = HfArg(
         default=None,
         help="Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "

@@ -25,7 +25,8 @@ class TokenClock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._since, self._step_end, self._paused = time.perf_counter(), 0.0, False
-        self._tokens: torch.Tensor | int = 0  # on the device: counting must not make a GPU wait
+        self.total: torch.Tensor | int = 0  # of this process; on the device: counting must not make a GPU wait
+        self._taken: torch.Tensor | int = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self._step_end = time.perf_counter()
@@ -43,7 +44,7 @@ class TokenClock(TrainerCallback):
 
     def count(self, batches: list[dict[str, torch.Tensor]]) -> None:
         for batch in batches:
-            self._tokens = self._tokens + (batch["document_ids"] >= 0).sum()
+            self.total = self.total + (batch["document_ids"] >= 0).sum()
 
     def take(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """
@@ -52,10 +53,10 @@ class TokenClock(TrainerCallback):
         Args:
             add_up: sums a tensor over processes.
         """
-        tokens = int(add_up(torch.as_tensor(self._tokens)))
+        tokens = int(add_up(torch.as_tensor(self.total - self._taken)))
         now = time.perf_counter()
         rate = tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
+        self._since, self._taken = now, self.total
         return rate
 
 

@@ -31,7 +31,18 @@ NAMES_OF_THE_READER = {  # names that a snippet may use without making them: wha
 
 
 MARKS = ("# needs the network", "# needs a GPU")  # the first line of a block whose commands are parsed only
-OF_OTHERS = ("pip", "uv", "git", "cd", "pytest", "ruff", "hf", "docker", "mkdocs")  # they install, fetch, or run tests
+OF_OTHERS = (
+    "pip",
+    "uv",
+    "git",
+    "cd",
+    "pytest",
+    "ruff",
+    "hf",
+    "docker",
+    "vllm",
+    "mkdocs",
+)  # they install, fetch, or run tests
 
 # What makes a command small: flags that are added to those of the docs, and win over them.
 SMALL_RUN = "--max_steps 1 --save_strategy no --logging_steps 1 --use_cpu --push_to_hub False"
@@ -49,6 +60,7 @@ SMALL = {
     "tjepa export": "--no_whitening",
     "tjepa publish": "--no_whitening --no_onnx --dry_run",
     "tjepa embed": "",
+    "tjepa publish": "--no_onnx --no_whitening",
     "tjepa health": "",
     "tjepa report": "",
     "docs/plot_strategies.py": "",
@@ -69,6 +81,7 @@ RUN_BY = {
     "benchmarks/scaling.py": "tests/test_benchmarks.py",
     "benchmarks/streaming_memory.py": "tests/corpus/test_streaming.py",
     "benchmarks/token_accuracy.py": "tests/test_benchmarks.py",
+    "docs/minimal.py": "tests/docs/test_minimal.py",
     "tests/hub_server.py": "tests/docs/test_snippets.py",
     "tests/kill_and_resume.py": "tests/training/test_checkpoints.py",
     "tests/mutation.py": "tests/test_architecture.py",

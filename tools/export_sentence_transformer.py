@@ -9,13 +9,18 @@ fitted on --whitening_file, else on the documents that the run was trained on.
 """
 
 import argparse
+import contextlib
+import io
 import json
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
+import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_folder
 from ..corpus.command_line import start
@@ -23,9 +28,21 @@ from ..corpus.documents import SourceArguments, load_documents
 from ..corpus.files import load_files
 from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, without_special_tokens
 from ..downstream.before_after import held_out_texts
-from ..downstream.embedding import as_text_only
+from ..downstream.embedding import as_text_only, read_sentence_modules
 from ..downstream.whitening import fit_text_whitening
 from ..training.loading import load_config
+
+
+ONNX_FILE = "onnx/model.onnx"
+
+
+def check_onnx(way_out: str) -> None:
+    """
+    Raises:
+        ImportError: if what makes ONNX graphs is not installed; `way_out` says how to do without.
+    """
+    if None in (find_spec("onnx"), find_spec("onnxscript")):
+        raise ImportError(f'An ONNX graph needs onnx and onnxscript: pip install "tjepa[export]", or {way_out}.')
 
 
 def export_sentence_transformer(
@@ -36,6 +53,7 @@ def export_sentence_transformer(
     normalize: bool = True,
     whitening_texts: Iterable[str | None] | None = None,
     whitening_dimensions: int | None = None,
+    with_onnx: bool = False,
 ) -> None:
     """
     Writes the encoder and the modules around it: `SentenceTransformer(output_folder, trust_remote_code=True)` encodes
@@ -53,6 +71,7 @@ def export_sentence_transformer(
             Texts such as will be embedded, to fit a whitening on, which makes cosines tell texts apart
             (`fit_text_whitening`). Default: embeddings are not whitened.
         whitening_dimensions (`int`, *optional*): How many dimensions the whitening keeps. Default: all.
+        with_onnx (`bool`, defaults to `False`): Whether to write `onnx/model.onnx` as well (`export_onnx`).
 
     Raises:
         FileExistsError: if the output folder holds files.
@@ -61,6 +80,8 @@ def export_sentence_transformer(
             too few for a whitening.
     """
     output_folder = Path(output_folder)
+    if with_onnx:
+        check_onnx("leave out --onnx")
     if output_folder.exists() and any(output_folder.iterdir()):
         raise FileExistsError(f"{output_folder} holds files already: choose another folder, or empty it.")
     flag = "model_name_or_path"
@@ -109,6 +130,55 @@ def export_sentence_transformer(
         if whitening is not None:
             weights = {"linear.weight": whitening.weight.contiguous(), "linear.bias": whitening.bias}
             save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+        if with_onnx:
+            export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), folder / ONNX_FILE, folder)
+
+
+class SentenceGraph(torch.nn.Module):
+    """An encoder, and what makes one vector of a text's states, as an ONNX graph needs it."""
+
+    def __init__(self, encoder: PreTrainedModel, pooling: Literal["mean", "first"], modules: list[torch.nn.Module]):
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+        self.behind = torch.nn.Sequential(*modules)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        vectors = states[:, 0] if self.pooling == "first" else (states * mask).sum(dim=1) / mask.sum(dim=1)
+        return states, self.behind(vectors)
+
+
+def export_onnx(encoder: PreTrainedModel, path: Path, sentence_folder: Path | None = None) -> None:
+    """
+    Writes an encoder as an ONNX graph. Inputs: `input_ids` and `attention_mask`, int64 `[batch, length]`. Outputs:
+    `last_hidden_state`, float32 `[batch, length, hidden_size]`, and `sentence_embedding`, float32 `[batch, width]`.
+    Batch and length are free.
+
+    Args:
+        encoder: with `attn_implementation="eager"`.
+        path: the file to write.
+        sentence_folder: where the modules of sentence-transformers lie that make a vector of the states (pooling,
+            whitening, length 1). Default: the vector is the mean over the tokens.
+    """
+    pooling, modules = "mean", []
+    if sentence_folder is not None:
+        pooling, modules, _ = read_sentence_modules(sentence_folder)
+    names = ("input_ids", "attention_mask")
+    tokens = torch.arange(5, 15).view(2, 5) % encoder.config.vocab_size
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
+        program = torch.onnx.export(
+            SentenceGraph(encoder, pooling, modules).eval(),
+            (tokens, torch.ones_like(tokens)),
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(names, {0: "batch", 1: "length"}),
+            input_names=list(names),
+            output_names=["last_hidden_state", "sentence_embedding"],
+        )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the lines of code that it came from, with the paths of this machine
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(path)
 
 
 def sentence_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
@@ -185,6 +255,7 @@ def main():
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="of a pretraining folder")
     parser.add_argument("--max_length", type=int, help="tokens of a text that are read")
     add_whitening_flags(parser)
+    parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx as well, for ONNX Runtime")
     parser.add_argument("--no_normalize", action="store_true", help="leave the embeddings' length as it is")
     args = parser.parse_args()
     export_sentence_transformer(
@@ -195,6 +266,7 @@ def main():
         not args.no_normalize,
         whitening_texts(args, args.model_name_or_path),
         args.whitening_dimensions,
+        args.onnx,
     )
     print(f"Wrote {args.output_folder}: SentenceTransformer({str(args.output_folder)!r}, trust_remote_code=True)")
 

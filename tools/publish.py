@@ -11,19 +11,15 @@ arrived. The weights of step N are those of the tag `step-N`, whose commits are 
 """
 
 import argparse
-import contextlib
-import io
 import logging
 import tempfile
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import files_in
 from ..corpus.command_line import start
@@ -35,12 +31,19 @@ from ..training.model_folder import PRETRAINING_FOLDER, sentence_files
 from ..training.publishing import explaining_refusal, published_files
 from ..training.record import read_run
 from ..training.setup import hide_what_loading_says
-from .export_sentence_transformer import add_whitening_flags, export_sentence_transformer, whitening_texts
+from .export_sentence_transformer import (
+    ONNX_FILE,
+    add_whitening_flags,
+    check_onnx,
+    export_onnx,
+    export_sentence_transformer,
+    whitening_texts,
+)
 
 
 logger = logging.getLogger(__name__)
 
-ONNX_FILES = ["onnx/model.onnx", "onnx/model.onnx.data"]  # the second one of a model over 2 GB, which ONNX needs
+ONNX_FILES = [ONNX_FILE, f"{ONNX_FILE}.data"]  # the second one of a model over 2 GB, which ONNX needs
 BRANCH = "checkpoints"
 UNNAMED = "PATH_OR_REPO_ID"  # what a card says where a run had no name on the Hub
 
@@ -55,7 +58,7 @@ embeddings = SentenceTransformer("{repo_id}", trust_remote_code=True).encode(["A
 """
 ONNX_NOTE = """
 For ONNX Runtime: `onnx/model.onnx` takes `input_ids` and `attention_mask`, int64 `[batch, length]`, and gives
-`last_hidden_state`, float32 `[batch, length, {width}]`.
+`last_hidden_state`, float32 `[batch, length, {width}]`, and `sentence_embedding`, a vector for each text.
 """
 TAGS_NOTE = """
 The weights on the way are tags, for `from_pretrained(..., revision="{tag}")`: {tags}.
@@ -104,7 +107,8 @@ def stage(
     if sentence_files(staging) or sentence_files(folder):
         notes.append(SENTENCES_NOTE)
     if with_onnx:
-        export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), staging / ONNX_FILES[0])
+        modules = next((place for place in (staging, folder) if sentence_files(place)), None)
+        export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), staging / ONNX_FILES[0], modules)
         notes.append(ONNX_NOTE)
     if tags:
         notes.append(TAGS_NOTE)
@@ -132,40 +136,6 @@ def stage_checkpoint(checkpoint: Path, staging: Path, folder: Path) -> dict[str,
     modules = {name: folder / name for name in sentence_files(folder)}
     inside = {f"{PRETRAINING_FOLDER}/{name}": path for name, path in files.items()}
     return {**inside, **modules, **list_published(staging, tokenizer)}
-
-
-class LastHiddenState(torch.nn.Module):
-    def __init__(self, encoder: PreTrainedModel):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
-def export_onnx(encoder: PreTrainedModel, path: Path) -> None:
-    """
-    Writes an encoder as an ONNX graph: `input_ids` and `attention_mask`, int64 `[batch, length]`, to
-    `last_hidden_state`, float32 `[batch, length, hidden_size]`; batch and length are free.
-
-    Args:
-        encoder: with `attn_implementation="eager"`.
-    """
-    names = ("input_ids", "attention_mask")
-    tokens = torch.arange(5, 15).view(2, 5) % encoder.config.vocab_size
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
-        program = torch.onnx.export(
-            LastHiddenState(encoder).eval(),
-            (tokens, torch.ones_like(tokens)),
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(names, {0: "batch", 1: "length"}),
-            input_names=list(names),
-            output_names=["last_hidden_state"],
-        )
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # the lines of code that it came from, with the paths of this machine
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(path)
 
 
 # --- How it goes -----------------------------------------------------------------------------------------------------
@@ -244,8 +214,8 @@ def publish(
             f"{folder} is not the folder of a finished pretraining run: README.md or masking_strategies.json is not "
             "in it. Name the --output_dir of `tjepa pretrain`; a fine-tuned model is published by --push_to_hub."
         )
-    if with_onnx and None in (find_spec("onnx"), find_spec("onnxscript")):
-        raise ImportError('An ONNX graph needs onnx and onnxscript: pip install "tjepa[export]", or pass --no_onnx.')
+    if with_onnx:
+        check_onnx("pass --no_onnx")
     api = HfApi(token=token)
     if not dry_run:
         with explaining_refusal(repo_id, "--token"):

@@ -29,7 +29,9 @@ def workspace(tmp_path_factory, inputs):
             "config_overrides": f"{TINY},token_prediction_weight=1.0",
         }
         run(monkeypatch, arguments(inputs, folder / "runs" / "quickstart", **flags))
-    export_sentence_transformer(folder / "runs" / "quickstart", folder / "runs" / "quickstart-sentences")
+    export_sentence_transformer(
+        folder / "runs" / "quickstart", folder / "runs" / "quickstart-sentences", with_onnx=True
+    )
     make_folder(folder / "runs" / "adapted")
     for name in ("sentence-transformers/all-MiniLM-L6-v2", "answerdotai/ModernBERT-base"):  # found before the Hub's
         (folder / name).parent.mkdir()

@@ -3,7 +3,7 @@ FROM python:3.11-slim
 
 WORKDIR /t-jepa
 # First, so that it is fetched once, and without CUDA; for a GPU leave out the index
-RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 COPY . .
 RUN pip install --no-cache-dir .
 CMD ["tjepa", "pretrain"]

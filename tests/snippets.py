@@ -60,7 +60,6 @@ SMALL = {
     "tjepa export": "--no_whitening",
     "tjepa publish": "--no_whitening --no_onnx --dry_run",
     "tjepa embed": "",
-    "tjepa publish": "--no_onnx --no_whitening",
     "tjepa health": "",
     "tjepa report": "",
     "docs/plot_strategies.py": "",

@@ -21,6 +21,17 @@ def test_links_lead_somewhere(page):
     assert [path for path in ours + relative if not path.exists()] == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
+def test_pages_begin_with_what_to_install_and_to_type(page):
+    if page.name == "flags.md":  # a table
+        return
+    _, block, rest = page.read_text(encoding="utf-8").split("```", 2)
+    is_command = block.startswith("bash") and ("pip install" in block or "# needs the network" in block)
+    assert is_command or page.name == "api.md"
+    title = page.read_text(encoding="utf-8").split("```", 1)[0].strip()
+    assert title.startswith("# ") and "\n" not in title and rest.strip()
+
+
 def test_nothing_that_ships_names_a_folder_that_outsiders_lack():
     """Only CONTRIBUTING.md, the tests and CI know of the folder beside a developer's clone."""
     tracked = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split()

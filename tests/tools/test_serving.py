@@ -96,7 +96,7 @@ def check_graph(folder, session):
 
 
 def test_vllm_finds_pooling_projection_and_length(folder):
-    """vllm/transformers_utils/config.py: `get_pooling_config`; model_executor/models/adapters.py: `_load_st_projector`."""
+    """vllm: transformers_utils/config.py `get_pooling_config`; models/adapters.py `_load_st_projector`."""
     modules = read(folder, "modules.json")
     kinds = [module["type"].removeprefix(MODULES) for module in modules]
     assert kinds in (["Transformer", "Pooling", "Dense", "Normalize"], ["Transformer", "Pooling", "Normalize"])

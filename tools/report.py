@@ -10,7 +10,7 @@ encoders. The pictures for the model card lie in `pictures/`; texts are in the p
 import argparse
 import logging
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def write_report(folder: str | Path, with_encoders: bool = True) -> dict[str, st
 
 def describe_head(run: Run) -> str:
     steps = f"Step {run.last_step:,}" + (f" of {run.max_steps:,}" if run.max_steps else "")
-    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return f"A run of T-JEPA. {steps}. Written {written}."
 
 

@@ -32,6 +32,7 @@ COMMANDS = {  # subcommand -> (module, what it does)
     "search": ("tools.search", "find texts by what they mean, by default in the docstrings that are installed"),
     "embed": ("tools.embed", "write a vector for each text of a file, for an index or a database"),
     "fill": ("tools.fill", "guess the hidden words of a text"),
+    "demo": ("tools.demo", "try a model in the browser: what is hidden, what it expects, search"),
     "train-decoder": ("tools.train_decoder", "fit a token head to the predictions of a model that has none"),
     "convert": ("tools.convert_checkpoint", "turn a run folder of the original T-JEPA code into a model folder"),
     "export": ("tools.export_sentence_transformer", "write a folder that sentence-transformers loads"),

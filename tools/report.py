@@ -11,7 +11,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import start
 from ..corpus.faults import find_fault
 from ..corpus.tokenizers import load_tokenizer, text_reader
-from ..data_collator_tjepa import MaskingStrategy, draw_views, hash_keys
+from ..data_collator_tjepa import MaskingStrategy, Views, draw_views, hash_keys
 from ..downstream.before_after import BeforeAfter, held_out_texts
 from ..downstream.embedding import embed_texts
 from ..downstream.labels import read_labels
@@ -342,16 +343,8 @@ def describe_hidden(run: Run, place: Path | None) -> dict[str, Any]:
     views = draw_views([np.array(ids)], keys, strategies, run.settings.get("mask_recurring_targets", False))
     shown = []
     for view, strategy in zip(range(len(views.strategy)), strategies, strict=True):
-        kinds = np.full(len(ids), "dropped", dtype=object)
-        kinds[views.context_token[views.context_view == view]] = ""
+        runs = group_pieces(token_kinds(views, view, len(ids)), pieces)
         slots = views.slot_view == view
-        kinds[views.slot_token[slots]] = np.where(views.slot_block[slots] % 2 == 1, "a", "b")
-        runs = []
-        for kind, piece in zip(kinds, pieces, strict=True):
-            if runs and runs[-1][0] == kind:
-                runs[-1][1] += piece
-            else:
-                runs.append([kind, piece])
         shown.append({"name": strategy.name, "share": f"{slots.sum() / len(ids):.0%}", "tokens": runs})
     words = "A held-out text" if len(ids) < SHOWN_TOKENS else f"The first {len(ids)} tokens of a held-out text"
     return {
@@ -360,9 +353,26 @@ def describe_hidden(run: Run, place: Path | None) -> dict[str, Any]:
     }
 
 
-def split_into_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
-    """Ids, and for each what it stands for in the text, white space before it included."""
-    settings = {"add_special_tokens": False, "truncation": True, "max_length": SHOWN_TOKENS}
+def token_kinds(views: Views, view: int, num_tokens: int) -> list[str]:
+    """Of each token of a single document: hidden ("a" and "b" tell neighbouring blocks apart), "dropped" or ""."""
+    kinds = np.full(num_tokens, "dropped", dtype=object)
+    kinds[views.context_token[views.context_view == view]] = ""
+    slots = views.slot_view == view
+    kinds[views.slot_token[slots]] = np.where(views.slot_block[slots] % 2 == 1, "a", "b")
+    return kinds.tolist()
+
+
+def group_pieces(kinds: Sequence[str], pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """Kinds, and the pieces of neighbours of one kind together."""
+    runs = groupby(zip(kinds, pieces, strict=True), key=itemgetter(0))
+    return [(kind, "".join(piece for _, piece in run)) for kind, run in runs]
+
+
+def split_into_tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int = SHOWN_TOKENS
+) -> list[tuple[int, str]]:
+    """Ids of the first tokens, and for each what it stands for in the text, white space before it included."""
+    settings = {"add_special_tokens": False, "truncation": True, "max_length": max_length}
     encoding = tokenizer(text, **settings, return_offsets_mapping=tokenizer.is_fast)
     if not tokenizer.is_fast:
         return [(token, tokenizer.decode([token])) for token in encoding["input_ids"]]

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, wraps
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import jinja2
@@ -81,14 +81,12 @@ class Demo:
     """
 
     def __init__(self, name: str, file: str | None = None, text_column_name: str = "text"):
-        self.name = Path(name).resolve().name if Path(name).is_dir() else name
         self.model, self.tokenizer = load_for_filling(name, "FOLDER")
         self.reader, self.around = text_reader(self.tokenizer), tokens_around(self.model, self.tokenizer)
         longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings, MAX_TOKENS)
         self.max_length = longest - sum(map(len, self.around))
         self.strategies = name_strategies(name)
         self.index = open_index(name, file, text_column_name)
-        self.source = "the docstrings of the installed libraries" if file is None else Path(file).name
         self.lookup = Lookup(self.model, self.tokenizer, self.index.passages)
         self.index_file = lru_cache(maxsize=4)(self._index_file)
         self.parts = jinja2.Template(
@@ -243,7 +241,7 @@ def import_gradio():
     return gradio
 
 
-def build_app(demo: Demo):
+def build_app(demo: Demo, title: str):
     """The page, a `gradio.Blocks`."""
     gradio = import_gradio()
     expect, search = answering(Demo.expect), answering(Demo.search)
@@ -260,17 +258,13 @@ def build_app(demo: Demo):
 
     def hide(text, name, seed, share, length, start, kept):
         try:
-            length = (
-                {"target_block_size_mean": length or None}
-                if length
-                else {"target_block_size_mean": None, "target_block_size_std": None}
-            )
+            whole = {"target_block_size_mean": None, "target_block_size_std": None}
             strategy = replace(
                 demo.strategies[name],
                 max_target_mask_ratio=share,
                 max_target_mask_start_ratio=start,
                 max_context_ratio=kept,
-                **length,
+                **({"target_block_size_mean": length} if length else whole),
             )
             return demo.hide(text, strategy, int(seed or 0))
         except ValueError as error:
@@ -291,9 +285,9 @@ def build_app(demo: Demo):
         spans = [(piece, HIDDEN if index in hidden else None) for index, (piece, _) in enumerate(words)]
         return spans, hidden, expect(demo, text, hidden)
 
-    with gradio.Blocks(title=f"T-JEPA: {demo.name}", analytics_enabled=False) as app:
+    with gradio.Blocks(title=f"T-JEPA: {title}", analytics_enabled=False) as app:
         gradio.Markdown(
-            f"# {demo.name}\nA text encoder that learned by predicting its own representations of hidden words."
+            f"# {title}\nA text encoder that learned by predicting its own representations of hidden words."
         )
         with gradio.Tab("What is hidden"):
             text = gradio.Textbox(EXAMPLE, label="Text", lines=3, max_lines=8)
@@ -303,11 +297,14 @@ def build_app(demo: Demo):
                 )
                 seed = gradio.Number(0, label="Seed", precision=0, min_width=100)
             first = choose(next(iter(demo.strategies)))
+            longest = max(64, *(choose(name)[1] for name in demo.strategies))
             with gradio.Row():
-                share = gradio.Slider(0.05, 1, first[0], step=0.05, label="Share hidden", min_width=220)
-                length = gradio.Slider(0, 64, first[1], step=1, label="Tokens in a block (0: all)", min_width=220)
-                start = gradio.Slider(0, 0.95, first[2], step=0.05, label="Blocks begin after", min_width=220)
-                kept = gradio.Slider(0.05, 1, first[3], step=0.05, label="Context keeps at most", min_width=220)
+                share = gradio.Slider(0.01, 1, first[0], step=0.01, label="Share hidden", min_width=220)
+                length = gradio.Slider(0, longest, first[1], step=1, label="Tokens in a block (0: all)", min_width=220)
+                start = gradio.Slider(0, 0.99, first[2], step=0.01, label="Blocks begin after", min_width=220)
+                kept = gradio.Slider(0.01, 1, first[3], step=0.01, label="Context keeps at most", min_width=220)
+            for slider in (share, length, start, kept):  # what is typed beside them and out of range is answered below
+                slider.preprocess = lambda value: value
             spans = gradio.HighlightedText(
                 label="Hidden and context", color_map=COLOURS, show_legend=True, interactive=False, elem_id="spans"
             )
@@ -337,7 +334,9 @@ def build_app(demo: Demo):
             words.select(toggle, [text, hidden], shown, show_progress="hidden", trigger_mode="multiple")
         with gradio.Tab("Search"):
             query = gradio.Textbox(
-                label=f"Search {demo.source}", placeholder="eigenvalues of a matrix", submit_btn="Search"
+                label=f"Search {len(demo.index.texts):,} texts",
+                placeholder="eigenvalues of a matrix",
+                submit_btn="Search",
             )
             with gradio.Accordion("Your own texts, and more", open=False):
                 file = gradio.File(
@@ -356,15 +355,26 @@ def build_app(demo: Demo):
     return app
 
 
-def launch(name: str, file: str | None = None, text_column_name: str = "text") -> None:
-    """Serves the page until it is interrupted; where, Gradio says, and GRADIO_SERVER_PORT decides."""
+def launch(
+    name: str, file: str | None = None, text_column_name: str = "text", title: str | None = None, **options
+) -> str:
+    """
+    Serves the page until it is interrupted, unless `prevent_thread_lock` is among the options.
+
+    Args:
+        name, file, text_column_name: as for `Demo`.
+        title: of the page. Default: the name.
+        options: of `gradio.Blocks.launch`.
+
+    Returns:
+        the address; `GRADIO_SERVER_PORT` decides about the port, else it is the first free one from 7860 on.
+    """
     gradio = import_gradio()
-    hide_what_loading_says()
-    theme = gradio.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
     demo = Demo(name, file, text_column_name)
-    build_app(demo).launch(theme=theme, css=str(demo.parts.style()), max_file_size="50mb", footer_links=["gradio"])
+    theme = gradio.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    app = build_app(demo, title or (Path(name).resolve().name if Path(name).is_dir() else name))
+    options = {"max_file_size": "50mb", "footer_links": ["gradio"], **options}
+    return app.launch(theme=theme, css=str(demo.parts.style()), **options)[1]
 
 
 # ---- a Space ----
@@ -373,7 +383,7 @@ def launch(name: str, file: str | None = None, text_column_name: str = "text") -
 APP = """from tjepa.tools.demo import launch
 
 
-launch("model", "{texts}")
+launch("model", "{texts}", title={title!r})
 """
 CARD = """---
 title: {title}
@@ -404,15 +414,19 @@ def export(name: str, space: Path, file: str | None = None, text_column_name: st
         name, file, text_column_name: as for `Demo`; a folder.
 
     Raises:
-        FileExistsError: if `space` is a folder with something else in it.
-        ValueError: if `name` is no folder.
+        FileExistsError: if `space` is there, unless it is an empty folder.
+        ValueError: if `name` is not a folder.
     """
     gradio_version, folder = import_gradio().__version__, Path(name)
+    try:
+        needs = [line for line in requires("tjepa") or () if "extra ==" not in line]
+    except PackageNotFoundError:
+        raise ImportError("T-JEPA is not installed, so what a Space needs is not known: pip install -e .") from None
     if not folder.is_dir():
         raise ValueError(f"{name} is not a folder; --export copies the model of one.")
-    if space.exists() and any(space.iterdir()) and not (space / "app.py").is_file():
-        raise FileExistsError(f"--export {space} holds other files; name a folder that is new, empty or a Space.")
-    demo = Demo(name, file, text_column_name)
+    if space.exists() and not (space.is_dir() and not any(space.iterdir())):
+        raise FileExistsError(f"--export {space} is there already; name a new folder, or an empty one.")
+    demo, title = Demo(name, file, text_column_name), folder.resolve().name
     with replacing_folder(space) as new:
         for pattern in [*published_files(demo.tokenizer, name), STRATEGIES_FILE]:
             for path in folder.glob(pattern):
@@ -423,13 +437,12 @@ def export(name: str, space: Path, file: str | None = None, text_column_name: st
         (new / TEXTS_FILE).write_text("".join(lines), encoding="utf-8")
         for room in ROOMS:
             shutil.copytree(PACKAGE / room, new / "tjepa" / room, ignore=shutil.ignore_patterns("__pycache__"))
-        for path in PACKAGE.glob("*.py"):
+        for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("LICENSE")]:
             shutil.copy(path, new / "tjepa" / path.name)
-        needs = [line for line in requires("tjepa") or () if "extra ==" not in line]
         (new / "requirements.txt").write_text("\n".join([*needs, f"gradio=={gradio_version}", ""]))
-        (new / "app.py").write_text(APP.format(texts=TEXTS_FILE))
+        (new / "app.py").write_text(APP.format(texts=TEXTS_FILE, title=title))
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        card = CARD.format(title=json.dumps(demo.name), gradio=gradio_version, python=python)
+        card = CARD.format(title=json.dumps(title), gradio=gradio_version, python=python)
         (new / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -81,6 +81,7 @@ RUN_BY = {
     "benchmarks/streaming_memory.py": "tests/corpus/test_streaming.py",
     "benchmarks/token_accuracy.py": "tests/test_benchmarks.py",
     "docs/minimal.py": "tests/docs/test_minimal.py",
+    "tjepa demo": "tests/tools/test_demo.py",
     "tests/hub_server.py": "tests/docs/test_snippets.py",
     "tests/kill_and_resume.py": "tests/training/test_checkpoints.py",
     "tests/mutation.py": "tests/test_architecture.py",

@@ -42,7 +42,7 @@ def test_every_help_fits(command, monkeypatch, capsys):
     assert end.value.code in (0, None)
     assert len(help_text.splitlines()) < 200
     assert f"usage: tjepa {command}" in help_text
-    plain = ("convert", "embed", "export", "fill", "health", "publish", "report", "search", "train-decoder")
+    plain = ("convert", "demo", "embed", "export", "fill", "health", "publish", "report", "search", "train-decoder")
     if command not in plain:
         assert "A YAML file of lines `name: value` may come first" in " ".join(help_text.split())
         assert "--output" in help_text

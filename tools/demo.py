@@ -285,6 +285,7 @@ def build_app(demo: Demo, title: str):
         spans = [(piece, HIDDEN if index in hidden else None) for index, (piece, _) in enumerate(words)]
         return spans, hidden, expect(demo, text, hidden)
 
+    latest = {"show_progress": "hidden", "trigger_mode": "always_last"}
     with gradio.Blocks(title=f"T-JEPA: {title}", analytics_enabled=False) as app:
         gradio.Markdown(
             f"# {title}\nA text encoder that learned by predicting its own representations of hidden words."
@@ -316,8 +317,7 @@ def build_app(demo: Demo, title: str):
                 hide,
                 settings,
                 [spans, counts],
-                show_progress="hidden",
-                trigger_mode="always_last",
+                **latest,
             )
         with gradio.Tab("What it expects"):
             text = gradio.Textbox(EXAMPLE, label="Text", lines=3, max_lines=8)
@@ -330,7 +330,7 @@ def build_app(demo: Demo, title: str):
             )
             hidden, answer = gradio.State(set()), gradio.HTML(elem_id="expected")
             shown = [words, hidden, answer]
-            gradio.on([app.load, text.change], show_words, text, shown, show_progress="hidden")
+            gradio.on([app.load, text.change], show_words, text, shown, **latest)
             words.select(toggle, [text, hidden], shown, show_progress="hidden", trigger_mode="multiple")
         with gradio.Tab("Search"):
             query = gradio.Textbox(
@@ -351,6 +351,7 @@ def build_app(demo: Demo, title: str):
                 lambda *args: search(demo, *args),
                 [query, file, number, with_words],
                 found,
+                trigger_mode="always_last",
             )
     return app
 

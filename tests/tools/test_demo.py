@@ -21,7 +21,7 @@ from tjepa import TJEPAForPreTraining, cli
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.tools import demo as demo_tool
-from tjepa.tools.demo import HIDDEN, LEFT_OUT, NEXT_HIDDEN, Demo, describe_strategy, export
+from tjepa.tools.demo import HIDDEN, LEFT_OUT, NEXT_HIDDEN, Demo, describe_strategy
 from tjepa.tools.fill import Gapped, guess_tokens
 from tjepa.tools.lookup import label_tokens, split_into_words, words_of_tokens
 from tjepa.tools.search import SearchIndex, open_index
@@ -249,8 +249,19 @@ def test_what_is_wrong_is_said_in_one_line(arguments, without, message, folder, 
 @pytest.fixture(scope="module")
 def space(folder):
     pytest.importorskip("gradio")
-    export(str(folder / "run"), folder / "space", str(folder / "texts.txt"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, "demo", folder / "run", "--file", folder / "texts.txt", "--export", folder / "space")
     return folder / "space"
+
+
+def test_the_command_serves_the_newest_run(monkeypatch, tmp_path):
+    pytest.importorskip("gradio")
+    served = []
+    monkeypatch.setattr(demo_tool, "launch", lambda *args: served.append(args))
+    monkeypatch.setattr(demo_tool, "find_newest_run", lambda: Path("runs/newest"))
+    run(monkeypatch, "demo", "--file", "texts.csv", "--text_column_name", "body")
+    run(monkeypatch, "demo", "runs/quickstart")
+    assert served == [("runs/newest", "texts.csv", "body"), ("runs/quickstart", None, "text")]
 
 
 def test_the_space_holds_what_it_needs_and_nothing_of_the_run(space, folder):
@@ -353,7 +364,7 @@ class Page:
         box.send_keys(*keys)
 
     def text(self, selector: str) -> str:
-        return self.find(selector)[0].get_property("textContent")
+        return self.find(selector)[0].get_property("textContent").strip()
 
 
 @pytest.mark.parametrize("width", [1366, 390])
@@ -375,7 +386,7 @@ def test_every_tab_in_the_browser(width, browser, address, tmp_path):
     page.type("Text", TEXT)
     page.wait(lambda: "Click words to hide" in page.text("#expected"))
     next(one for one in page.find("#words [role=button]") if one.text == "red").click()
-    page.wait(lambda: re.match(r"\s*red\s*As words\s*\S+\s*[\d.]+%", page.text("#expected")))
+    page.wait(lambda: re.search(r"red\s*As words.*[\d.]+%.*As nearest", page.text("#expected"), re.DOTALL))
     next(one for one in page.find("#words [role=button]") if one.text == "home").click()
     page.wait(lambda: len(page.find("#expected h3")) == 2)
     next(one for one in page.find("#words [role=button]") if one.text == "red").click()

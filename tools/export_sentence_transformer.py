@@ -12,6 +12,8 @@ import argparse
 import contextlib
 import io
 import json
+import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,7 +168,9 @@ def export_onnx(encoder: PreTrainedModel, path: Path, sentence_folder: Path | No
         pooling, modules, _ = read_sentence_modules(sentence_folder)
     names = ("input_ids", "attention_mask")
     tokens = torch.arange(5, 15).view(2, 5) % encoder.config.vocab_size
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress there
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing, say
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it tells its progress
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             SentenceGraph(encoder, pooling, modules).eval(),
             (tokens, torch.ones_like(tokens)),

@@ -62,6 +62,7 @@ def workspace(tmp_path_factory, inputs):
             write_rows(folder / "data" / "eval" / f"{name}-{split}.jsonl", lines)
     for name in ("train", "test", "texts"):
         write_rows(folder / f"{name}.jsonl", labelled)
+    write_rows(folder / "pairs.jsonl", [{"anchor": text[:40], "positive": text} for text in texts])
     write_rows(folder / "words.jsonl", tagged)
     write_rows(folder / "agreement.jsonl", minimal_pairs)
     for split in ("train", "test"):

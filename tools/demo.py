@@ -13,10 +13,11 @@ import json
 import logging
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, wraps
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import requires
 from pathlib import Path
 
 import jinja2
@@ -419,10 +420,6 @@ def export(name: str, space: Path, file: str | None = None, text_column_name: st
         ValueError: if `name` is not a folder.
     """
     gradio_version, folder = import_gradio().__version__, Path(name)
-    try:
-        needs = [line for line in requires("tjepa") or () if "extra ==" not in line]
-    except PackageNotFoundError:
-        raise ImportError("T-JEPA is not installed, so what a Space needs is not known: pip install -e .") from None
     if not folder.is_dir():
         raise ValueError(f"{name} is not a folder; --export copies the model of one.")
     if space.exists() and not (space.is_dir() and not any(space.iterdir())):
@@ -440,11 +437,18 @@ def export(name: str, space: Path, file: str | None = None, text_column_name: st
             shutil.copytree(PACKAGE / room, new / "tjepa" / room, ignore=shutil.ignore_patterns("__pycache__"))
         for path in [*PACKAGE.glob("*.py"), *PACKAGE.glob("LICENSE")]:
             shutil.copy(path, new / "tjepa" / path.name)
-        (new / "requirements.txt").write_text("\n".join([*needs, f"gradio=={gradio_version}", ""]))
+        (new / "requirements.txt").write_text("\n".join([*list_dependencies(), f"gradio=={gradio_version}", ""]))
         (new / "app.py").write_text(APP.format(texts=TEXTS_FILE, title=title))
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         card = CARD.format(title=json.dumps(title), gradio=gradio_version, python=python)
         (new / "README.md").write_text(card, encoding="utf-8")
+
+
+def list_dependencies() -> list[str]:
+    """Of this package: what a clone says today, which may have been installed long ago, else what was installed."""
+    if (PACKAGE / "pyproject.toml").is_file():
+        return tomllib.loads((PACKAGE / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    return [line for line in requires("tjepa") or () if "extra ==" not in line]
 
 
 # ---- the command ----

@@ -1,6 +1,5 @@
 """Guessing hidden words: what is asked of the predictor, the token head that is fitted afterwards, the commands."""
 
-import json
 import sys
 
 import encoder_folders
@@ -8,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForPreTraining, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from helpers import make_texts, make_tiny_config
 from tjepa import TJEPAForPreTraining, cli
@@ -235,8 +240,30 @@ def test_the_fitted_head_beats_the_most_frequent_token(make_model):
         decoding.train_decoder(model, documents[:1], collator, 1, 0)
 
 
-def test_the_fill_mask_pipeline_takes_a_folder_with_a_mask_token(save):
-    folder = save(token_prediction_weight=1.0)
-    answers = pipeline("fill-mask", str(folder))("the <mask> sees a red hen", top_k=3)
-    assert len(answers) == 3 and all("sees" in answer["sequence"] for answer in answers)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "tjepa"
+def test_the_fill_mask_pipeline_guesses_as_an_in_place_model_does(save, tokenizer):
+    """What it is asked is what in-place pretraining asks: the encoders of a new model are equal."""
+    settings = {"predictor_type": "in_place", "mask_token_id": tokenizer.mask_token_id}
+    folder = save(token_prediction_weight=1.0, **settings)
+    answers = pipeline("fill-mask", str(folder))("the<mask> sees a red hen", top_k=3)
+    model = TJEPAForPreTraining.from_pretrained(folder)
+    ids = tokenizer("the<mask> sees a red hen", return_tensors="pt").input_ids[0]
+    best = model.predict_tokens(ids, ids == tokenizer.mask_token_id)[0].softmax(-1).topk(3)
+    assert [answer["token"] for answer in answers] == best.indices.tolist()
+    assert [answer["score"] for answer in answers] == pytest.approx(best.values.tolist(), rel=1e-3)
+    assert all("sees" in answer["sequence"] for answer in answers)
+
+
+def test_the_fill_mask_pipeline_says_what_masked_language_modelling_taught(save, tokenizer, tmp_path):
+    model = AutoModelForMaskedLM.from_pretrained(save(token_prediction_weight=1.0))
+    ids = tokenizer("the<mask> sees a red hen", return_tensors="pt").input_ids
+    (fox,) = tokenizer(" fox", add_special_tokens=False).input_ids
+    labels = torch.where(ids == tokenizer.mask_token_id, fox, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(20):
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "taught")
+    tokenizer.save_pretrained(tmp_path / "taught")
+    (answer,) = pipeline("fill-mask", str(tmp_path / "taught"))("the<mask> sees a red hen", top_k=1)
+    assert answer["sequence"] == "the fox sees a red hen" and answer["score"] > 0.5

@@ -51,7 +51,7 @@ the same kind. At the end stands what it did to the encoder, judged on texts tha
   --max_length N                tokens of a text that are read at once. Default: 128; longer texts are split
   --num_train_epochs N          how often each text is seen. Default: 3; or --max_steps
   --probe_file FILE             texts with labels (columns text and label), to judge by as well
-  --learning_rate X             of the encoder. Default: 1e-5; more teaches, and forgets, more
+  --learning_rate X             of the encoder. Default: 3e-5; more teaches, and forgets, more
 
 All other flags are those of `tjepa pretrain --help`. What is not given is taken from configs/adapt.yaml."""
 

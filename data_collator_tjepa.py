@@ -121,9 +121,10 @@ MASKING_PRESETS = {
         # S denoising: the last quarter from the rest
         MaskingStrategy(None, max_target_mask_ratio=0.25, max_target_mask_start_ratio=0.75, target_block_num=1),
     ],
-    # for small encoders on short pieces of text (docs/learning_log.md)
+    # for small encoders on short pieces of text (docs/learning_log.md); the last one for `pooled_weight`
     "single_tokens": [MaskingStrategy(target_block_size_mean=1, max_target_mask_ratio=0.3)],
     "short_blocks": [MaskingStrategy(target_block_size_mean=4, max_target_mask_ratio=0.5)],
+    "second_half": [MaskingStrategy(None, max_target_mask_ratio=0.5, max_target_mask_start_ratio=0.5)],
 }
 
 

@@ -121,7 +121,9 @@ def test_the_guesses_are_those_of_the_hidden_tokens(demo):
     expected = [guess.probability for place in guess_tokens(demo.model, demo.tokenizer, gapped, 5) for guess in place]
     assert found == pytest.approx([100 * share for share in expected], abs=0.06)
     assert re.findall(r"<h3[^>]*>(\w+)", page) == ["red", "home"]
-    assert page.count("<mark>") == 2 * demo_tool.NUM_NEAREST
+    nearest = [demo.lookup.nearest(states, demo_tool.NUM_NEAREST) for states in demo.model.predict_states(*gapped)]
+    scores = [float(score) for score in re.findall(r'score">(-?[\d.]+)</span>', page)]
+    assert scores == pytest.approx([hit["score"] for hits in nearest for hit in hits], abs=0.006)
     assert demo.expect(TEXT, hidden) == page != demo.expect(TEXT, {place(demo, "red"), place(demo, "falls")})
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import start
@@ -35,10 +35,8 @@ from ..corpus.faults import KEPT
 from ..corpus.files import FAULT_COLUMN, load_files
 from ..corpus.paths import find_newest_run
 from ..corpus.quickstart import load_quickstart_documents
-from ..corpus.tokenizers import load_tokenizer
-from ..downstream.embedding import embed_texts
+from ..downstream.embedding import embed_texts, load_embedder
 from ..downstream.whitening import Whitening
-from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
 
 
@@ -47,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 INDEX_FOLDER = "search_index"  # in the model's folder
 DOCSTRINGS = "docstrings"
-MAX_LENGTH = 512  # tokens of a text that are read, if the encoder could read more
 CHUNK = 4096  # texts between two steps of the progress bar
 TEXTS_PER_DIMENSION = 2  # with fewer the covariance is too uncertain to be whitened as it is
 NUM_COMPARED = 4  # texts whose vectors tell whether an index is this encoder's
@@ -198,21 +195,6 @@ def hash_texts(passages: dict[str, str]) -> str:
 # ---- models ----
 
 
-def load_text_encoder(name: str, flag: str = "--model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-    """
-    The encoder of a folder or a name on the Hub, its tokenizer, and how many tokens of a text they read.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_config` and `load_tokenizer`.
-    """
-    config = load_config(name, flag=flag)
-    tokenizer = load_tokenizer(name, flag)
-    encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    lengths = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
-    return encoder, tokenizer, min(lengths)
-
-
 def open_index(name: str, file: str | None = None, text_column_name: str = "text") -> SearchIndex:
     """
     The index of texts as a model sees them: the saved one, or a new one, which is saved.
@@ -222,15 +204,16 @@ def open_index(name: str, file: str | None = None, text_column_name: str = "text
         file, text_column_name: as for `load_passages`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_text_encoder` and `load_passages`.
+        FileNotFoundError, ValueError: as `load_embedder` and `load_passages`.
     """
     passages = load_passages(file, text_column_name)
-    encoder, tokenizer, max_length = load_text_encoder(name)
+    embedder = load_embedder(name, flag="--model")
+    reader = (embedder.model, embedder.tokenizer, embedder.max_length)
     path = index_path(name, file)
-    index = SearchIndex.load(path, encoder, tokenizer, max_length, passages)
+    index = SearchIndex.load(path, *reader, passages)
     if index is not None:
         return index
-    index = SearchIndex.build(encoder, tokenizer, max_length, passages)
+    index = SearchIndex.build(*reader, passages)
     if Path(name).is_dir():
         try:
             index.save(path)

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoTokenizer
 from finetuning_helpers import make_folder, make_rows
 from tjepa import cli
 from tjepa.corpus.paths import find_newest_run
+from tjepa.downstream.embedding import load_embedder
 from tjepa.downstream.whitening import Whitening
 from tjepa.tools import search
 from tjepa.tools.search import SearchIndex, WordIndex, index_path, load_passages, open_index
@@ -111,7 +112,8 @@ def test_words_find_what_shares_words_and_nothing_else():
 def test_an_encoder_of_transformers_searches_too(tmp_path):
     folder = encoder_folders.make_folder(tmp_path / "bert")
     passages = {row["text"]: "" for row in make_rows(12)}
-    index = SearchIndex.build(*search.load_text_encoder(str(folder)), passages)
+    embedder = load_embedder(str(folder))
+    index = SearchIndex.build(embedder.model, embedder.tokenizer, embedder.max_length, passages)
     assert index.search(index.texts[3], 1)[0].text == index.texts[3]
 
 
@@ -132,8 +134,8 @@ def test_other_texts_or_another_encoder_make_another_index(model, texts, texts_r
     open_index(str(model), str(texts))
     texts.write_text(texts.read_text() + "a new text\n")
     assert "a new text" in [hit.text for hit in open_index(str(model), str(texts)).search("a new text", 1)]
-    encoder, tokenizer, max_length = search.load_text_encoder(str(model))
-    arguments = (tokenizer, max_length, load_passages(str(texts)))
+    embedder = load_embedder(str(model))
+    encoder, arguments = embedder.model, (embedder.tokenizer, embedder.max_length, load_passages(str(texts)))
     path = index_path(model, str(texts))
     assert SearchIndex.load(path, encoder, *arguments) is not None
     with torch.no_grad():

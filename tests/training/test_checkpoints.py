@@ -249,7 +249,7 @@ def test_rotation_keeps_the_best_and_the_last_from_before_a_collapse(tmp_path):
     for step in (2, 4, 6, 8, 10):
         make_checkpoint(tmp_path, step)
     healthy = {"eval_target_std": 0.5, "eval_cosine": 0.9, "eval_mean_target_cosine": 0.5}
-    history = [{**healthy, "step": 4}, {**healthy, "step": 7, "eval_cosine": 0.4}, {**healthy, "step": 9}]
+    history = [{**healthy, "step": 4}, {**healthy, "step": 7, "eval_target_std": 0.05}, {**healthy, "step": 9}]
     history[2]["eval_target_std"] = 0.01
     best = str(tmp_path / "checkpoint-2")
     call("on_save", args, callback, global_step=10, log_history=history, best_model_checkpoint=best)

@@ -246,17 +246,17 @@ def test_rotation_keeps_the_best_and_the_last_from_before_a_collapse(tmp_path):
     args = PretrainingArguments(output_dir=str(tmp_path), save_total_limit=1)
     callback = CheckpointCallback()
     call("on_train_begin", args, callback)
-    for step in (2, 4, 6, 8, 10):
+    for step in (20, 40, 60, 80, 100):
         make_checkpoint(tmp_path, step)
     healthy = {"eval_target_std": 0.5, "eval_cosine": 0.9, "eval_mean_target_cosine": 0.5}
-    history = [{**healthy, "step": 4}, {**healthy, "step": 7, "eval_target_std": 0.05}, {**healthy, "step": 9}]
+    history = [{**healthy, "step": 40}, {**healthy, "step": 70, "eval_cosine": 0.4}, {**healthy, "step": 90}]
     history[2]["eval_target_std"] = 0.01
-    best = str(tmp_path / "checkpoint-2")
-    call("on_save", args, callback, global_step=10, log_history=history, best_model_checkpoint=best)
-    assert list(list_checkpoints(tmp_path)) == [2, 6, 10]
-    history.append({**healthy, "step": 10})  # recovered
-    call("on_save", args, callback, global_step=10, log_history=history)
-    assert list(list_checkpoints(tmp_path)) == [10]
+    best = str(tmp_path / "checkpoint-20")
+    call("on_save", args, callback, global_step=100, log_history=history, best_model_checkpoint=best)
+    assert list(list_checkpoints(tmp_path)) == [20, 60, 100]
+    history.append({**healthy, "step": 100})  # recovered
+    call("on_save", args, callback, global_step=100, log_history=history)
+    assert list(list_checkpoints(tmp_path)) == [100]
 
 
 def test_marks_of_what_will_be_overwritten(tmp_path, caplog):

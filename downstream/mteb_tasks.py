@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..corpus.atomic_writes import replacing_files
 from .embedding import load_embedder
 
 
@@ -144,5 +145,6 @@ def write_to_card(path: Path, results: list[EvalResult]) -> None:
     ]
     card.data.eval_results = [*old, *results]
     card.data.model_name = card.data.model_name or path.resolve().parent.name  # a model-index needs one
-    card.save(path)
+    with replacing_files(path.parent) as folder:
+        card.save(folder / path.name)
     logger.info(f"{path}: its model-index has the results")

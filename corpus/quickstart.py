@@ -13,10 +13,10 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -67,8 +67,10 @@ def read_docstrings() -> Iterator[dict]:
     files = _source_files()
     paths = [path for path, *_ in files]
     seen = set()
-    with multiprocessing.Pool(max(1, min(os.cpu_count() or 1, len(files) // FILES_PER_PROCESS))) as pool:
-        for (*_, label, is_validation), texts in zip(files, pool.imap(docstrings_of_file, paths, 50), strict=True):
+    # Not multiprocessing.Pool: it ends its workers by SIGTERM, which a worker forked during training survives.
+    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(files) // FILES_PER_PROCESS))) as pool:
+        texts_of_files = pool.map(docstrings_of_file, paths, chunksize=50)
+        for (*_, label, is_validation), texts in zip(files, texts_of_files, strict=True):
             for text in texts:
                 if text not in seen:
                     seen.add(text)

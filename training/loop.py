@@ -52,8 +52,11 @@ def train(
     # what is uploaded, or described, must be complete by then
     for callback in (*([] if publisher is None else [publisher]), *callbacks):
         trainer.add_callback(callback)
-    with explain_failed_save(trainer):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        with explain_failed_save(trainer):
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    finally:
+        stop_on_signal.restore_handlers()
     if stop_on_signal.signal_number is not None:
         logger.warning(
             f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {trainer.state.global_step}, "

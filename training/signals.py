@@ -25,7 +25,8 @@ class StopOnSignalCallback(TrainerCallback):
     sent by terminal and launcher both. (transformers' `enable_jit_checkpoint` saves between forward pass and optimizer
     step, and a run resumed from there differs.)
 
-    After training `signal_number` says which signal it was, or `None`.
+    After training `signal_number` says which signal it was, or `None`. Training that ends by an error does not tell
+    its callbacks: whoever starts it calls `restore_handlers`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -68,6 +69,9 @@ class StopOnSignalCallback(TrainerCallback):
     on_evaluate = on_step_end  # an evaluation may take long, and its checkpoint is written after it
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}

@@ -1,7 +1,9 @@
 """The default corpus, on two small packages made here: real files, real metadata, found through `sys.path`."""
 
 import itertools
+import multiprocessing
 import shutil
+import signal
 import sys
 
 import pytest
@@ -161,6 +163,25 @@ def test_no_package_at_all_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "PACKAGES", ("quickabsent",))
     with pytest.raises(ValueError, match="quickabsent.*pip"):
         load_quickstart_documents(str(tmp_path / "cache"))
+
+
+def test_workers_end_while_training_answers_signals(site_folder, monkeypatch):
+    """
+    The handler of `StopOnSignalCallback` is inherited by forked workers, which then survive a SIGTERM: with
+    multiprocessing.Pool, which sends one, this waits for ever, mostly before the 200th time.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        reading = quickstart.read_docstrings()
+        next(reading)
+        reading.close()
+        assert multiprocessing.active_children() == []
+        monkeypatch.setattr(quickstart, "PACKAGES", ("quickabsent",))
+        for _ in range(200):
+            with pytest.raises(ValueError, match="quickabsent"):
+                next(quickstart.read_docstrings())
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_real_packages_are_found():

@@ -30,6 +30,7 @@ from tjepa.training.checkpoints import (
     list_checkpoints,
     mark_complete,
 )
+from tjepa.training.loop import train
 from tjepa.training.signals import StopOnSignalCallback
 
 
@@ -219,6 +220,17 @@ class StopAfter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= state.global_step == self.step
+
+
+def test_an_error_in_training_leaves_no_signal_handler(tmp_path):
+    """In a notebook Ctrl-C must go on working, and a forked process must end by SIGTERM."""
+    before = [signal.getsignal(number) for number in StopOnSignalCallback.SIGNALS]
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(LinearModel(), args, train_dataset=[{"x": torch.randn(3), "labels": torch.randn(2)}])
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        trainer.model.forward = lambda x: None
+        train(trainer, None, None)
+    assert [signal.getsignal(number) for number in StopOnSignalCallback.SIGNALS] == before
 
 
 def call(event: str, args: PretrainingArguments, callback: CheckpointCallback, **state) -> None:

@@ -17,10 +17,7 @@ from .corpus.command_line import answer_early, errors_in_one_line, is_yaml, star
 
 
 COMMANDS = {  # subcommand -> (module, what it does)
-    "prepare": (
-        "corpus.prepare_dataset",
-        "tokenize documents once, into a folder that pretraining loads",
-    ),
+    "prepare": ("corpus.prepare_dataset", "tokenize documents once, into a folder that pretraining loads"),
     "tokenizer": ("corpus.train_tokenizer", "train a tokenizer on your own documents"),
     "pretrain": ("run_pretraining", "pretrain a text encoder"),
     "adapt": ("run_pretraining", "continue the pretraining of any text encoder on your own texts"),

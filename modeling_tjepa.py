@@ -25,11 +25,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
-from transformers.utils.generic import (
-    can_return_tuple,
-    is_flash_attention_requested,
-    merge_with_config_defaults,
-)
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tjepa import TJEPAConfig
@@ -732,11 +728,7 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
             The class's output, with `logits` and, with labels, `loss`.
         """
         outputs: BaseModelOutput = self.encoder(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         logits = self.compute_logits(outputs.last_hidden_state, attention_mask)
         return self.output_class(

@@ -27,32 +27,19 @@ from typing import Literal
 import datasets
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.atomic_writes import replacing_files
-from tjepa.corpus.documents import (
-    QUICKSTART,
-    DataArguments,
-    check_dataset_exists,
-    load_documents,
-    record_source,
-)
+from tjepa.corpus.documents import QUICKSTART, DataArguments, check_dataset_exists, load_documents, record_source
 from tjepa.corpus.private import get_attention
 from tjepa.corpus.segments import SegmentCollator
 from tjepa.corpus.splits import tokenize_splits
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, warn_of_loss
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, special_tokens_around, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
-from tjepa.data_collator_tjepa import (
-    DataCollatorForTJEPA,
-    load_masking_strategies,
-)
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA, load_masking_strategies
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.tools.health import closing_lines

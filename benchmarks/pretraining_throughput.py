@@ -98,11 +98,7 @@ def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views,
 def plain_flops(config: TJEPAConfig, batch: dict) -> float:
     """What the plain side computes in one training step, padding and masked pairs included."""
     encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-    predictor = (
-        config.predictor_hidden_size,
-        config.predictor_intermediate_size,
-        config.predictor_num_hidden_layers,
-    )
+    predictor = (config.predictor_hidden_size, config.predictor_intermediate_size, config.predictor_num_hidden_layers)
     num_documents, length = batch["input_ids"].shape
     total = stack_flops(num_documents * length, num_documents * length**2, *encoder)
     for strategy in batch["strategies"]:

@@ -22,15 +22,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pyarrow
-from datasets import (
-    Dataset,
-    DownloadConfig,
-    DownloadManager,
-    Features,
-    IterableDataset,
-    Value,
-    concatenate_datasets,
-)
+from datasets import Dataset, DownloadConfig, DownloadManager, Features, IterableDataset, Value, concatenate_datasets
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher

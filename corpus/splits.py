@@ -71,10 +71,7 @@ def check_token_ids(
 
 
 def make_stream(
-    documents: datasets.IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: DataArguments,
-    training_args: Any,
+    documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, training_args: Any
 ) -> tuple[DocumentStream, StreamTokenizer]:
     """Endless training documents, of which this process and its workers read their share, and what counts them."""
     check_columns(documents, args.text_column_name, "train")

@@ -28,8 +28,7 @@ class ModelArguments(HubArguments):
         default=False, help="Train the head alone, on the encoder as it is and without dropout in it: a linear probe."
     )
     config_overrides: str | None = HfArg(
-        default=None,
-        help="Overrides of the configuration: classifier_pooling=attention,classifier_dropout=0.1",
+        default=None, help="Overrides of the configuration: classifier_pooling=attention,classifier_dropout=0.1"
     )
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of model_name_or_path.")
     model_license: str | None = HfArg(
@@ -76,8 +75,7 @@ class DataArguments(SourceArguments):
 class TextArguments(DataArguments):
     text_column: str | None = HfArg(default=None, help="The column of the texts. Default: one of the usual names.")
     text_pair_column: str | None = HfArg(
-        default=None,
-        help="The column of the second text of each pair. Default: none, or that of a usual pair.",
+        default=None, help="The column of the second text of each pair. Default: none, or that of a usual pair."
     )
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = HfArg(
         default=None, help="What the labels are. Default: found out from those of the train split."

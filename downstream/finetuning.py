@@ -20,14 +20,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    EvalPrediction,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    set_seed,
-)
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from ..corpus.arguments import parse_arguments
 from ..corpus.documents import draw, limit_datasets, load_splits

@@ -26,13 +26,7 @@ from typing import Any, Literal
 import evaluate
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
@@ -45,14 +39,7 @@ from ..training.setup import hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
 from .labels import IGNORED, flatten, is_finite_number
 from .mteb_tasks import load_mteb_tasks, run_mteb
-from .probe import (
-    EmbeddingLayer,
-    ProbeTask,
-    embed_task,
-    mean_and_std,
-    probe_embedded_task,
-    probe_tasks_with_tfidf,
-)
+from .probe import EmbeddingLayer, ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
 from .sentence_scores import why_it_cannot_score
 from .structure_tasks import MINIMAL_PAIRS, PAIR_ORDER, POSITION, RETRIEVAL, mrr_of_a_guess
 

@@ -313,13 +313,7 @@ def build_app(demo: Demo, title: str):
             counts = gradio.Markdown(elem_id="counts")
             settings = [text, name, seed, share, length, start, kept]
             name.input(choose, name, [share, length, start, kept], show_progress="hidden")
-            gradio.on(
-                [app.load, *(setting.change for setting in settings)],
-                hide,
-                settings,
-                [spans, counts],
-                **latest,
-            )
+            gradio.on([app.load, *(setting.change for setting in settings)], hide, settings, [spans, counts], **latest)
         with gradio.Tab("What it expects"):
             text = gradio.Textbox(EXAMPLE, label="Text", lines=3, max_lines=8)
             words = gradio.HighlightedText(

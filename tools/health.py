@@ -50,11 +50,7 @@ def diagnose(run: Run) -> list[Finding]:
             Finding("watch", "figures", "none yet", "The run has logged no step.", "Wait, or lower --logging_steps.")
         )
     else:
-        findings += [
-            find_spread(figures, where),
-            find_lead(run, figures, where, earlier),
-            find_rank(figures, where),
-        ]
+        findings += [find_spread(figures, where), find_lead(run, figures, where, earlier), find_rank(figures, where)]
     findings += [find_loss(run), find_moving_target(run), *find_documents(run), find_judgement(run)]
     return [finding for finding in findings if finding is not None]
 

@@ -57,11 +57,7 @@ CURVES = {  # section -> words, then (drawing, title, caption)
         "Lines: training texts. Dots: held-out texts, where the run evaluates. A falling loss alone proves little: "
         "labels that become easy make it fall, too.",
         (pictures.draw_loss, "Loss", "What the optimizer minimises. Held-out texts are read without denoising."),
-        (
-            pictures.draw_terms,
-            "Terms of the loss",
-            "jepa: predictions against targets. The others are options.",
-        ),
+        (pictures.draw_terms, "Terms of the loss", "jepa: predictions against targets. The others are options."),
         (pictures.draw_strategies, "Loss of each masking strategy", "The more is hidden at once, the harder."),
     ),
     "Representations": (

@@ -9,12 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_tjepa import ENCODER_SIZES, TJEPAConfig
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest

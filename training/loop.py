@@ -19,10 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    trainer: Trainer,
-    checkpoint: str | None,
-    publisher: HubPublisher | None,
-    callbacks: Sequence[TrainerCallback] = (),
+    trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | None, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, float]:
     """
     Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics. Of `callbacks` those of

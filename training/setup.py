@@ -9,9 +9,7 @@ import sys
 import datasets
 import torch
 import transformers
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 
 logger = logging.getLogger(__name__)

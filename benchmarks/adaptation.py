@@ -3,7 +3,9 @@
 python benchmarks/adaptation.py --encoder all-MiniLM-L6-v2 --sts_file eval/sts14-test.jsonl --output_dir out
 python benchmarks/adaptation.py ... --seconds 150 --recipe "faster=--learning_rate 1e-4" --only adapt faster
 
-A recipe is `tjepa adapt` with these flags; `adapt` alone is the recipe that comes with the package. The texts are the
+A recipe is `tjepa adapt` with these flags; `adapt` alone is the recipe that comes with the package. With
+`--only mlm simcse halves tsdae` others' objectives stand beside it, at the same rate, batch and time (rivals.py). The
+texts are the
 docstrings of the quickstart, their labels the libraries. The clock is the CPU time of the training steps on one
 thread: steps are timed first, and a run has as many as fit. Each finished run is a JSON in --output_dir and is not run
 again, so the same command goes on where it was stopped. A text is judged by its first --max_length tokens:
@@ -28,6 +30,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from rivals import RIVALS, train_rival
 from transformers import AutoModel, AutoTokenizer
 
 from tjepa import cli, run_pretraining
@@ -47,8 +50,8 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)
     recipes = {DEFAULT: "", **dict(recipe.split("=", 1) for recipe in args.recipe)}
-    if unknown := sorted(set(args.only or ()) - set(recipes)):
-        raise SystemExit(f"--only: there is no recipe {unknown}, only {sorted(recipes)}")
+    if unknown := sorted(set(args.only or ()) - {*recipes, *RIVALS}):
+        raise SystemExit(f"--only: there is no recipe {unknown}, only {sorted({*recipes, *RIVALS})}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     judge = Judge(args)
     before = finished(args.output_dir / f"{UNTOUCHED}.json", partial(judge, args.encoder))
@@ -57,7 +60,7 @@ def main() -> None:
         for name in args.only or recipes:
             run = finished(
                 args.output_dir / f"{name}-{args.seconds:g}s-seed{seed}.json",
-                partial(train_and_judge, shlex.split(recipes[name]), seed, judge, args),
+                partial(train_and_judge, name, shlex.split(recipes.get(name, "")), seed, judge, args),
             )
             results.setdefault(name, []).append(run)
             print(f"{name}, seed {seed}: {run}", flush=True)
@@ -94,14 +97,22 @@ def finished(path: Path, run: Callable[[], dict]) -> dict:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def train_and_judge(flags: list[str], seed: int, judge: "Judge", args: argparse.Namespace) -> dict[str, float]:
+def train_and_judge(name: str, flags: list[str], seed: int, judge: "Judge", args: argparse.Namespace) -> dict:
     train_file = args.output_dir / "train.jsonl"
+    documents = load_quickstart_documents()["train"].select_columns("text")
     if not train_file.is_file():
-        load_quickstart_documents()["train"].select_columns("text").to_json(train_file)
+        documents.to_json(train_file)
+
+    def train(folder: Path, num_steps: int) -> float:
+        if name not in RIVALS:
+            return adapt(train_file, folder, flags, seed, num_steps, args)
+        texts = documents.shuffle(seed=seed)["text"][: args.max_train_samples]
+        return train_rival(name, texts, args.encoder, folder, seed, num_steps, args.max_length)
+
     with TemporaryDirectory(dir=args.output_dir) as folder:
-        seconds = adapt(train_file, Path(folder) / "timed", flags, seed, NUM_TIMED_STEPS, args)
+        seconds = train(Path(folder) / "timed", NUM_TIMED_STEPS)
         num_steps = max(1, round(args.seconds * NUM_TIMED_STEPS / seconds))
-        seconds = adapt(train_file, Path(folder) / "run", flags, seed, num_steps, args)
+        seconds = train(Path(folder) / "run", num_steps)
         return {"steps": num_steps, "seconds": seconds, **judge(Path(folder) / "run")}
 
 

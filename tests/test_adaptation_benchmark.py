@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "adaptation.py"
 
 @pytest.fixture
 def adaptation(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("adaptation", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -45,16 +46,24 @@ def test_it_trains_judges_and_goes_on(adaptation, tmp_path, monkeypatch, capsys)
         adaptation.main()
         return json.loads((out / "result.json").read_text())["results"]
 
-    results = run("--only", "fast")
-    assert set(results) == {"untouched", "fast"}
-    fast, untouched = results["fast"][0], results["untouched"][0]
+    monkeypatch.setattr(sys.modules["rivals"], "LEARNING_RATE", 0.1)
+    names = ["fast", "mlm", "simcse", "halves", "tsdae"]
+    results = run("--only", *names)
+    assert list(results) == ["untouched", *names]
+    untouched, fast, *others = (runs[0] for runs in results.values())
+    assert len({run["retrieval"] for run in others}) == len(others), "two of them do the same"
     assert fast["steps"] >= 1 and fast["seconds"] > 0.0
     assert set(fast) - {"steps", "seconds"} == set(untouched) == {*adaptation.MEASURES, "retrieval_error"}
     assert fast["retrieval"] != untouched["retrieval"]
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"| fast | {fast['steps']} | {fast['retrieval']:.3f} |")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-len(names)]
+        .startswith(f"| fast | {fast['steps']} | {fast['retrieval']:.3f} |")
+    )
     assert not [path for path in out.iterdir() if path.is_dir()], "weights are not kept"
 
     monkeypatch.setattr(adaptation, "adapt", lambda *args: pytest.fail("it was run again"))
-    assert run("--only", "fast") == results
+    monkeypatch.setattr(adaptation, "train_rival", adaptation.adapt)
+    assert run("--only", *names) == results
     with pytest.raises(SystemExit, match=r"there is no recipe \['slow'\]"):
         run("--only", "slow")

@@ -237,15 +237,8 @@ def encode(
         rows = row_of_view[view_ids.clamp(min=-1)]
         entries = (rows >= 0).nonzero()[:, 0]
         row_lengths = view_lengths[views] if len(views) else view_lengths.new_ones(1)
-        states = encode_padded(
-            encoder,
-            input_ids[entries],
-            position_ids[entries],
-            rows[entries],
-            row_lengths,
-            config.mask_token_id,
-            num_layers,
-        )
+        chosen = (of_entry[entries] for of_entry in (input_ids, position_ids, rows))
+        states = encode_padded(encoder, *chosen, row_lengths, config.mask_token_id, num_layers)
         if layers is None:
             layers = [layer.new_zeros(len(view_ids), layer.shape[-1]) for layer in states]
         layers = [whole.index_copy(0, entries, part) for whole, part in zip(layers, states, strict=True)]

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_tjepa import TJEPAConfig
+from .configuration_tjepa import WEIGHTS, TJEPAConfig
 from .encoders_tjepa import (
     EncoderTraits,
     build_encoder,
@@ -526,22 +526,17 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Where the batch is spread over processes, what sums a tensor over them, differentiably: the
                 variance/covariance term and SIGReg take their moments over the whole batch.
         """
-        flat_input_ids, flat_position_ids = input_ids.flatten(), position_ids.flatten()
+        flat_input_ids = input_ids.flatten()
         traits = self.measure_encoders()
         view_lengths = None
         if traits is not None and not traits.is_packed:
             view_lengths = lengths_of_views(document_ids, context_indices, context_view_ids)
 
+        document_groups = getattr(view_groups, "documents", None)
         with torch.no_grad():
+            documents = (input_ids, position_ids, document_ids)
             labels, target_states = make_labels(
-                self.target_encoder,
-                self.config,
-                input_ids,
-                position_ids,
-                document_ids,
-                label_indices,
-                getattr(view_groups, "documents", None),
-                traits,
+                self.target_encoder, self.config, *documents, label_indices, document_groups, traits
             )
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
@@ -551,16 +546,10 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         denoises = self.training and self.config.denoising_weight > 0
         if denoises:
             visible_input_ids, picked = replace_tokens(visible_input_ids, self.config)
+        contexts = (visible_input_ids, position_ids.flatten()[context_indices], context_view_ids)
+        context_groups, longest = getattr(view_groups, "contexts", None), longest_document(document_groups)
         (context_states,) = encode(
-            self.context_encoder,
-            self.config,
-            traits,
-            visible_input_ids,
-            flat_position_ids[context_indices],
-            context_view_ids,
-            getattr(view_groups, "contexts", None),
-            view_lengths,
-            longest_document(getattr(view_groups, "documents", None)),
+            self.context_encoder, self.config, traits, *contexts, context_groups, view_lengths, longest
         )
 
         if in_place:
@@ -590,22 +579,18 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         is_token = context_view_ids.flatten() >= 0
         if self.config.variance_covariance_weight > 0:
             output.variance_covariance_loss = variance_covariance_loss(context_states, is_token, sum_over_processes)
-            output.loss = output.loss + self.config.variance_covariance_weight * output.variance_covariance_loss
         if self.config.sigreg_weight > 0:
             output.sigreg_loss = sigreg_loss(context_states, is_token, sum_over_processes)
-            output.loss = output.loss + self.config.sigreg_weight * output.sigreg_loss
         if self.config.token_prediction_weight > 0:
             token_losses = self._token_losses(slot_states, flat_input_ids[label_indices])
             output.token_prediction_loss, output.token_loss_per_strategy = mean_over_strategies(
                 token_losses, slot_strategy_ids, slots_per_strategy
             )
-            output.loss = output.loss + self.config.token_prediction_weight * output.token_prediction_loss
         if denoises:
             picked_ids = context_input_ids.flatten()[picked]
             token_losses = self._token_losses(context_states[picked], picked_ids)
             is_counted = is_token[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
-            output.loss = output.loss + self.config.denoising_weight * output.denoising_loss
         flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
             output.pooled_loss = pooled_loss(
@@ -617,25 +602,21 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 len(tokens_per_document) * len(slots_per_strategy),  # how many there are, only the device knows
                 self.config.contrastive_temperature,
             )
-            output.loss = output.loss + self.config.pooled_weight * output.pooled_loss
         if self.config.segment_weight > 0:
             num_documents = len(tokens_per_document)  # which are segments
             keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
             pooled = pool(context_states, flat_document_ids[context_indices.flatten()], is_token, num_documents)
             numbers = segments["input_ids"].flatten().long()
-            guesses = self.segment_predictor(
-                pooled[numbers[segments["context_indices"].flatten()]],
-                segments["prediction_indices"],
-                segments["prediction_position_ids"],
-                segments["prediction_view_ids"],
-                segments["prediction_block_ids"],
-                segments["slot_indices"],
-                getattr(segments["view_groups"], "predictions", None),
-            )
+            visible = pooled[numbers[segments["context_indices"].flatten()]]
+            stream = (segments[f"prediction_{name}"] for name in ("indices", "position_ids", "view_ids", "block_ids"))
+            groups = getattr(segments["view_groups"], "predictions", None)
+            guesses = self.segment_predictor(visible, *stream, segments["slot_indices"], groups)
             answers = numbers[segments["label_indices"]]
             centred = keys - keys.mean(dim=0)  # what all segments have in common would leave little to tell them by
             output.segment_loss = contrastive_loss(guesses, centred, answers, self.config.contrastive_temperature)
-            output.loss = output.loss + self.config.segment_weight * output.segment_loss
+        for name in WEIGHTS:
+            if (term := getattr(output, name.replace("_weight", "_loss"))) is not None:
+                output.loss = output.loss + getattr(self.config, name) * term
         return output
 
 

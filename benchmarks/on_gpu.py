@@ -3,9 +3,8 @@
     python benchmarks/on_gpu.py speed-768 --output_dir out
 
 `equality` and `speed` need neither `datasets` nor any data: documents are random token ids. MFU is the share of the
-card's dense bfloat16 rate that useful FLOPs come to: per token and layer 8 d^2 + 4 d i, 4 d for each allowed pair of
-query and key, the target encoder once, the trained parts three times; of the context in the predictor's last layer
-keys and values only. Where the card's rate is not known, that of a large matmul, measured here, takes its place.
+card's dense bfloat16 rate that useful FLOPs (flops.py) come to. Where the card's rate is not known, that of a large
+matmul, measured here, takes its place.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flops import stack_flops, useful_flops
 from reporting import DATA
 from torch.nn import functional as F
 from transformers.utils import is_flash_attn_2_available
@@ -154,32 +154,6 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def useful_flops(config: TJEPAConfig, batch: dict) -> float:
-    """Of a training step, from the ids of the batch; see the head of this file."""
-    d, i = config.hidden_size, config.intermediate_size
-    p, j = config.predictor_hidden_size, config.predictor_intermediate_size
-    ids = {name: batch[name].flatten().cpu().long() for name in batch if torch.is_tensor(batch[name])}
-
-    def encoder(view_ids: torch.Tensor) -> float:
-        lengths = view_ids[view_ids >= 0].bincount().double()
-        per_layer = (8 * d * d + 4 * d * i) * lengths.sum() + 4 * d * lengths.square().sum()
-        return float(config.num_hidden_layers * per_layer)
-
-    is_real = ids["prediction_view_ids"] >= 0
-    views, blocks = ids["prediction_view_ids"][is_real], ids["prediction_block_ids"][is_real]
-    is_slot = blocks > 0
-    context = views[~is_slot].bincount(minlength=int(views.max()) + 1).double()
-    of_block, counts = torch.stack([views[is_slot], blocks[is_slot]]).unique(dim=1, return_counts=True)
-    slot_pairs = float((counts * (context[of_block[0]] + counts)).sum())
-    num_context, num_slots = float((~is_slot).sum()), float(is_slot.sum())
-    linear, layers = 8 * p * p + 4 * p * j, config.predictor_num_hidden_layers
-    predictor = (layers - 1) * (
-        linear * (num_context + num_slots) + 4 * p * (float(context.square().sum()) + slot_pairs)
-    )
-    predictor += linear * num_slots + 4 * p * p * num_context + 4 * p * slot_pairs
-    return encoder(ids["document_ids"]) + 3 * (encoder(ids["context_view_ids"]) + predictor)
-
-
 def card_rate(device: torch.device) -> float:
     if device.type == "cuda":
         for name, rate in CARD_RATES.items():
@@ -286,9 +260,9 @@ def measure_encoder_alone(args: argparse.Namespace, report: Report, rate: float)
 
         figures = time_steps(make_step(model, loss, args.device, lambda: None), args)
         lengths = torch.tensor([len(document) for document in documents]).double()
-        d, i = config.hidden_size, config.intermediate_size
-        per_layer = (8 * d * d + 4 * d * i) * lengths.sum() + 4 * d * lengths.square().sum()
-        flops = 3 * float(config.num_hidden_layers * per_layer + 2 * d * (d + config.vocab_size) * len(labels))
+        d, sizes = config.hidden_size, (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+        head = 2 * d * (d + config.vocab_size) * len(labels)
+        flops = 3 * (stack_flops(lengths.sum(), lengths.square().sum(), *sizes) + head)
         figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
         what = {"model": "encoder alone (MLM)", "parameters": sum(p.numel() for p in model.parameters())}
         report.add(**what, compiled=is_compiled, document_tokens=num_tokens, **figures, flops=flops, rate=rate)

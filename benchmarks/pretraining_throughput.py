@@ -12,11 +12,9 @@ Memory and batches are those of `--num_documents`; peak memory is what one step 
 plain side's step is there its most expensive strategy alone, which is where its peak lies.) Time is taken on every
 fourth of these documents by length, the longest among them: the same share of padding in a quarter of the time.
 
-Useful FLOPs are what real tokens need: per token and layer 8 d^2 (projections) + 4 d i (MLP), 4 d for every pair of
-query and key that the attention rule allows, the target encoder once, the trained parts three times; of the context in
-the predictor's last layer only keys and values. Utilisation is these over the step's time and over the highest rate of
-float32 matmuls, measured before and after every step in the same run. `flop_ratio` is what the plain side computes,
-padding and masked pairs included, over the useful FLOPs: what the tokens/s ratio would be at equal speed per FLOP.
+Utilisation is the useful FLOPs (flops.py) over the step's time and over the highest rate of float32 matmuls, measured
+before and after every step in the same run. `flop_ratio` is what the plain side computes, padding and masked pairs
+included, over the useful FLOPs: what the tokens/s ratio would be at equal speed per FLOP.
 
 With `--dtype bfloat16` or `--baseline FOLDER`, another checkout, it compares our own steps (against_baseline.py):
 
@@ -35,6 +33,7 @@ from itertools import pairwise
 import against_baseline
 import numpy as np
 import torch
+from flops import stack_flops, useful_flops
 from plain_reference import batch_bytes, plain_batch, plain_forward_backward
 from reporting import add_data_arguments, add_report_arguments, existing, new_figure, write_report
 from transformers import AutoTokenizer
@@ -68,31 +67,6 @@ def read_documents(args) -> list[np.ndarray]:
     documents = [np.asarray(ids) % vocab_size for ids in dataset["input_ids"][:]]
     order = np.random.default_rng(0).permutation(len(documents))
     return [documents[index] for index in order[: args.num_documents]]
-
-
-def stack_flops(tokens: int, pairs: int, width: int, mlp_width: int, layers: int) -> float:
-    return layers * (tokens * (8 * width**2 + 4 * width * mlp_width) + 4 * width * pairs)
-
-
-def useful_flops(config: TJEPAConfig, documents: list[np.ndarray], views: Views, with_attention: bool = True) -> float:
-    """Of one training step (module docstring); without attention only those of the linear layers."""
-    lengths = np.array([len(document) for document in documents])
-    contexts = np.bincount(views.context_view, minlength=len(views.document))
-    slots = np.bincount(views.slot_view, minlength=len(views.document))
-    new_block, new_view = np.diff(views.slot_block, prepend=-1) != 0, np.diff(views.slot_view, prepend=-1) != 0
-    block_starts = np.flatnonzero(new_block | new_view)
-    block_lengths = np.diff(np.append(block_starts, len(views.slot_block)))
-    document_pairs, context_pairs = with_attention * (lengths**2).sum(), with_attention * (contexts**2).sum()
-    slot_pairs = with_attention * ((contexts * slots).sum() + (block_lengths**2).sum())
-    encoder = (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-    predictor = (config.predictor_hidden_size, config.predictor_intermediate_size)
-    num_layers = config.predictor_num_hidden_layers
-    target = stack_flops(lengths.sum(), document_pairs, *encoder)
-    context = stack_flops(contexts.sum(), context_pairs, *encoder)
-    context_in_predictor = stack_flops(contexts.sum(), context_pairs, *predictor, num_layers - 1)
-    last_keys_and_values = 4 * config.predictor_hidden_size**2 * contexts.sum()
-    slots_in_predictor = stack_flops(slots.sum(), slot_pairs, *predictor, num_layers)
-    return target + 3 * (context + context_in_predictor + last_keys_and_values + slots_in_predictor)
 
 
 def plain_flops(config: TJEPAConfig, batch: dict) -> float:
@@ -149,6 +123,9 @@ class Step:
             make(self.documents[first:last], self.draw(first, last), len(self.strategies))
             for first, last in pairwise(bounds)
         ]
+
+    def useful_flops(self) -> float:
+        return sum(useful_flops(self.model.config, batch) for batch in self.batches())
 
     def forward_backward(self, batches: list[dict]) -> float:
         if self.side == "plain":
@@ -229,7 +206,7 @@ def measure(args) -> dict:
     ratios = [plain / ours for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
     tokens = sum(len(document) for document in timed_documents)
     median = {side: statistics.median(times) for side, times in seconds.items()}
-    flops = useful_flops(steps["ours"].model.config, timed_documents, steps["ours"].draw(0, len(timed_documents)))
+    flops = steps["ours"].useful_flops()
     return {
         "tokens_per_second_ratio": statistics.median(ratios),
         "tokens_per_second_ratio_spread": [min(ratios), max(ratios)],
@@ -327,8 +304,7 @@ def main():
     documents = sorted(read_documents(args), key=len, reverse=True)[::4]
     torch.set_num_threads(args.num_threads)
     step = Step(args, documents, "ours")
-    flops = useful_flops(step.model.config, documents, step.draw(0, len(documents)))
-    result = against_baseline.compare(args, documents, MODELS[args.model], flops, matmul_rate)
+    result = against_baseline.compare(args, documents, MODELS[args.model], step.useful_flops(), matmul_rate)
     against_baseline.report(result)
     write_report(args, result)
 

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import torch
-from pretraining_throughput import useful_flops
+from flops import useful_flops
 from reporting import add_report_arguments, new_figure, write_report
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -44,8 +44,7 @@ def measure_one(length: int, num_strategies: int, args) -> dict:
         model(**batch).loss.backward()
         seconds.append(time.perf_counter() - start)
     tokens = batch["prediction_indices"].numel()
-    flops = useful_flops(config, documents, views)
-    linear_flops = useful_flops(config, documents, views, with_attention=False)
+    flops, linear_flops = (useful_flops(config, batch, with_attention) for with_attention in (True, False))
     return {
         "length": length,
         "num_strategies": num_strategies,

@@ -3,21 +3,20 @@
     python benchmarks/scaling_arithmetic.py --gpu H100 --utilisation 0.4
     python benchmarks/scaling_arithmetic.py --gpu A100 --views_per_document 2 --token_prediction
 
-FLOPs per document token are those of `useful_flops` (pretraining_throughput.py) for documents of a fixed length, with
-masks really drawn; `--token_prediction` adds its head. Tokens/s = utilisation x peak / FLOPs. What is assumed, and
-nothing else decides the outcome: the peak of the GPU (its maker's figure for dense bfloat16), its price, the
-utilisation, that processes scale without loss, and the corpora's token counts (their papers and dataset cards; other
-tokenizers count differently).
+FLOPs per document token are the useful ones (flops.py) for documents of a fixed length, with masks really drawn;
+`--token_prediction` adds its head. Tokens/s = utilisation x peak / FLOPs. What is assumed, and nothing else decides
+the outcome: the GPU's peak (its maker's figure for dense bfloat16), its price, the utilisation, that processes scale
+without loss, and the corpora's token counts (their papers and dataset cards; other tokenizers count differently).
 """
 
 import argparse
 
 import numpy as np
-from pretraining_throughput import useful_flops
+from flops import useful_flops
 from reporting import add_report_arguments, write_report
 
 from tjepa import TJEPAConfig
-from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys
+from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys, pack_batch
 
 
 # peak dense bfloat16 FLOP/s from the maker's data sheet, and an assumed price in dollars per hour
@@ -40,7 +39,7 @@ def flops_per_token(model: str, length: int, args) -> float:
     documents = [np.zeros(length, dtype=np.int64)] * 64
     keys = hash_keys(0, np.arange(len(documents)))
     views = draw_views(documents, keys, MASKING_PRESETS["ul2"], views_per_document=args.views_per_document)
-    flops = useful_flops(config, documents, views)
+    flops = useful_flops(config, pack_batch(documents, views, len(MASKING_PRESETS["ul2"])))
     if args.token_prediction:
         flops += 6 * len(views.slot_token) * config.hidden_size * (config.hidden_size + config.vocab_size)
     return flops / (length * len(documents))

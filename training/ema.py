@@ -1,6 +1,7 @@
 """The moving average that makes the target encoder: a callback for any transformers Trainer."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -11,6 +12,7 @@ from .schedules import cosine_schedule, linear_schedule
 EMA_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
+@dataclass(eq=False)
 class EMACallback(TrainerCallback):
     """
     Moves the target encoder after every optimizer step t = 0, 1, ... (never on a micro-step):
@@ -40,32 +42,27 @@ class EMACallback(TrainerCallback):
         ValueError: for a momentum outside [0, 1], a ratio outside (0, 1] and an unknown schedule.
     """
 
-    def __init__(
-        self,
-        momentum: float = 0.996,
-        final_momentum: float = 1.0,
-        schedule_stretch: float = 1.0,
-        schedule: Literal["linear", "cosine"] = "linear",
-        anneal_ratio: float = 1.0,
-    ):
-        for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"EMACallback: {name} must be in [0, 1], got {value}.")
-        if schedule not in EMA_SCHEDULES:
-            raise ValueError(f"EMACallback: schedule must be one of {', '.join(EMA_SCHEDULES)}, got {schedule!r}.")
-        if not 0.0 < anneal_ratio <= 1.0:
-            raise ValueError(f"EMACallback: anneal_ratio must be in (0, 1], got {anneal_ratio}.")
-        self.momentum = momentum
-        self.final_momentum = final_momentum
-        self.schedule_stretch = schedule_stretch
-        self.schedule = EMA_SCHEDULES[schedule]
-        self.anneal_ratio = anneal_ratio
-        self.first_step = 0  # of the schedule, where a run went on for more steps
+    momentum: float = 0.996
+    final_momentum: float = 1.0
+    schedule_stretch: float = 1.0
+    schedule: Literal["linear", "cosine"] = "linear"
+    anneal_ratio: float = 1.0
+    first_step: int = field(init=False, default=0)  # of the schedule, where a run went on for more steps
+
+    def __post_init__(self):
+        for name in ("momentum", "final_momentum"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"EMACallback: {name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.schedule not in EMA_SCHEDULES:
+            allowed = ", ".join(EMA_SCHEDULES)
+            raise ValueError(f"EMACallback: schedule must be one of {allowed}, got {self.schedule!r}.")
+        if not 0.0 < self.anneal_ratio <= 1.0:
+            raise ValueError(f"EMACallback: anneal_ratio must be in (0, 1], got {self.anneal_ratio}.")
 
     def at(self, step: int, max_steps: int) -> float:
         num_steps = self.schedule_stretch * self.anneal_ratio * (max_steps - self.first_step)
         progress = (step - self.first_step) / num_steps
-        return self.schedule(self.momentum, self.final_momentum, progress)
+        return EMA_SCHEDULES[self.schedule](self.momentum, self.final_momentum, progress)
 
     def share_of_start(self, max_steps: int) -> float:
         """How much of the target encoder will be what it started as, after a run of so many optimizer steps."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import takewhile
 
 import torch
@@ -205,6 +205,7 @@ def collapsed_evaluations(state: TrainerState) -> list[int]:
     return [step for step, _ in takewhile(lambda item: item[1] is not None, latest_first)][::-1]
 
 
+@dataclass
 class HealthMonitor:
     """
     What `TJEPATrainer` knows of a run's health: the figures of the current step and of an evaluation, the verdict of
@@ -225,19 +226,14 @@ class HealthMonitor:
         patience (`int`, defaults to 3): evaluations in a row.
     """
 
-    def __init__(
-        self,
-        strategy_names: list[str],
-        config: TJEPAConfig,
-        stop_on_collapse: bool = False,
-        patience: int = COLLAPSE_PATIENCE,
-    ):
-        if patience < 1:
-            raise ValueError(f"collapse_patience counts evaluations and must be at least 1, got {patience}.")
-        self.strategy_names = strategy_names
-        self.config = config
-        self.stop_on_collapse = stop_on_collapse
-        self.patience = patience
+    strategy_names: list[str]
+    config: TJEPAConfig
+    stop_on_collapse: bool = False
+    patience: int = COLLAPSE_PATIENCE
+
+    def __post_init__(self):
+        if self.patience < 1:
+            raise ValueError(f"collapse_patience counts evaluations and must be at least 1, got {self.patience}.")
         self.verdict: str | None = None  # of the latest evaluation
         self.must_stop = False
         self.step_statistics: PretrainingStatistics | None = None  # of the current step, if it is going to be logged

@@ -8,6 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -186,6 +187,7 @@ def split_heads(optimizer: torch.optim.Optimizer, encoder: torch.nn.Module, head
     optimizer.param_groups = groups
 
 
+@dataclass(eq=False)
 class WeightDecayCallback(TrainerCallback):
     """
     Weight decay of matrices from `weight_decay` to `final_weight_decay` along a cosine over
@@ -194,11 +196,10 @@ class WeightDecayCallback(TrainerCallback):
     Works in any Trainer whose optimizer has a group for each of the two, as `create_optimizer` makes them.
     """
 
-    def __init__(self, weight_decay: float = 0.04, final_weight_decay: float = 0.4, schedule_stretch: float = 1.0):
-        self.weight_decay = weight_decay
-        self.final_weight_decay = final_weight_decay
-        self.schedule_stretch = schedule_stretch
-        self.first_step = 0
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    schedule_stretch: float = 1.0
+    first_step: int = field(init=False, default=0)  # of the schedule, where a run went on for more steps
 
     def at(self, step: int, max_steps: int) -> float:
         progress = (step - self.first_step) / (self.schedule_stretch * (max_steps - self.first_step))

@@ -8,6 +8,7 @@ does one that does not do what the table says. docs/flags.md is this table; it i
 
 import logging
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,16 +36,7 @@ class Rules(NamedTuple):
     finetuning: Rule
 
 
-def works(note: str = "", refused_values: tuple = ()) -> Rule:
-    return Rule("works", note, refused_values)
-
-
-def refused(reason: str) -> Rule:
-    return Rule("refused", reason)
-
-
-def unused(reason: str) -> Rule:
-    return Rule("unused", reason)
+works, refused, unused = (partial(Rule, status) for status in ("works", "refused", "unused"))
 
 
 def both(rule: Rule) -> Rules:

@@ -65,10 +65,7 @@ def check_number_of_processes(args: TrainingArguments) -> None:
 
 def available_cores() -> int:
     """The CPU cores that this process may use: what taskset, a container's cpuset or SLURM left of the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(cores, int(allotted)) if allotted.isdecimal() and int(allotted) else cores
 
@@ -79,9 +76,8 @@ def use_all_cores(args: TrainingArguments) -> None:
     threads than cores that it may use only wait for each other, so what torch took from the machine's size is lowered.
     """
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if args.world_size == 1 and launched_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(available_cores())
-    elif torch.get_num_threads() > available_cores():
+    is_limited = args.world_size == 1 and launched_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1"
+    if is_limited or torch.get_num_threads() > available_cores():
         torch.set_num_threads(available_cores())
 
 

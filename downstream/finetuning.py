@@ -72,7 +72,12 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     use_all_cores(args)
     checkpoint = find_checkpoint(args)
     if not args.do_train and args.resume_from_checkpoint is not None:
-        model_args.model_name_or_path = checkpoint_to_evaluate(args, checkpoint)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"--do_train False evaluates what was trained, but {args.output_dir} has no complete checkpoint. Name "
+                "a model as --model_name_or_path, or the --output_dir of the run."
+            )
+        model_args.model_name_or_path = checkpoint
     publisher = create_publisher(args, model_args.token)
     set_seed(args.seed)
     config = load_config(model_args)
@@ -318,19 +323,6 @@ def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, confi
     logger.warning(f"--max_length {asked} is more than the {longest} tokens that the model was made for")
     tokenizer.model_max_length = config.max_position_embeddings = asked
     return asked
-
-
-def checkpoint_to_evaluate(args: FinetuningArguments, checkpoint: str | None) -> str:
-    """
-    Raises:
-        FileNotFoundError: if there is no checkpoint.
-    """
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"--do_train False evaluates what was trained, but {args.output_dir} has no complete checkpoint. Name a "
-            "model as --model_name_or_path, or the --output_dir of the run."
-        )
-    return checkpoint
 
 
 def load_model(

@@ -7,7 +7,8 @@ those in which that is measured to give the same states). Others get texts of li
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -337,19 +338,26 @@ def _for_hidden_states(model: torch.nn.Module, encoded: Sequence[list[int]], bat
     """Calls `use(indices into encoded, hidden states float32 [num_tokens, hidden], lengths [batch])`."""
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
-    training_flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with frozen(model):
         # where all texts of a batch are of one length, as one text alone is, both ways are the same
         needs_padding = any(len(encoded[batch[0]]) < len(encoded[batch[-1]]) for batch in batches)
         is_packed = needs_padding and takes_packed_rows(model)
+        for batch in batches:
+            rows = [torch.tensor(encoded[index]) for index in batch]
+            hidden = packed_states(model, rows) if is_packed else padded_states(model, rows)
+            use(batch, hidden.float(), torch.tensor([len(row) for row in rows], device=hidden.device))
+
+
+@contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients. The training flags come back one by one: a part may be in eval mode for good."""
+    training_flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
         with torch.inference_mode():
-            for batch in batches:
-                rows = [torch.tensor(encoded[index]) for index in batch]
-                hidden = packed_states(model, rows) if is_packed else padded_states(model, rows)
-                use(batch, hidden.float(), torch.tensor([len(row) for row in rows], device=hidden.device))
+            yield
     finally:
-        for module, was_training in training_flags:  # one by one: a part may be in eval mode for good
+        for module, was_training in training_flags:
             module.training = was_training
 
 

@@ -4,8 +4,7 @@ This pseudo-log-likelihood (Salazar et al., arXiv 1910.14659) needs no training,
 that differ in one point of grammar the model prefers the good one (Zorro, Huebner et al. 2021; BLiMP).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..corpus.tokenizers import text_reader
 from ..data_collator_tjepa import Views, pack_batch, ragged_arange
 from ..modeling_tjepa import TJEPAForMaskedLM, TJEPAForPreTraining
-from .embedding import reads_special_tokens
+from .embedding import frozen, reads_special_tokens
 
 
 def why_it_cannot_score(model: torch.nn.Module, tokenizer) -> str | None:
@@ -82,7 +81,7 @@ def score_texts(
     text_of_place, place = (torch.tensor(numbers) for numbers in zip(*places, strict=True))
     scores = torch.zeros(len(documents), dtype=torch.float64)
     predict = _predict_at_slots if _predicts_at_slots(model) else _predict_at_masks
-    with _frozen(model):
+    with frozen(model):
         for chunk, at in zip(text_of_place.split(batch_size), place.split(batch_size), strict=True):
             chosen, document = chunk.unique(return_inverse=True)
             rows = [torch.from_numpy(documents[text]) for text in chosen.tolist()]
@@ -147,19 +146,6 @@ def _predict_at_masks(
         return model(**inputs).logits[numbers, place]
     # at the hidden places alone: a vocabulary is wide
     return model.token_head(encoder(**inputs).last_hidden_state[numbers, place], output_embeddings.weight)
-
-
-@contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the training flags come back, part by part."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, was_training in flags:
-            module.training = was_training
 
 
 def prefers_good(scores: Tensor, paradigms: Tensor) -> float:

@@ -41,7 +41,7 @@ ADAPT_USAGE = """usage: tjepa adapt ENCODER [FILE.yaml] --train_file FILE --outp
 
 Continue the pretraining of a text encoder on your own texts, at a rate that changes it little. ENCODER is a folder
 or a name on the Hub: BERT, RoBERTa, ModernBERT, ..., or a model of sentence-transformers. The output folder is of
-the same kind. At the end stands what it did to the encoder, judged on texts that were held out.
+the same kind. The run ends with what it did to the encoder, judged on texts that were held out.
 
   --train_file FILE             parquet, json, jsonl, csv, tsv or txt (one text per line); or --dataset_name
   --output_dir FOLDER           where the encoder goes. Default: runs/adapted

@@ -22,10 +22,10 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_tjepa.TJEPAForMaskedLM",
 }
 
-# What the predictor starts from; of another encoder its configuration says it, under these names in every family.
+# What the predictor starts from; configurations of other encoders have it under these names in every family.
 ENCODER_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
-# Sizes that follow from others, of this list those before them, where they are left at None.
+# Sizes that follow from others, those earlier in this list among them, where they are left at None.
 DERIVED_SIZES = {
     "intermediate_size": lambda config: 4 * config.hidden_size,
     # Heads that do not divide the width are reported by `validate_architecture`; max(1, ...) gets us there.

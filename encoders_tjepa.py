@@ -40,7 +40,7 @@ def replace_tokens(input_ids: torch.Tensor, config: TJEPAConfig) -> tuple[torch.
     """
     Picks `config.denoising_ratio` of the entries, and replaces every second of these by a token drawn uniformly from
     the vocabulary: what BERT (arXiv 1810.04805) does to the tokens that it predicts and does not mask. Drawn from
-    torch's generator, as dropout is: other than the masks, the draw depends on how a step is divided.
+    torch's generator, as dropout is: unlike the masks, the draw depends on how a step is divided.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[rows, row_length]`): token ids.

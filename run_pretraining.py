@@ -142,7 +142,7 @@ def main():
         default_file=QUICKSTART_CONFIG,
         default_unless=("dataset_name", "train_file"),
     )
-    # What can be wrong with masks, configuration and tokenizer shows before a document is read or a repository made
+    # Mistakes in masks, configuration and tokenizer show before a document is read or a repository made
     collator = create_collator(masking_args, training_args)
     set_up_logging(training_args)
     if training_args.device.type == "cpu":

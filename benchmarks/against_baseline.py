@@ -28,7 +28,7 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
 def converted(batch: dict) -> dict:
-    """A batch of the baseline, which needs not have its slots in the order of the rows, and knows no groups."""
+    """A batch of the baseline, whose slots need not be in the order of the rows, and which knows no groups."""
     order = batch["slot_indices"].argsort()
     slots = {name: batch[name][order] for name in ("slot_indices", "label_indices", "slot_strategy_ids")}
     groups = SimpleNamespace(
@@ -68,7 +68,7 @@ class Side:
 def path_to(package: Path, folder: Path) -> dict[str, str]:
     """The environment of a process for which `tjepa` is the checkout `package`, whatever that folder is called."""
     if not (package / "modeling_tjepa.py").is_file():
-        raise ValueError(f"{package} is no checkout of this project: there is no modeling_tjepa.py in it.")
+        raise ValueError(f"{package} is not a checkout of this project: there is no modeling_tjepa.py in it.")
     parent = folder / str(package.resolve()).strip("/").replace("/", "-")
     parent.mkdir(exist_ok=True)
     if not (parent / "tjepa").exists():

@@ -95,9 +95,9 @@ class UnpaddedIterableDatasetShard(IterableDatasetShard):
 
 def without_repeated_documents(dataloader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
     """
-    Makes the above of accelerate's classes by changing the class of what is there. accelerate has no argument for it
-    (`even_batches=False` gives the processes unequal numbers of batches, and streams know nothing of it), and torch
-    lets nobody exchange the dataset or the sampler of a DataLoader.
+    Turns accelerate's classes into those above by changing the class of what is there. accelerate has no argument for
+    it (`even_batches=False` gives the processes unequal numbers of batches, and streams know nothing of it), and torch
+    does not let anyone exchange the dataset or the sampler of a DataLoader.
     """
     if isinstance(dataloader.batch_sampler, BatchSamplerShard):
         dataloader.batch_sampler.__class__ = UnpaddedBatchSamplerShard

@@ -31,8 +31,8 @@ def cut_into_segments(documents: list[np.ndarray], segment_length: int) -> tuple
 
 class SegmentCollator(DataCollatorForTJEPA):
     """
-    The batch of `DataCollatorForTJEPA` in which each segment is a document. In it `segments` is a batch one level up:
-    its documents are those of two segments or more, and its token ids the numbers of their segments.
+    The batch of `DataCollatorForTJEPA` in which each segment is a document. Its `segments` is a batch one level up,
+    whose documents are those of two segments or more, and whose token ids are the numbers of their segments.
 
     Args:
         segment_length (`int`): the most tokens that a segment has.

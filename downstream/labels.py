@@ -172,7 +172,7 @@ def check_classes(counts: dict[str, Counter], names: list[str]) -> None:
             unknown = sorted(occurs)
         if unknown:
             raise ValueError(
-                f"The {split} split has labels that the train split has not, and that cannot be learned: "
+                f"The {split} split has labels that the train split does not have, and that cannot be learned: "
                 f"{unknown[:MAX_CLASSES_LISTED]}, {sum(occurs[name] for name in unknown):,} times. The train split "
                 f"has {occurring[:MAX_CLASSES_LISTED]}. Correct the labels, or remove those rows."
             )

@@ -247,7 +247,7 @@ def embed_task(
     """
     The task's splits as features and labels, every text embedded once. Of several texts in a row (the sentences of a
     pair, the segments of a passage) each is a row here, one after the other. Labels of similarity are 0, of retrieval
-    the number of the passage. Of minimal pairs the only feature is the score that a model with a token head gives the
+    the number of the passage. The only feature of minimal pairs is the score that a model with a token head gives the
     good and the bad sentence (`score_texts`). Other arguments as in `embed_texts`.
     """
     options = (max_length, batch_size, add_special_tokens)
@@ -360,7 +360,7 @@ def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0
     What `probe_embedded_task` returns, of all tasks, for a baseline that counts words: TF-IDF of words and pairs of
     words (for tagging, similarity and retrieval the word alone), combined alike, with the same classifiers, splits,
     held-out tenths and strengths. Vectors as sparse as these are not whitened: that would put all training texts at
-    the same distance from each other. What needs a token head it cannot do.
+    the same distance from each other. It cannot do what needs a token head.
     """
     results = {}
     for task in tasks:

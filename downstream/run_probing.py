@@ -283,7 +283,7 @@ def make_task(
                 f"{name}: {answer} must hold two classes or more, integers or strings, in train; got {classes[:5]}."
             )
         if unknown := sorted(labels["test"] - labels["train"], key=str):
-            notes.append(f"labels of test that train has not, always wrong: {unknown}")
+            notes.append(f"labels of test that train does not have, always wrong: {unknown}")
         ids = {label: index for index, label in enumerate(classes)}
         for split, content in columns.items():
             values = content.pop(answer)

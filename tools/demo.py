@@ -59,7 +59,7 @@ EXAMPLE = "Return the eigenvalues of a symmetric matrix, each repeated according
 def check_text(text: str | None, what: str) -> str:
     """
     Raises:
-        ValueError: if nothing was typed, or it is no text.
+        ValueError: if nothing was typed, or it is not text.
     """
     if fault := find_fault(text or ""):
         raise ValueError(f"Type {what}." if fault == EMPTY else f"This cannot be read: {DROP_REASONS[fault]}.")

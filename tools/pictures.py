@@ -127,7 +127,7 @@ def draw_terms(run: Run) -> Figure | None:
 
 
 def draw_strategies(run: Run) -> Figure | None:
-    """Of one strategy alone, the log has no loss beside `jepa_loss`."""
+    """With one strategy alone, the log has no loss beside `jepa_loss`."""
     names = sorted({name for line in run.training for name in line if name.startswith("loss_")}) or ["jepa_loss"]
     figure, _ = curves(run, "Loss of each masking strategy", {name: name.removeprefix("loss_") for name in names})
     return figure

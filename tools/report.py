@@ -72,7 +72,7 @@ CURVES = {  # section -> words, then (drawing, title, caption)
             "Standard deviation across tokens",
             "Under the dotted line all tokens have nearly the same target: a collapse.",
         ),
-        (pictures.draw_rank, "Share of directions in use", "Low is no collapse by itself; falling to 0 is."),
+        (pictures.draw_rank, "Share of directions in use", "A low share alone is not a collapse; falling to 0 is."),
         (pictures.draw_probe, "Probe", "Of the frozen encoder, on the texts of --probe_file that it did not see."),
     ),
     "Schedules and speed": (

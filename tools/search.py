@@ -5,7 +5,7 @@
 
 Notable: texts are compared by the cosine of whitened vectors, as in the probe. Reading all texts takes the time, so
 their vectors are kept in the model's folder, and read again where either the texts or the encoder are others: the
-encoder is asked for the first few vectors anew. Of a docstring the first paragraph is what is found, because it says
+encoder is asked for the first few vectors anew. The first paragraph of a docstring is what is found, because it says
 what the rest explains, and is as short as a query.
 """
 
@@ -120,7 +120,7 @@ class SearchIndex:
 
     @classmethod
     def build(cls, encoder, tokenizer, max_length: int, passages: dict[str, str]) -> "SearchIndex":
-        """Reads all texts, which takes the time that it takes: a progress bar shows it."""
+        """Reads all texts, under a progress bar."""
         texts = list(passages)
         chunks = range(0, len(texts), CHUNK)
         bar = tqdm(chunks, desc=f"Reading {len(texts):,} texts", disable=len(chunks) < 2)

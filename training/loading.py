@@ -132,8 +132,8 @@ def load_pretraining_config(
 ) -> TJEPAConfig:
     """
     The configuration to pretrain with: that of a model to continue, a named one, or the default, each with
-    `overrides`. Of another architecture's model it is the `encoder` of a new one, which has no `name_or_path`. Needs
-    no data and no tokenizer, so that a mistake costs a second.
+    `overrides`. That of another architecture's model becomes the `encoder` of a new one, which has no `name_or_path`.
+    Needs no data and no tokenizer, so that a mistake costs a second.
 
     Raises:
         FileNotFoundError, ValueError: as `load_config`; for a model that does not read text.
@@ -272,7 +272,7 @@ def set_mask_token(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase) -> N
         others = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
         config.mask_token_id = next(token_id for token_id in others if token_id is not None)
         token = tokenizer.convert_ids_to_tokens(config.mask_token_id)
-        logger.warning(f"The tokenizer has no mask token: in hidden places stands {token}")
+        logger.warning(f"The tokenizer has no mask token: {token} stands in hidden places")
 
 
 def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPreTraining:

@@ -283,7 +283,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self.token_clock.resume()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            # it may divide itself, unequally; to know makes a GPU wait once a step
+            # it may divide itself unequally; asking makes a GPU wait once a step
             longest = int(reduce(torch.tensor(len(batches), device=device), reduction="max"))
             batches += [send_to_device(self.data_collator([]), device) for _ in range(longest - len(batches))]
         self.token_clock.count(batches)

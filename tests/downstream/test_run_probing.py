@@ -166,7 +166,7 @@ def test_rows_that_can_not_be_used_are_dropped_and_counted(tmp_path, caplog):
     assert task.splits["train"] == {"text": [f"word {i}" for i in range(4)], "label": [1, 2, 1, 2]}
     assert task.splits["test"]["label"] == [1, 2, 1, 2, 0]  # maybe, no, yes
     assert "3 rows of train dropped (text or label missing or invalid)" in caplog.text
-    assert "labels of test that train has not, always wrong: ['maybe']" in caplog.text
+    assert "labels of test that train does not have, always wrong: ['maybe']" in caplog.text
 
 
 def test_csv_and_parquet_and_three_splits(tmp_path):

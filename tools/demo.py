@@ -30,18 +30,17 @@ from ..corpus.faults import DROP_REASONS, EMPTY, find_fault
 from ..corpus.paths import find_newest_run
 from ..corpus.tokenizers import text_reader
 from ..data_collator_tjepa import MASKING_PRESETS, MaskingStrategy, draw_views, hash_keys, load_masking_strategies
-from ..training.model_folder import PRETRAINING_FOLDER
+from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
 from ..training.publishing import published_files
 from ..training.setup import hide_what_loading_says
 from .fill import Gapped, guess_tokens, load_for_filling
 from .lookup import Lookup, split_into_words, tokens_around, words_of_tokens
 from .report import group_pieces, split_into_tokens, token_kinds
-from .search import SearchIndex, WordIndex, index_path, load_passages, open_index
+from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
 
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES_FILE = "masking_strategies.json"
 HIDDEN, NEXT_HIDDEN, LEFT_OUT = "hidden", "hidden, the next block", "left out of the context"
 COLOURS = {HIDDEN: "#2a6f97", NEXT_HIDDEN: "#7fb7d6", LEFT_OUT: "#b5b5b5"}
 MAX_TOKENS = 256  # of a text that is shown, if the model could read more
@@ -451,12 +450,7 @@ def list_dependencies() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("folder", nargs="?", help="of a run's model; default: the newest under runs/")
-    parser.add_argument(
-        "--file",
-        help="texts to search: txt (one in each line), parquet, json, jsonl, csv or tsv; default: the docstrings of "
-        "the libraries that are installed here",
-    )
-    parser.add_argument("--text_column_name", default="text", help="the column of --file that holds the texts")
+    add_text_flags(parser)
     parser.add_argument(
         "--export", metavar="SPACE_FOLDER", type=Path, help="write a Space of the Hub rather than start the demo"
     )

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from ..corpus.command_line import start
 from ..training.checkpoints import list_checkpoints
+from ..training.ema import MAX_SHARE_OF_START
 from ..training.health import MIN_RANK, MIN_STEPS, MIN_TARGET_STD, is_learning
 from ..training.record import Run, read_run
 
@@ -24,7 +25,6 @@ from ..training.record import Run, read_run
 MIN_LEAD = 0.02  # of the cosine over a constant guess, for predictions that are said to be learned
 MAX_DROPPED = 0.1  # share of documents, and of tokens cut off, that goes unsaid
 MAX_EPOCHS = 20
-MAX_SHARE_OF_START = 0.8
 NOT_HEALTHY = 3  # the exit code
 WIDTH = 100
 

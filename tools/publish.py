@@ -27,7 +27,7 @@ from ..corpus.tokenizers import ensure_pad_token, load_tokenizer
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.checkpoints import is_marked, list_checkpoints
 from ..training.loading import load_config
-from ..training.model_folder import PRETRAINING_FOLDER, sentence_files
+from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
 from ..training.publishing import explaining_refusal, published_files
 from ..training.record import read_run
 from ..training.setup import hide_what_loading_says
@@ -209,9 +209,9 @@ def publish(
     config = load_config(str(folder), flag="folder")
     is_ours = config.model_type == "tjepa"
     place = folder if is_ours else folder / PRETRAINING_FOLDER
-    if not (folder / "README.md").is_file() or not (place / "masking_strategies.json").is_file():
+    if not (folder / "README.md").is_file() or not (place / STRATEGIES_FILE).is_file():
         raise ValueError(
-            f"{folder} is not the folder of a finished pretraining run: README.md or masking_strategies.json is not "
+            f"{folder} is not the folder of a finished pretraining run: README.md or {STRATEGIES_FILE} is not "
             "in it. Name the --output_dir of `tjepa pretrain`; a fine-tuned model is published by --push_to_hub."
         )
     if with_onnx:

@@ -266,16 +266,21 @@ def read_queries(query: str | None) -> Iterator[str]:
             yield line.strip()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("query", nargs="?", help="default: one query in each line of the standard input")
-    parser.add_argument("--model", help="folder or Hub name of an encoder; default: the newest run under runs/")
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of `load_passages`."""
     parser.add_argument(
         "--file",
         help="texts to search: txt (one in each line), parquet, json, jsonl, csv or tsv; default: the docstrings of "
         "the libraries that are installed here",
     )
     parser.add_argument("--text_column_name", default="text", help="the column of --file that holds the texts")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("query", nargs="?", help="default: one query in each line of the standard input")
+    parser.add_argument("--model", help="folder or Hub name of an encoder; default: the newest run under runs/")
+    add_text_flags(parser)
     parser.add_argument("--num_results", type=int, default=5, help="answers to a query (default: 5)")
     parser.add_argument("--tfidf", action="store_true", help="show beside it what counting words finds")
     args = parser.parse_args()

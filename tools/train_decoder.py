@@ -25,6 +25,7 @@ from ..corpus.tokenizers import special_tokens_around, text_reader
 from ..data_collator_tjepa import DataCollatorForTJEPA, load_masking_strategies
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..predictors_tjepa import TJEPATokenHead
+from ..training.model_folder import STRATEGIES_FILE
 from ..training.setup import hide_what_loading_says
 from .fill import load_for_filling
 from .search import load_passages
@@ -33,7 +34,6 @@ from .search import load_passages
 logger = logging.getLogger(__name__)
 
 
-STRATEGIES_FILE = "masking_strategies.json"  # in the folder of a run
 BATCH_SIZE = 16  # documents
 LEARNING_RATE = 1e-3
 HELD_OUT = 10  # every tenth text is not fitted on

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from .schedules import cosine_schedule, linear_schedule
 
 
+MAX_SHARE_OF_START = 0.8  # of a target encoder that is said to move
 EMA_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 

@@ -22,6 +22,7 @@ from .arguments import PretrainingArguments
 
 
 PRETRAINING_FOLDER = "pretraining"
+STRATEGIES_FILE = "masking_strategies.json"
 SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
@@ -45,7 +46,7 @@ def save_model_folder(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         content = json.dumps([asdict(strategy) for strategy in strategies], indent=2) + "\n"
-        (folder / "masking_strategies.json").write_text(content, encoding="utf-8")
+        (folder / STRATEGIES_FILE).write_text(content, encoding="utf-8")
         if model.config.encoder is not None:
             exported_encoder(model, args).save_pretrained(root)
             tokenizer.save_pretrained(root)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .model_folder import PRETRAINING_FOLDER, sentence_files
+from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def published_files(tokenizer: PreTrainedTokenizerBase, folder: str | None = Non
     """Patterns of all that may be published; with the folder that was written also of what is not in every one."""
     files = [*PUBLISHED_FILES, *tokenizer.vocab_files_names.values()]
     if folder is not None and (Path(folder) / PRETRAINING_FOLDER).is_dir():
-        files += [f"{PRETRAINING_FOLDER}/{name}" for name in (*files, "masking_strategies.json")]
+        files += [f"{PRETRAINING_FOLDER}/{name}" for name in (*files, STRATEGIES_FILE)]
         files += sentence_files(Path(folder))
     return files
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.files import without_query
 from .checkpoints import list_checkpoints
+from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def read_run(folder: str | Path) -> Run:
     known = {item.name for item in fields(Run)}
     run = Run(folder, log, results, **{name: value for name, value in facts.items() if name in known})
     if not run.strategies:
-        for path in (folder / "masking_strategies.json", folder / "pretraining" / "masking_strategies.json"):
+        for path in (folder / STRATEGIES_FILE, folder / PRETRAINING_FOLDER / STRATEGIES_FILE):
             run.strategies = run.strategies or _read_json(path) or []
     run.documents = results.get("documents") or run.documents  # those of a stream are known at the end
     return run

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStr
 from ..corpus.private import GradientNormHook, without_repeated_documents
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import MOVES, TRAINED_ENCODER_MOVES, PretrainingArguments
-from .ema import EMACallback
+from .ema import MAX_SHARE_OF_START, EMACallback
 from .health import HealthMonitor
 from .progress import PLAIN_PROGRESS, RunProgress, TokenClock
 from .resuming import ResumeStateCallback, ScheduleStart, saved_schedule_start
@@ -32,7 +32,6 @@ from .schedules import WarmupThenDecay, WeightDecayCallback, split_heads
 logger = logging.getLogger(__name__)
 
 MIN_STEPS_TO_JUDGE = 20
-MAX_SHARE_OF_START = 0.8  # of a target encoder that is said to move
 
 
 class EpochCallback(TrainerCallback):

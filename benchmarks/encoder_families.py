@@ -33,13 +33,19 @@ T5 = {"vocab_size": NUM_TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layer
 XLM = {"vocab_size": NUM_TOKENS, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 1, "pad_token_id": 1}
 DEBERTA = {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 
+COUNTS_FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "data2vec-text",
+    "roberta-prelayernorm",
+)
 PACKED = {  # model type -> its configuration
     **dict.fromkeys(("bert", "ernie", "roc_bert", "layoutlm"), SIZES),
     **dict.fromkeys(("electra", "albert"), NARROW_EMBEDDING),
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, **SIZES},
-    **dict.fromkeys(
-        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm"), SIZES
-    ),
+    **dict.fromkeys(COUNTS_FROM_PADDING, SIZES),
     "eurobert": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
     "jina_embeddings_v3": SIZES,
     "modernbert": {
@@ -62,6 +68,7 @@ PADDED = {
     "rembert": {**SIZES, "input_embedding_size": 16},
     "big_bird": {**SIZES, "attention_type": "original_full"},
 }
+T5_LIKE = ("t5", "umt5", "xlnet", "flaubert", "xlm")
 REFUSED = {
     "fnet": SIZES,
     "convbert": NARROW_EMBEDDING,
@@ -69,9 +76,6 @@ REFUSED = {
     "yoso": SIZES,
     "gpt2": {"vocab_size": NUM_TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160},
     "llama": SIZES,
-}
-COUNTS_FROM_PADDING = {
-    *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm"),
 }
 
 
@@ -89,9 +93,6 @@ def make_encoder(model_type: str, seed: int = 0) -> PreTrainedModel:
                 if parameter.ndim == 2:
                     parameter.normal_(std=0.3)
     return encoder
-
-
-T5_LIKE = ("t5", "umt5", "xlnet", "flaubert", "xlm")
 
 
 def measure(model_type: str) -> dict:

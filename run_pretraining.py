@@ -161,12 +161,12 @@ def main():
         training_args.push_to_hub = False
     elif checkpoint is not None and training_args.max_steps > 0:
         plan_extension(training_args, checkpoint, training_args.max_steps)  # an error comes before the work
+    from_hub = {"revision": model_args.model_revision, **model_args.for_hub()}
     config = load_pretraining_config(
         model_args.model_name_or_path,
         model_args.config_name,
         model_args.config_overrides,
-        revision=model_args.model_revision,
-        **model_args.for_hub(),
+        **from_hub,
     )
     goes_on = config.encoder is not None and model_args.model_name_or_path is not None
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
@@ -199,8 +199,7 @@ def main():
         model_args.config_overrides,
         model_args.model_name_or_path,
         model_args.attn_implementation or choose_attention(config, training_args),
-        revision=model_args.model_revision,
-        **model_args.for_hub(),
+        **from_hub,
     )
     if config.encoder is None:
         tokenizer.model_max_length = model.config.max_position_embeddings

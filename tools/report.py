@@ -181,17 +181,14 @@ def write_report(folder: str | Path, with_encoders: bool = True) -> dict[str, st
             "Versions": {**run.versions, **({"device": run.device} if run.device else {})},
         },
     )
-    for_card = (
-        {}
-        if not with_encoders
-        else {
-            "loss.png": ("the loss over steps", figures[pictures.draw_loss]),
-            "cosine.png": ("predictions against one constant guess", figures[pictures.draw_cosine]),
-            "map.png": ("held-out texts, as the encoder places them", maps.get("Trained")),
-            "spread.png": ("standard deviation across tokens", figures[pictures.draw_spread]),
-        }
-    )
-    for_card = dict(islice(((name, what) for name, what in for_card.items() if what[1] is not None), 3))
+    for_card = {
+        "loss.png": ("the loss over steps", figures[pictures.draw_loss]),
+        "cosine.png": ("predictions against one constant guess", figures[pictures.draw_cosine]),
+        "map.png": ("held-out texts, as the encoder places them", maps.get("Trained")),
+        "spread.png": ("standard deviation across tokens", figures[pictures.draw_spread]),
+    }
+    there_is = ((name, what) for name, what in for_card.items() if what[1] is not None)
+    for_card = dict(islice(there_is, 3 if with_encoders else 0))
     with replacing_files(folder) as unfinished:
         (unfinished / REPORT_FILE).write_text(page, encoding="utf-8")
         for name, (_, figure) in for_card.items():

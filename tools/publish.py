@@ -28,7 +28,7 @@ from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.checkpoints import is_marked, list_checkpoints
 from ..training.loading import load_config
 from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
-from ..training.publishing import explaining_refusal, published_files
+from ..training.publishing import explaining_refusal, full_name, published_files
 from ..training.record import read_run
 from ..training.setup import hide_what_loading_says
 from .export_sentence_transformer import (
@@ -178,34 +178,17 @@ def find_published_tags(api: HfApi, repo_id: str, plans: dict[str, list[CommitOp
     return there
 
 
-def publish(
-    folder: str | Path,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    dry_run: bool = False,
-    texts: Iterable[str | None] | None = None,
-    whitening_dimensions: int | None = None,
-    with_onnx: bool = True,
-) -> None:
+def publish(args: argparse.Namespace) -> None:
     """
-    Publishes a pretraining folder, or says what would go.
-
-    Args:
-        folder (`str` or `Path`): the `output_dir` of a run that has come to its end.
-        repo_id (`str`): the repository, made if need be: `name` or `owner/name`.
-        private (`bool`, *optional*): of a new repository. Default: as the owner's settings say.
-        token (`str`, *optional*): with write permission. Default: the one that is logged in.
-        dry_run (`bool`, defaults to `False`): print the files instead, without the network.
-        texts, whitening_dimensions: as in `export_sentence_transformer`.
-        with_onnx (`bool`, defaults to `True`): whether to make an ONNX graph.
+    Publishes a pretraining folder, or says what would go, as the flags in `main` say.
 
     Raises:
         FileNotFoundError, ValueError: if the folder is not that of a finished run, or a tag has other weights.
         ImportError: if what makes an ONNX graph is not installed.
         PermissionError: if the Hub does not let this token write.
     """
-    folder = Path(folder)
+    folder, repo_id = Path(args.folder), args.repo_id
+    texts = whitening_texts(args, args.folder)
     config = load_config(str(folder), flag="folder")
     is_ours = config.model_type == "tjepa"
     place = folder if is_ours else folder / PRETRAINING_FOLDER
@@ -214,26 +197,29 @@ def publish(
             f"{folder} is not the folder of a finished pretraining run: README.md or {STRATEGIES_FILE} is not "
             "in it. Name the --output_dir of `tjepa pretrain`; a fine-tuned model is published by --push_to_hub."
         )
-    if with_onnx:
+    if not args.no_onnx:
         check_onnx("pass --no_onnx")
-    api = HfApi(token=token)
-    if not dry_run:
-        with explaining_refusal(repo_id, "--token"):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api = HfApi(token=args.token)
+    if not args.dry_run:
+        repo_id = full_name(api, repo_id, "--token")
     checkpoints = {f"step-{step}": path for step, path in list_checkpoints(folder).items() if is_marked(path)}
     with tempfile.TemporaryDirectory() as staging:
         main_folder = Path(staging) / "main"
-        files = stage(folder, main_folder, repo_id, list(checkpoints), texts, whitening_dimensions, with_onnx)
+        files = stage(
+            folder, main_folder, repo_id, list(checkpoints), texts, args.whitening_dimensions, not args.no_onnx
+        )
         plans = {
             tag: additions(stage_checkpoint(checkpoint, Path(staging) / tag, folder))
             for tag, checkpoint in checkpoints.items()
         }
-        if dry_run:
+        if args.dry_run:
             print(f"To {repo_id} would go, with the SHA-256 of each file:\n")
             print(
                 "\n\n".join(describe(revision, plan) for revision, plan in {"main": additions(files), **plans}.items())
             )
             return
+        with explaining_refusal(repo_id, "--token"):  # only now: what ended before leaves no empty repository
+            api.create_repo(repo_id, private=args.private, exist_ok=True)
         there = find_published_tags(api, repo_id, plans)
         api.create_commit(repo_id, additions(files), commit_message=f"Publish {folder.name}")
         for tag, plan in plans.items():
@@ -268,16 +254,7 @@ def main() -> None:
     add_whitening_flags(parser)
     args = parser.parse_args()
     hide_what_loading_says()
-    publish(
-        args.folder,
-        args.repo_id,
-        args.private,
-        args.token,
-        args.dry_run,
-        whitening_texts(args, args.folder),
-        args.whitening_dimensions,
-        not args.no_onnx,
-    )
+    publish(args)
 
 
 if __name__ == "__main__":

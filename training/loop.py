@@ -26,6 +26,7 @@ def train(
     a save come last, when the checkpoint is complete.
 
     Raises:
+        PermissionError: if the publisher may not make its repository.
         SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
         OSError: if a checkpoint could not be written.
         ValueError: if the checkpoint's run had another number of steps, and it is not said what the schedules do then.
@@ -36,6 +37,8 @@ def train(
             logger.info(note)
         if schedule_start is not None:
             trainer.new_schedule_start = schedule_start
+    if publisher is not None:
+        publisher.create_repository()
     if checkpoint is not None and is_finished(trainer, checkpoint):
         logger.info(f"{checkpoint} is the end of training already")
         load_state(trainer, checkpoint)

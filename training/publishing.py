@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -43,18 +43,27 @@ class HubPublisher(TrainerCallback):
         token (`str`, *optional*): a token with write permission; default: the one that is logged in.
 
     Raises:
-        PermissionError: if the Hub does not let this token create or use the repository.
+        PermissionError: if the Hub does not know this token.
     """
 
     def __init__(self, args: TrainingArguments, token: str | None):
         self.api = HfApi(token=token)
         self.strategy, self.revision = HubStrategy(args.hub_strategy), args.hub_revision
-        repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-        with explaining_refusal(repo_id, "--hub_token"):
-            self.repo_id = self.api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True).repo_id
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        self.repo_id, self.private = full_name(self.api, name, "--hub_token"), args.hub_private_repo
+        self.job = None
+
+    def create_repository(self) -> None:
+        """
+        Once everything else is ready to train: what ends before leaves no empty repository.
+
+        Raises:
+            PermissionError: if the Hub does not let this token create or use the repository.
+        """
+        with explaining_refusal(self.repo_id, "--hub_token"):
+            self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             if self.revision is not None:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        self.job = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         disable_progress_bars()  # tqdm breaks when bars come and go in the background while the Trainer's is written
@@ -117,20 +126,38 @@ class HubPublisher(TrainerCallback):
         logger.info(f"Pushed to {self.repo_id}")
 
 
+def full_name(api: HfApi, repo_id: str, flag: str) -> str:
+    """
+    `owner/name` of a repository, where `name` alone is one's own. It is asked for before the work, because it shows
+    whether the Hub knows the token, and makes nothing there.
+
+    Raises:
+        PermissionError: if it does not; the message names the flag.
+    """
+    with explaining_refusal(repo_id, flag):
+        try:
+            user = api.whoami()["name"]
+        except HfHubHTTPError as error:
+            if error.response.status_code != 429 or "/" not in repo_id:
+                raise
+            return repo_id  # asked too often, as where many runs start at once: it says nothing about the token
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
 @contextmanager
 def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
     """
-    Around making a repository, before the work.
+    Around what asks the Hub for access to a repository.
 
     Raises:
-        PermissionError: if the Hub does not let this token create or use it.
+        PermissionError: if the Hub does not give it.
     """
     try:
         yield
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise PermissionError(
             f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as {flag}, or log "
-            "in with `hf auth login`. Nothing was done yet."
+            "in with `hf auth login`. Nothing was uploaded."
         ) from error
 
 

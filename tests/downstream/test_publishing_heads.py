@@ -57,8 +57,12 @@ def test_without_training_nothing_is_published(hub, folder, tmp_path, monkeypatc
     assert "without training nothing is pushed" in caplog.text and not hub.repositories
 
 
-def test_a_wrong_token_is_refused_before_training(hub, folder, tmp_path, monkeypatch):
+def test_a_wrong_token_or_input_leaves_no_repository(hub, folder, tmp_path, monkeypatch):
     values = {"push_to_hub": True, "hub_model_id": "owner/head", "hub_token": READING_TOKEN}
     with pytest.raises(PermissionError, match="does not give access to owner/head") as error:
         run(monkeypatch, arguments(folder, tmp_path / "out", **values))
-    assert READING_TOKEN not in str(error.value) and not (tmp_path / "out").exists()
+    assert READING_TOKEN not in str(error.value) and not list((tmp_path / "out").glob("*"))
+    values |= {"hub_token": TOKEN, "validation_split_percentage": 0, "eval_strategy": "steps"}
+    with pytest.raises(ValueError, match="there is no validation split"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", **values))
+    assert not hub.repositories

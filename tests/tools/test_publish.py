@@ -198,7 +198,7 @@ def test_another_encoder_is_a_stock_repository_under_every_tag(hub, inputs, tmp_
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (("--token", "hf_stranger"), "does not give access to owner/tiny"),
+        (("--token", "hf_mistyped"), "does not give access to owner/tiny"),
         (("--no_whitening", "--whitening_file=x.txt"), "--no_whitening has no use for"),
     ],
 )
@@ -206,6 +206,18 @@ def test_refused_before_the_work(hub, finished, monkeypatch, capsys, flags, erro
     monkeypatch.setattr(publish, "stage", None)
     with pytest.raises((ValueError, PermissionError), match=error):
         start(monkeypatch, capsys, finished, *flags)
+
+
+def test_what_cannot_be_published_leaves_no_repository(hub, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "few.txt").write_text("Too few for a whitening.")
+    with pytest.raises(ValueError, match="too few to whiten"):
+        flags = ("--token", TOKEN, "--no_onnx", "--whitening_file", str(tmp_path / "few.txt"))
+        start(monkeypatch, capsys, finished, *flags)
+    with pytest.raises(PermissionError, match="does not give access to owner/tiny"):
+        start(monkeypatch, capsys, finished, "--token", "hf_stranger", "--no_onnx", "--no_whitening")
+    assert not hub.repositories
+    start(monkeypatch, capsys, finished, "--token", TOKEN, "--no_onnx", "--no_whitening", repo_id="tiny")
+    assert list(hub.repositories) == [("model", "owner/tiny")]
 
 
 def test_a_folder_that_is_not_a_finished_run(finished, monkeypatch, capsys):

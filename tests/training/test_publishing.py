@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from pyarrow import parquet
 from safetensors.torch import load
 
-from helpers import REPOSITORY, TINY, make_texts
-from hub_server import card_errors, serve_hub
+from helpers import REPOSITORY, TINY, arguments, make_texts, run
+from hub_server import card_errors, hub_in_this_process, serve_hub
 from tjepa.corpus.train_tokenizer import train_tokenizer
 
 
@@ -232,7 +232,7 @@ def test_another_encoder_comes_from_the_hub_and_goes_there_as_it_came(hub, input
 
 @pytest.mark.parametrize(
     ("token", "problem"),
-    [("hf_mistyped", "Invalid credentials"), (STRANGERS_TOKEN, "don't have the rights")],
+    [("hf_mistyped", "Invalid user token"), (STRANGERS_TOKEN, "don't have the rights")],
 )
 def test_refused_before_anything_is_trained(hub, inputs, tmp_path, token, problem):
     refused = pretrain(hub, inputs, tmp_path / "run", hub_token=token)
@@ -241,7 +241,21 @@ def test_refused_before_anything_is_trained(hub, inputs, tmp_path, token, proble
     assert error.startswith("run_pretraining.py: error: The Hub does not give access to owner/name"), refused.stderr
     assert problem in refused.stderr and "--hub_token" in refused.stderr
     assert token not in refused.stdout + refused.stderr
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").glob("*")) and not hub.repositories
+
+
+def test_a_wrong_token_shows_before_the_data_and_wrong_data_leave_no_repository(inputs, tmp_path, monkeypatch):
+    values = {"train_file": tmp_path / "none.jsonl", "validation_file": None, "push_to_hub": True}
+    values |= {"hub_model_id": "owner/name", "report_to": "none"}
+    with hub_in_this_process({TOKEN: "owner"}, monkeypatch) as hub:
+        with pytest.raises(PermissionError, match="does not give access to owner/name"):
+            run(monkeypatch, arguments(inputs, tmp_path / "out", hub_token="hf_mistyped", **values))
+        with pytest.raises(FileNotFoundError):
+            run(monkeypatch, arguments(inputs, tmp_path / "out", hub_token=TOKEN, **values))
+        values |= {"train_file": inputs / "train.jsonl", "validation_split_percentage": 0, "eval_strategy": "steps"}
+        with pytest.raises(ValueError, match="there is no validation split"):
+            run(monkeypatch, arguments(inputs, tmp_path / "out", hub_token=TOKEN, **values))
+        assert any("whoami" in request for request in hub.requests) and not hub.repositories
 
 
 def test_a_push_that_fails_at_the_end_loses_nothing(hub, inputs, tmp_path, monkeypatch):

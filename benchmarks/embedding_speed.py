@@ -2,8 +2,8 @@
 
     python benchmarks/embedding_speed.py runs/quickstart-sentences --max_length 256
 
-From texts to vectors, tokenizing included, without loading. Both ways in turns, each with its own batch size; times are CPU time of this process, which others beside it lengthen little. It
-stops if the vectors differ.
+From texts to vectors, tokenizing included, without loading. Both ways in turns, each with its own batch size. Times
+are CPU time of this process, which others beside it lengthen little. It stops if the vectors differ.
 """
 
 import argparse
@@ -33,11 +33,14 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
     documents = load_texts(args.file, "text", None, None) if args.file else load_quickstart_documents()["train"]
-    texts = documents.shuffle(seed=0)["text"][: args.num_texts]
     theirs = SentenceTransformer(args.model, device="cpu", trust_remote_code=True)
     theirs.max_seq_length = args.max_length = args.max_length or theirs.max_seq_length
     ours = load_embedder(args.model, max_length=args.max_length)
     ours.model.cpu()
+    # without those that name a special token, which `encode` may read as that token, and `tjepa embed` as text
+    special = ours.tokenizer.all_special_tokens
+    texts = [text for text in documents.shuffle(seed=0)["text"] if not any(token in text for token in special)]
+    texts = texts[: args.num_texts]
 
     def embed() -> np.ndarray:
         table = embed_part(ours, range(len(texts)), texts, 64, tqdm(disable=True))

@@ -74,6 +74,7 @@ INSTEAD_OF_DOCSTRINGS = "--train_file stories.parquet --tokenizer_name my-tokeni
 RUN_BY = {
     "benchmarks/adaptation.py": "tests/test_adaptation_benchmark.py",
     "benchmarks/collator_throughput.py": "tests/test_benchmarks.py",
+    "benchmarks/embedding_speed.py": "tests/test_benchmarks.py",
     "benchmarks/encoder_families.py": "tests/test_benchmarks.py",
     "benchmarks/learning_curve.py": "tests/test_learning_curve.py",
     "benchmarks/pretraining_throughput.py": "tests/test_benchmarks.py",

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import embedding_speed
 import numpy as np
 import pytest
 import token_accuracy
 import torch
+from encoder_folders import make_folder
 
-from helpers import make_tiny_config
+from helpers import make_texts, make_tiny_config
 from tjepa import TJEPAForMaskedLM
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 
@@ -118,3 +120,24 @@ def test_token_accuracy_asks_both_models_for_the_same_hidden_tokens(make_model):
     frequencies = torch.eye(60)[3:4] * 100  # always 3
     share = (tokens == 3).float().mean().item()
     assert token_accuracy.judge(frequencies, strategy, documents, 59)[0] == pytest.approx(share)
+
+
+def test_embedding_speed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sentence_transformers")
+    (tmp_path / "texts.txt").write_text("\n".join(make_texts(20)))
+    options = ["--file", str(tmp_path / "texts.txt"), "--repeats", "1", "--output", str(tmp_path / "result.json")]
+    monkeypatch.setattr("sys.argv", ["embedding_speed.py", str(make_folder(tmp_path / "bert")), *options])
+    embedding_speed.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["texts_per_second"]) == {"embed", "encode"} and result["difference"] < 1e-5
+    assert "embed over encode" in capsys.readouterr().out
+    load = embedding_speed.load_embedder  # other vectors: no figure
+
+    def load_without_modules(*args, **kwargs):
+        embedder = load(*args, **kwargs)
+        embedder.modules.clear()
+        return embedder
+
+    monkeypatch.setattr(embedding_speed, "load_embedder", load_without_modules)
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        embedding_speed.main()

@@ -1,4 +1,5 @@
 # Trains the quickstart: docker build -t tjepa . && docker run -v "$PWD/runs:/t-jepa/runs" tjepa
+# (Linted by .ci/run; never built so far.)
 FROM python:3.11-slim
 
 WORKDIR /t-jepa

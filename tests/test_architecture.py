@@ -1,6 +1,7 @@
 """The house's rules that no other test would notice: imports point one way, and no file grows too long."""
 
 import ast
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -81,6 +82,18 @@ def test_imports_point_one_way(path):
 def test_no_file_is_too_long(path):
     num_lines = len((REPOSITORY / path).read_text(encoding="utf-8").splitlines())
     assert num_lines <= MAX_LINES.get(path.name, 600)
+
+
+def test_the_page_names_what_is_there():
+    page = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w/]+\.(?:py|json|md|png))`", page):
+        assert (REPOSITORY / name).is_file(), name
+    hops = re.findall(r"`([\w/]+\.py)`: ((?:`[A-Za-z_.]+`(?:, )?)+)", page)
+    for file, names in hops:
+        tree = ast.walk(ast.parse((REPOSITORY / file).read_text(encoding="utf-8")))
+        defined = {node.name for node in tree if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        assert set(re.findall(r"`([A-Za-z_]+)[`.]", names)) <= defined, file
+    assert len(hops) > 10 and len(page.splitlines()) < 60  # one page
 
 
 def test_the_mutation_run_names_files_that_exist():

@@ -392,18 +392,25 @@ def padded_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
 
 def packed_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
     """The same with all texts in one row, one behind the other; those of equal length are to be neighbours."""
-    device = next(model.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows])
-    groups = [(len(list(equal)), length, 0) for length, equal in groupby(lengths.tolist())]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    views = torch.arange(len(rows)).repeat_interleave(lengths)
-    row = (ids[None].to(device) for ids in (torch.cat(rows), positions, views))
+    row, groups = pack_into_row(rows, next(model.parameters()).device)
     traits = _traits.get(model)
     if traits is None:
         return encode(model, model.config, None, *row, groups)[0]
     attention = get_attention(model.config)
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
-        return encode(model, None, traits, *row, groups, longest=int(lengths.max()))[0]
+        return encode(model, None, traits, *row, groups, longest=max(map(len, rows)))[0]
     finally:
         model.set_attn_implementation(attention)
+
+
+def pack_into_row(rows: list[Tensor], device: torch.device) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
+    """
+    Token ids int64 `[length]` of texts -> ids, positions and numbers of the texts, int64 `[1, num_tokens]` each, and
+    the groups of neighbours of equal length (see [`PackedViews`]).
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    groups = [(len(list(equal)), length, 0) for length, equal in groupby(lengths.tolist())]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    texts = torch.arange(len(rows)).repeat_interleave(lengths)
+    return [ids[None].to(device) for ids in (torch.cat(rows), positions, texts)], groups

@@ -5,7 +5,6 @@ it is about, also where a model has no token head.
 """
 
 import re
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..corpus.tokenizers import special_tokens_around, text_reader
 from ..data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA
+from ..downstream.embedding import pack_into_row
 from ..encoders_tjepa import make_labels
 from ..modeling_tjepa import TJEPAForPreTraining
 from .report import split_into_tokens
@@ -131,14 +131,9 @@ def label_tokens(model: TJEPAForPreTraining, documents: list[list[int]]) -> Tens
     Returns:
         float32 `[num_tokens, hidden_size]` on the CPU, text after text.
     """
-    lengths = torch.tensor([len(document) for document in documents])
-    groups = [(len(list(equal)), length, 0) for length, equal in groupby(lengths.tolist())]
-    ids = torch.cat([torch.tensor(document) for document in documents])
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    document_ids = torch.arange(len(documents)).repeat_interleave(lengths)
-    rows = (part[None].to(model.device) for part in (ids, positions, document_ids))
-    indices = torch.arange(len(ids), device=model.device)
-    return make_labels(model.target_encoder, model.config, *rows, indices, groups, model.measure_encoders())[0].cpu()
+    row, groups = pack_into_row([torch.tensor(document) for document in documents], model.device)
+    indices = torch.arange(row[0].shape[1], device=model.device)
+    return make_labels(model.target_encoder, model.config, *row, indices, groups, model.measure_encoders())[0].cpu()
 
 
 @torch.no_grad()

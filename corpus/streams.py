@@ -100,6 +100,7 @@ class Division:
         return np.unique(self.place_in_share(places)[0]).tolist()
 
 
+@dataclass(eq=False, repr=False)
 class DocumentStream(torch.utils.data.IterableDataset):
     """
     The same for a streaming `datasets.IterableDataset`, of which only a bounded part is ever in memory.
@@ -143,27 +144,21 @@ class DocumentStream(torch.utils.data.IterableDataset):
 
     MAX_POSITION_BYTES = 16384  # as JSON; a longer one is not noted
 
-    def __init__(
-        self,
-        dataset: datasets.IterableDataset,
-        transform: Callable[[datasets.IterableDataset], datasets.IterableDataset] | None = None,
-        shuffle_buffer_size: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        repeat: bool = False,
-    ):
-        if shuffle_buffer_size < 0:
-            raise ValueError(f"shuffle_buffer_size is {shuffle_buffer_size}; it counts documents, 0 for no shuffling.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be at least 0 and less than world_size, got {rank} of {world_size}.")
-        self.dataset = dataset
-        self.transform = transform
-        self.shuffle_buffer_size = shuffle_buffer_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.repeat = repeat
+    dataset: datasets.IterableDataset
+    transform: Callable[[datasets.IterableDataset], datasets.IterableDataset] | None = None
+    shuffle_buffer_size: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    repeat: bool = False
+
+    def __post_init__(self):
+        if self.shuffle_buffer_size < 0:
+            given = self.shuffle_buffer_size
+            raise ValueError(f"shuffle_buffer_size is {given}; it counts documents, 0 for no shuffling.")
+        if not 0 <= self.rank < self.world_size:
+            given = f"{self.rank} of {self.world_size}"
+            raise ValueError(f"rank must be at least 0 and less than world_size, got {given}.")
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         # Before `remember_positions` nothing is known of batches, and nothing is noted.
         self._readers: Division | None = None  # those of this start

@@ -7,6 +7,7 @@ It makes optimizer, schedules, moving average and health figures from its `Pretr
 needs `callbacks=[EMACallback()]` and nothing else, as long as one process makes its steps of one batch each.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType, parse_flag_from_env, reduce, send_to_device
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
 from ..corpus.private import GradientNormHook, without_repeated_documents
@@ -293,18 +294,14 @@ class TJEPATrainer(GradientNormHook, Trainer):
         return batches, num_items
 
     def _will_log_next_step(self) -> bool:
-        args, state = self.args, self.state
-        step = state.global_step + 1
-        if step == 1 and args.logging_first_step:
+        args, state = self.args, copy.copy(self.state)
+        state.global_step += 1
+        if DefaultFlowCallback().on_step_end(args, state, TrainerControl()).should_log:
             return True
-        if args.logging_strategy == IntervalStrategy.STEPS:
-            return step % state.logging_steps == 0
         loader = self.callback_handler.train_dataloader
-        if args.logging_strategy == IntervalStrategy.EPOCH and has_length(loader):
-            return step % max(1, math.ceil(len(loader) / args.gradient_accumulation_steps)) == 0 or (
-                step >= state.max_steps
-            )
-        return args.logging_strategy == IntervalStrategy.EPOCH and step >= state.max_steps
+        steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if has_length(loader) else math.inf
+        ends_epoch = state.global_step % max(1, steps_per_epoch) == 0 or state.global_step >= state.max_steps
+        return args.logging_strategy == IntervalStrategy.EPOCH and ends_epoch
 
     def _share_slot_counts(self, batches: list[dict]) -> None:
         """Makes one batch of a step's batches on all processes, as far as means over target slots are concerned."""

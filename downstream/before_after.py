@@ -115,7 +115,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> Difference:
 
 
 def difference_of_accuracies(before: float, after: float, num_texts: int) -> Difference:
-    """Of shares of the same texts. Taken as if the texts were others each time, which is the larger error."""
+    """Of shares of the same texts. The error is that of two independent sets of texts, which is larger."""
     error = np.sqrt((before * (1 - before) + after * (1 - after)) / num_texts)
     return Difference(before, after, float(error))
 

@@ -176,7 +176,7 @@ def read_sentence_modules(folder: Path) -> tuple[Literal["mean", "first"], list[
 def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length: int | None) -> int:
     """
     Raises:
-        ValueError: if the model is not made for as many tokens.
+        ValueError: if the model is not made for so many tokens.
     """
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
     if max_length is None:

@@ -20,8 +20,8 @@ HEAD_RATE_MULTIPLE = 100.0
 HEADS_FIRST_RATIO = 0.1
 RATES = ("learning_rate", "head_learning_rate", "start_lr", "final_lr", "heads_first_ratio", "ema_momentum")
 # 1 - MOVES / steps, rising to 1, is the momentum with which exp(-MOVES / 2) of a target encoder is what it started as,
-# in a run of any length. With 10 it has forgotten that. Beside a trained encoder it keeps a third, with 2: weights
-# between two encoders keep more of what the first one knew than those of the second one do.
+# in a run of any length. With 10 that is nothing. Beside a trained encoder it is a third, with 2: an average of two
+# encoders keeps more of what the first one knew than the second one does.
 MOVES = 10.0
 TRAINED_ENCODER_MOVES = 2.0
 

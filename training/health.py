@@ -247,7 +247,7 @@ class HealthMonitor:
 
     def watch(self, name: str, value: torch.Tensor, step: int, is_fatal: bool = True) -> None:
         """
-        Notes whether a loss or a gradient norm is finite; on the CPU, where that costs nothing, also what it means.
+        Notes whether a loss or a gradient norm is finite; on the CPU, where asking costs nothing, raises if it is not.
 
         Args:
             name (`str`): what it is, `"loss"` or `"gradient"`.

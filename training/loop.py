@@ -22,8 +22,8 @@ def train(
     trainer: Trainer, checkpoint: str | None, publisher: HubPublisher | None, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, float]:
     """
-    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics. Of `callbacks` those of
-    a save come last, when the checkpoint is complete.
+    Trains to the end, from the start or from a checkpoint, and returns the Trainer's metrics. `callbacks` are called
+    last at a save, when the checkpoint is complete.
 
     Raises:
         PermissionError: if the publisher may not make its repository.

@@ -108,7 +108,7 @@ class HubPublisher(TrainerCallback):
 
     def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        For an encoder of another architecture with the modules of sentence-transformers and `pretraining/`.
+        Uploads it; for an encoder of another architecture also sentence-transformers' modules and `pretraining/`.
 
         Raises:
             RuntimeError: if the upload failed; the folder is whole all the same.

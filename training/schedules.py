@@ -58,8 +58,8 @@ class WarmupThenDecay(LRScheduler):
         schedule_stretch (`float`): I-JEPA's ipe_scale.
         kind (`str`): one of `LR_SCHEDULES`.
         num_decay_steps (`int`, *optional*): for `"warmup_stable_decay"`; by default a tenth of the steps.
-        first_step (`int`): of a run that went on for more steps, where the present schedule begins. What else counts
-            steps here counts from there.
+        first_step (`int`): of a run that went on for more steps, where the present schedule begins. All other
+            numbers of steps here count from there.
         num_heads_first_steps (`int`): so many steps the heads train alone (`split_heads`): all other groups have the
             rate 0, and then a warm-up of their own.
     """

@@ -556,15 +556,9 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             slot_states = context_states.index_select(0, hidden_indices)
             predictions = self.predictor(slot_states)
         else:
-            predictions = slot_states = self.predictor(
-                context_states,
-                prediction_indices,
-                prediction_position_ids,
-                prediction_view_ids,
-                prediction_block_ids,
-                slot_indices,
-                getattr(view_groups, "predictions", None),
-            )
+            stream = (prediction_indices, prediction_position_ids, prediction_view_ids, prediction_block_ids)
+            groups = getattr(view_groups, "predictions", None)
+            predictions = slot_states = self.predictor(context_states, *stream, slot_indices, groups)
 
         loss_per_slot = distance_to_labels(self.config, predictions.float(), labels)
         jepa_loss, loss_per_strategy = mean_over_strategies(loss_per_slot, slot_strategy_ids, slots_per_strategy)

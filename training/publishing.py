@@ -108,7 +108,8 @@ class HubPublisher(TrainerCallback):
 
     def publish_model_folder(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        Uploads it; for an encoder of another architecture also sentence-transformers' modules and `pretraining/`.
+        Uploads what may be published of the folder: of another architecture's encoder `pretraining/` and the modules
+        of sentence-transformers, too.
 
         Raises:
             RuntimeError: if the upload failed; the folder is whole all the same.

@@ -128,24 +128,17 @@ class TJEPATrainer(GradientNormHook, Trainer):
     def __init__(self, model=None, args: PretrainingArguments | None = None, *other_args, **kwargs):
         super().__init__(model, args, *other_args, **kwargs)
         args = self.args
-        self.health = HealthMonitor(
-            [strategy.name for strategy in self.data_collator.strategies],
-            self.model.config,
-            args.stop_on_collapse,
-            args.collapse_patience,
-        )
+        names = [strategy.name for strategy in self.data_collator.strategies]
+        self.health = HealthMonitor(names, self.model.config, args.stop_on_collapse, args.collapse_patience)
         self.judge_encoder: Callable[[], dict[str, float]] | None = None  # more figures for every evaluation
         self._evaluation = None
         self._given_optimizer, self._given_scheduler = self.optimizer, self.lr_scheduler
         self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
         if self.ema is None:
-            self.ema = EMACallback(
-                args.final_ema_momentum if args.ema_momentum is None else args.ema_momentum,  # see create_scheduler
-                args.final_ema_momentum,
-                args.schedule_stretch,
-                args.ema_schedule,
-                args.ema_anneal_ratio,
-            )
+            last = args.final_ema_momentum
+            first = last if args.ema_momentum is None else args.ema_momentum  # see create_scheduler
+            schedule = (args.schedule_stretch, args.ema_schedule, args.ema_anneal_ratio)
+            self.ema = EMACallback(first, last, *schedule)
             self.add_callback(self.ema)
         self.weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.schedule_stretch)
         self.resume_state = ResumeStateCallback(self)

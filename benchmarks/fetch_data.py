@@ -17,6 +17,8 @@ from typing import NamedTuple
 from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 
+from tjepa.corpus.atomic_writes import replacing_files
+
 
 class Source(NamedTuple):
     """A data set on the Hub, and which of its columns become which."""
@@ -86,10 +88,9 @@ def fetch_books(folder: Path) -> None:
 
 
 def write(dataset: Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    dataset.to_parquet(unfinished) if path.suffix == ".parquet" else dataset.to_json(unfinished, force_ascii=False)
-    unfinished.rename(path)
+    with replacing_files(path.parent) as folder:
+        new = folder / path.name
+        dataset.to_parquet(new) if path.suffix == ".parquet" else dataset.to_json(new, force_ascii=False)
     print(f"{path}: {len(dataset):,} rows")
 
 

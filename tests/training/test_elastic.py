@@ -26,6 +26,7 @@ NUM_DOCUMENTS = 53
 # --- Streams, reader by reader ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     division=st.builds(Division, st.integers(1, 5), st.integers(1, 5), st.integers(1, 7)),
     place=st.integers(0, 10_000),
@@ -38,7 +39,7 @@ def test_every_document_has_one_place(division, place):
     assert sum(division.count(share, place) for share in range(division.world_size * division.num_workers)) == place
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     shares=st.builds(Division, st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)),
     readers=st.builds(Division, st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)),

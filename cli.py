@@ -54,7 +54,8 @@ All other flags are those of `tjepa pretrain --help`. What is not given is taken
 
 
 def usage() -> str:
-    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(["usage: tjepa COMMAND [FILE.yaml] [--name value ...]", "", *lines, "", "tjepa COMMAND --help"])
 
 

@@ -447,7 +447,10 @@ def evaluate(trainer: TJEPATrainer) -> dict[str, float]:
     """The figures of the validation split, if there is one to evaluate, and the step that they belong to."""
     if not trainer.args.do_eval or trainer.eval_dataset is None:
         return {"train_steps": trainer.state.global_step}
-    figures = {**trainer.evaluate(), "train_steps": trainer.state.global_step}
+    step, figures = trainer.latest_evaluation
+    if step != trainer.state.global_step or trainer.args.load_best_model_at_end:  # else training ended with it
+        figures = trainer.evaluate()
+    figures = {**figures, "train_steps": trainer.state.global_step}
     if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
         figures |= {"best_step": trainer.state.best_global_step, "best_by": trainer.args.metric_for_best_model}
     return figures

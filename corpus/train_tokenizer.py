@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
+from datasets.utils import tqdm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments
@@ -22,8 +23,10 @@ from .tokenization import check_columns
 
 
 # Pretraining itself needs none of these; batches of a downstream task are padded, masked language models need the
-# mask, and generation or sequence pairs need a beginning and an end. The order fixes the ids: <pad> is 0.
-SPECIAL_TOKENS = {"pad_token": "<pad>", "mask_token": "<mask>", "bos_token": "<s>", "eos_token": "</s>"}
+# mask, and generation or sequence pairs need a beginning and an end. The order fixes the ids: <pad> is 0. The mask
+# takes the space before it, as RoBERTa's does: the word that stood there has that space in its own first token.
+MASK = AddedToken("<mask>", lstrip=True, special=True, normalized=False)
+SPECIAL_TOKENS = {"pad_token": "<pad>", "mask_token": MASK, "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
             f"vocab_size is {vocab_size}; it must be at least {min_vocab_size}: {len(alphabet)} bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens."
         )
+    texts = tqdm(texts, desc="Training the tokenizer", unit=" documents")
     usable_texts = (text for text in texts if find_fault(text) is None)
     first_text = next(usable_texts, None)
     if first_text is None:
@@ -65,9 +69,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), initial_alphabet=alphabet
-    )
+    special = {"special_tokens": list(SPECIAL_TOKENS.values()), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)  # the bar above is enough
     tokenizer.train_from_iterator(chain([first_text], usable_texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,13 +1,15 @@
-"""Keeps the curves of a run as a reference, and draws the kept ones: the pictures in docs/health.md.
+"""Keeps the curves of runs as references, and draws the kept ones: the picture and the table in docs/health.md.
 
-python docs/plot_health.py --keep quickstart runs/quickstart
+python docs/plot_health.py tools/reference_runs.json --keep runs/quickstart runs/stories
 python docs/plot_health.py docs/health.png
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from tjepa.tools.pictures import REFERENCE_FILE, STYLE, draw_threshold
@@ -25,19 +27,20 @@ PANELS = {  # title -> figure of the log -> style
 }
 
 
-def keep(name: str, folder: str) -> None:
-    """Adds a run's curves to the kept ones, with four digits."""
-    run = read_run(folder)
-    kept = json.loads(REFERENCE_FILE.read_text(encoding="utf-8")) if REFERENCE_FILE.is_file() else {}
-    kept[name] = {
-        "seed": run.seed,
-        "optimizer_steps": run.max_steps,
-        "versions": run.versions,
-        "share": [round(line["step"] / run.max_steps, 4) for line in run.training],
-        "curves": {curve: [float(f"{line[curve]:.4g}") for line in run.training] for curve in CURVES},
-    }
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items()]
-    REFERENCE_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+def keep(path: str, folders: list[str]) -> None:
+    """Writes the curves of runs, with four digits, under the names of their folders."""
+    lines = []
+    for folder in folders:
+        run = read_run(folder)
+        kept = {
+            "seed": run.seed,
+            "optimizer_steps": run.max_steps,
+            "versions": run.versions,
+            "share": [round(line["step"] / run.max_steps, 4) for line in run.training],
+            "curves": {curve: [float(f"{line[curve]:.4g}") for line in run.training] for curve in CURVES},
+        }
+        lines.append(f" {json.dumps(run.folder.resolve().name)}: {json.dumps(kept)}")
+    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def draw(path: str) -> None:
@@ -57,12 +60,30 @@ def draw(path: str) -> None:
         figure.savefig(path, dpi=130, facecolor="white")
 
 
+def as_table() -> str:
+    """What the kept runs have in common, in Markdown: figures at the first report and at the end."""
+    lines = [
+        "| run | loss | cosine (constant guess) | ahead from | spread of the targets | rank: first, least, last |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name, run in json.loads(REFERENCE_FILE.read_text(encoding="utf-8")).items():
+        loss, cosine, guess, std, rank = (np.array(run["curves"][curve]) for curve in (*CURVES[:4], "target_rank"))
+        ahead = run["share"][np.flatnonzero(cosine <= guess)[-1] + 1] if (cosine <= guess).any() else run["share"][0]
+        cosines = " → ".join(f"{cosine[at]:.2f} ({guess[at]:.2f})" for at in (0, -1))
+        lines.append(
+            f"| `{name}` | {loss[0]:.1f} → {loss[-1]:.1f} | {cosines} | {ahead:.0%} | {std[0]:.2f} → {std[-1]:.2f} | "
+            f"{rank[0]:.2f}, {rank.min():.2f}, {rank[-1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("path", help="the picture; with --keep a run's folder")
-    parser.add_argument("--keep", metavar="NAME", help="what the run is called in the pictures")
+    parser.add_argument("path", help="the picture; with --keep the file of curves")
+    parser.add_argument("--keep", metavar="FOLDER", nargs="+", help="runs whose curves are kept, in place of others")
     args = parser.parse_args()
     if args.keep:
-        keep(args.keep, args.path)
+        keep(args.path, args.keep)
     else:
         draw(args.path)
+        print(as_table())

@@ -33,8 +33,8 @@ from ..data_collator_tjepa import MASKING_PRESETS, MaskingStrategy, draw_views, 
 from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
 from ..training.publishing import published_files
 from ..training.setup import hide_what_loading_says
-from .fill import Gapped, guess_tokens, load_for_filling
-from .lookup import Lookup, split_into_words, tokens_around, words_of_tokens
+from .fill import Gapped, guess_tokens, load_for_filling, tokens_around
+from .lookup import Lookup, split_into_words, words_of_tokens
 from .report import group_pieces, split_into_tokens, token_kinds
 from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
 

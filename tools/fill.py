@@ -60,6 +60,11 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
+def tokens_around(model: TJEPAForPreTraining, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens before and behind a text: none for our own encoder."""
+    return ([], []) if model.config.encoder is None else special_tokens_around(tokenizer)
+
+
 def read_gaps(text: str, model: TJEPAForPreTraining, tokenizer: PreTrainedTokenizerBase) -> Gapped:
     """
     A text in which `[N]` stands for N hidden tokens.
@@ -73,7 +78,7 @@ def read_gaps(text: str, model: TJEPAForPreTraining, tokenizer: PreTrainedTokeni
         raise ValueError('Write [3] where three tokens are to be guessed, as in "The [3] sat on the mat".')
     # a space belongs to the word behind it, and some tokenizers put one before every text by themselves
     adds_space = reader.tokenize("a")[0].startswith(SPACE_MARKS)
-    before, behind = ([], []) if model.config.encoder is None else special_tokens_around(tokenizer)
+    before, behind = tokens_around(model, tokenizer)
     max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     input_ids, is_hidden = list(before), [False] * len(before)
     for place, piece in enumerate(pieces[0::2]):

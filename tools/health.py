@@ -46,9 +46,8 @@ def diagnose(run: Run) -> list[Finding]:
     findings = [find_end(run), find_finite(run)]
     figures, where, earlier = figures_to_judge(run)
     if figures is None:
-        findings.append(
-            Finding("watch", "figures", "none yet", "The run has logged no step.", "Wait, or lower --logging_steps.")
-        )
+        advice = "A lower --logging_steps in the next run." if run.has_ended else "Wait, or lower --logging_steps."
+        findings.append(Finding("watch", "figures", "none", "The run has logged no step.", advice))
     else:
         findings += [find_spread(figures, where), find_lead(run, figures, where, earlier), find_rank(figures, where)]
     findings += [find_loss(run), find_moving_target(run), *find_documents(run), find_judgement(run)]
@@ -83,7 +82,7 @@ def figures_to_judge(run: Run) -> tuple[dict[str, float] | None, str, list[dict[
 def find_end(run: Run) -> Finding:
     step, total = run.last_step, run.max_steps
     steps = f"step {step:,}" if total is None else f"{step:,} of {total:,} steps"
-    if run.results or (total is not None and step >= total):
+    if run.has_ended:
         return Finding("good", "end", steps, "The run came to its end.")
     checkpoints = list_checkpoints(run.folder)
     advice = (

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ..corpus.tokenizers import special_tokens_around, text_reader
+from ..corpus.tokenizers import text_reader
 from ..data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA
 from ..downstream.embedding import pack_into_row
 from ..encoders_tjepa import make_labels
 from ..modeling_tjepa import TJEPAForPreTraining
+from .fill import tokens_around
 from .report import split_into_tokens
 
 
@@ -114,10 +115,6 @@ class Lookup:
                 "behind": behind if len(behind) <= SHOWN_CHARS else f"{behind[:SHOWN_CHARS]}…",
             }
         return list(found.values())
-
-
-def tokens_around(model: TJEPAForPreTraining, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    return ([], []) if model.config.encoder is None else special_tokens_around(tokenizer)
 
 
 @torch.no_grad()

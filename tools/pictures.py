@@ -128,7 +128,8 @@ def draw_terms(run: Run) -> Figure | None:
 
 def draw_strategies(run: Run) -> Figure | None:
     """With one strategy alone, the log has no loss beside `jepa_loss`."""
-    names = sorted({name for line in run.training for name in line if name.startswith("loss_")}) or ["jepa_loss"]
+    lines = (*run.training, *run.evaluations)
+    names = sorted({name for line in lines for name in line if name.startswith("loss_")}) or ["jepa_loss"]
     figure, _ = curves(run, "Loss of each masking strategy", {name: name.removeprefix("loss_") for name in names})
     return figure
 
@@ -261,8 +262,6 @@ def draw_map(title: str, points: np.ndarray, labels: Sequence[str] | None) -> Fi
 # --- Reference runs --------------------------------------------------------------------------------------------------
 
 
-def load_reference() -> dict | None:
+def load_reference() -> dict:
     """The kept run that a report shows in grey: the quickstart's."""
-    if not REFERENCE_FILE.is_file():
-        return None
     return json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))["quickstart"]

@@ -9,7 +9,7 @@ encoders. The pictures for the model card lie in `pictures/`; texts are in the p
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import groupby, islice
 from operator import itemgetter
@@ -38,6 +38,7 @@ from ..training.checkpoints import list_checkpoints
 from ..training.loading import load_pretraining_config, load_pretraining_model
 from ..training.model_folder import PRETRAINING_FOLDER
 from ..training.record import Run, fingerprint, read_run, suppressing_errors
+from ..training.setup import hide_what_loading_says
 from . import pictures
 from .health import diagnose, summarise
 
@@ -151,7 +152,7 @@ def write_report(folder: str | Path, with_encoders: bool = True) -> dict[str, st
         for draw, name, caption in panels:
             figure = figures[draw] = draw(run)
             svg = None if figure is None else pictures.as_svg(figure)
-            shown.append({"svg": svg, "title": name, "caption": caption if svg else "Nothing of it is in the log."})
+            shown.append({"svg": svg, "title": name, "caption": caption if svg else why_missing(run, draw)})
         sections.append({"title": title, "words": words, "pictures": shown})
     place = find_weights(run)
     maps, neighbours = {}, {"queries": [], "missing": [LATER.format(folder=folder)]}
@@ -195,6 +196,25 @@ def write_report(folder: str | Path, with_encoders: bool = True) -> dict[str, st
             (unfinished / PICTURES_FOLDER).mkdir(exist_ok=True)
             pictures.save_png(figure, unfinished / PICTURES_FOLDER / name)
     return {f"{PICTURES_FOLDER}/{name}": caption for name, (caption, _) in for_card.items()}
+
+
+def why_missing(run: Run, draw: Callable) -> str:
+    """Why a picture cannot be drawn of a run's log."""
+    if draw is pictures.draw_documents:
+        return "The run has not written down what became of its documents; of a stream that is known at its end."
+    if draw is pictures.draw_probe:
+        if "probe_file" in run.settings:
+            return "The labels of --probe_file are judged at evaluations, and none is in the log (--eval_strategy)."
+        return "The run was given no labelled texts to judge the encoder by (--probe_file)."
+    if run.training:
+        return "This run does not have it: no line of its log holds it."
+    strategy, steps = (run.settings.get(f"logging_{name}") for name in ("strategy", "steps"))
+    if strategy not in (None, "steps"):
+        return f"No step is in the log: --logging_strategy is {strategy}."
+    steps = "--logging_steps" if steps is None else f"--logging_steps, which is {steps:,}"
+    if run.has_ended:
+        return f"No step is in the log: the run of {run.last_step:,} steps was shorter than {steps}."
+    return f"No step is in the log yet: the first comes after {steps}."
 
 
 def describe_head(run: Run) -> str:
@@ -385,6 +405,7 @@ def main() -> None:
     )
     parser.add_argument("folder", help="the run's folder, whether it is finished, running or crashed")
     folder = parser.parse_args().folder
+    hide_what_loading_says()
     write_report(folder)
     print(f"Wrote {Path(folder) / REPORT_FILE}: open it in a browser")
 

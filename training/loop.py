@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from .checkpoints import CheckpointCallback, count_steps, explain_failed_save, is_finished
@@ -53,7 +54,7 @@ def train(
     for callback in (*([] if publisher is None else [publisher]), *callbacks):
         trainer.add_callback(callback)
     try:
-        with explain_failed_save(trainer):
+        with explain_failed_save(trainer), logging_redirect_tqdm():  # a warning stands above the bar, not behind it
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     finally:
         stop_on_signal.restore_handlers()

@@ -3,6 +3,7 @@
 A line has what tells at a glance how it goes; everything else is in `log.jsonl` and in the trackers of `--report_to`.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class TokenClock(TrainerCallback):
 
 class RunProgress(ProgressCallback):
     """
-    The Trainer's bar with a line that fits 120 columns for every report.
+    The Trainer's bar with a line that fits 120 columns, or the terminal, for every report.
 
     Args:
         show_bar (`bool`): where it is off (`--disable_tqdm`), or the output is not a terminal, there are lines only.
@@ -105,15 +106,18 @@ class RunProgress(ProgressCallback):
         parts = [f"step {state.global_step:{width},}/{state.max_steps:,}", *loss_and_speed(figures)[:1]]
         if not is_training:
             parts[1] = f"held out: {parts[1]}"
+        parts += [f"probe {value:.1%}" for name, value in figures.items() if name.endswith("probe_accuracy")]
         if "cosine" in figures:
             guess = figures["mean_target_cosine"]
             parts += [f"cosine {figures['cosine']:.3f} (constant guess {guess:.3f})"]
             parts += [f"rank {figures['target_rank']:.2f}"]
-        parts += [f"probe {value:.1%}" for name, value in figures.items() if name.endswith("probe_accuracy")]
         if is_training:
             parts += loss_and_speed(figures)[1:]
             done, left = state.global_step - self._first_step, state.max_steps - state.global_step
             parts += [f"{as_time((time.monotonic() - self._started_at) * left / max(1, done))} left"]
+        if self.training_bar is not None and not self.training_bar.disable:  # a terminal; the bar has speed and time
+            while len("  ".join(parts)) > shutil.get_terminal_size().columns and len(parts) > 3:
+                parts.pop()
         return "  ".join(parts)
 
 

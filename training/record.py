@@ -140,6 +140,11 @@ class Run:
         return max((entry.get("step", 0) for entry in self.log), default=0)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether all steps were made."""
+        return bool(self.results) or (self.max_steps is not None and self.last_step >= self.max_steps)
+
+    @property
     def training(self) -> list[dict[str, float]]:
         """The lines about training."""
         return [entry for entry in self.log if "loss" in entry]

@@ -131,6 +131,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         names = [strategy.name for strategy in self.data_collator.strategies]
         self.health = HealthMonitor(names, self.model.config, args.stop_on_collapse, args.collapse_patience)
         self.judge_encoder: Callable[[], dict[str, float]] | None = None  # more figures for every evaluation
+        self.latest_evaluation: tuple[int | None, dict[str, float]] = (None, {})  # its step, and what came out
         self._evaluation = None
         self._given_optimizer, self._given_scheduler = self.optimizer, self.lr_scheduler
         self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
@@ -353,6 +354,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         with torch.random.fork_rng([self.args.device] if on_gpu else []):
             metrics = super().evaluate(*args, **kwargs)
         state = self.state
+        self.latest_evaluation = (state.global_step, metrics)
         self.health.judge(metrics, state, self.args.get_warmup_steps(state.max_steps), self.is_in_train)
         if self.health.must_stop:
             self.control.should_training_stop, self.control.should_save = True, False

@@ -1,10 +1,12 @@
 """The tokenizer of one's own: lossless, reproducible, and an ordinary tokenizer of transformers."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from datasets import disable_progress_bars, enable_progress_bars
 from transformers import AutoTokenizer
 
 from tjepa.corpus.train_tokenizer import train_tokenizer
@@ -34,6 +36,31 @@ def test_special_tokens():
     assert [tokenizer.pad_token_id, tokenizer.mask_token_id] == [0, 1]
     assert tokenizer("rabbit") == tokenizer("rabbit", add_special_tokens=False)
     assert tokenizer(["rabbit", "a little rabbit"], padding=True)["attention_mask"][0][-1] == 0
+
+
+def test_a_mask_takes_the_space_before_it(tmp_path):
+    """So that what fills the gap, a token that begins with a space, does not stand behind two of them."""
+    train_tokenizer(TEXTS, vocab_size=400, model_max_length=128).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("a <mask> rabbit")["input_ids"]
+    (little,) = tokenizer(" little")["input_ids"]
+    filled = [little if token == tokenizer.mask_token_id else token for token in ids]
+    assert little in filled and tokenizer.decode(filled) == "a little rabbit"
+    assert ids == tokenizer("a<mask> rabbit")["input_ids"]
+
+
+def test_one_bar_shows_how_far_it_is(capfd):
+    """That of the documents, and not those of tokenizers, which a log file would be full of."""
+    enable_progress_bars()
+    train_tokenizer(TEXTS, vocab_size=300, model_max_length=128)
+    shown = capfd.readouterr()
+    assert "Training the tokenizer: 100%" in shown.err and "50/50" in shown.err
+    assert not re.search("Pre-processing|Count pairs|merges", shown.out + shown.err)
+    disable_progress_bars()
+    train_tokenizer(TEXTS, vocab_size=300, model_max_length=128)
+    shown = capfd.readouterr()
+    enable_progress_bars()
+    assert shown.out + shown.err == ""
 
 
 def test_is_deterministic():

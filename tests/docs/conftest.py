@@ -38,6 +38,11 @@ def workspace(tmp_path_factory, inputs):
         make_folder(folder / name)
     for name in ("configs", "benchmarks", "docs"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tools").mkdir()
+    for name in ("stories", "stories-small"):  # whose curves are kept
+        (folder / "runs" / name).mkdir()
+        for file in ("run.json", "log.jsonl"):
+            shutil.copy(folder / "runs" / "quickstart" / file, folder / "runs" / name)
     (folder / "arrays").mkdir()
     for name in ("ids", "embeddings"):
         np.save(folder / "arrays" / f"{name}.npy", np.zeros((4, 8), np.float32))
@@ -68,7 +73,7 @@ def workspace(tmp_path_factory, inputs):
     for split in ("train", "test"):
         kinds = [{"text": row["text"], "labels": [["VP"], ["ADVP", "VP"]][row["label"]]} for row in labelled]
         write_rows(folder / "runs" / f"chunk-types-{split}.jsonl", kinds)
-    for name in ("corpus", "stories", "data/books-train", "data/books-validation"):
+    for name in ("corpus", "stories", "stories-validation", "data/books-train", "data/books-validation"):
         Dataset.from_list(labelled).to_parquet(folder / f"{name}.parquet")
     (folder / "my.txt").write_text("\n".join(texts) + "\n")
     with pytest.MonkeyPatch.context() as monkeypatch:  # what configs/tinystories.yaml reads

@@ -31,6 +31,18 @@ def test_pages_begin_with_what_to_install_and_to_type(page):
     assert title.startswith("# ") and "\n" not in title and rest.strip()
 
 
+def test_the_readme_begins_with_what_it_is_and_two_commands():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    (python,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    assert python.startswith("from transformers import AutoModel, AutoTokenizer\n")
+    order = ["**", "%", "docs/method.png", "*not yet*", "docs/learning.md", "pip install -e . && tjepa pretrain"]
+    order += ['tjepa search "eigenvalues of a matrix"', "## Your own data", "configs/default.yaml", "tjepa adapt"]
+    order += ["tjepa classify", "tjepa publish"]
+    places = [text.find(words) for words in order]
+    assert -1 not in places and places == sorted(places), dict(zip(order, places, strict=True))
+
+
 def test_nothing_that_ships_names_a_folder_that_outsiders_lack():
     """Only CONTRIBUTING.md, the tests and CI know of the folder beside a developer's clone."""
     tracked = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import REPOSITORY
 from tjepa import cli
 from tjepa.tools import health
 from tjepa.tools.health import diagnose, worst_level
+from tjepa.tools.pictures import REFERENCE_FILE, load_reference
 from tjepa.training.record import Run
 
 
@@ -83,6 +85,9 @@ def test_evaluations_count_more_than_training(tmp_path):
 def test_a_run_that_has_logged_nothing(tmp_path):
     run = Run(tmp_path, [], {}, max_steps=100)
     assert findings_of(run)["figures"].level == "watch" and worst_level(diagnose(run)) == "watch"
+    assert "Wait" in findings_of(run)["figures"].advice
+    ended = Run(tmp_path, [], {"train_steps": 100}, max_steps=100)
+    assert "Wait" not in findings_of(ended)["figures"].advice
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -101,6 +106,39 @@ def test_the_command(tmp_path, monkeypatch, capsys):
             cli.main()
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= 120 and ("BAD" in text) == bool(code)
+
+
+def test_the_kept_runs_are_good_ones_and_the_page_tells_of_each(tmp_path):
+    kept = json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))
+    assert len(kept) >= 3 and load_reference() == kept["quickstart"]
+    for run in kept.values():
+        assert run["share"][-1] == 1.0 and len(run["share"]) >= 10
+        log = [dict(zip(run["curves"], line, strict=True)) for line in zip(*run["curves"].values(), strict=True)]
+        log = [{**line, "step": round(share * 1000)} for line, share in zip(log, run["share"], strict=True)]
+        findings = findings_of(Run(tmp_path, log, {}, max_steps=1000))
+        levels = {
+            findings[name].level for name in ("spread of the targets", "predictions", "directions in use", "loss")
+        }
+        assert levels == {"good"}
+    table = runpy.run_path(str(REPOSITORY / "docs" / "plot_health.py"))["as_table"]()
+    assert (
+        table in (REPOSITORY / "docs" / "health.md").read_text(encoding="utf-8") and table.count("\n") == len(kept) + 1
+    )
+
+
+def test_keeping_curves_writes_the_file_that_is_named(tmp_path, monkeypatch):
+    """And not the one that reports draw."""
+    before = REFERENCE_FILE.read_bytes()
+    run = make_run(tmp_path)
+    curves = {"prediction_std": 0.3, "context_rank": 0.5, "prediction_rank": 0.3}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({**line, **curves}) + "\n" for line in run.log))
+    (tmp_path / "run.json").write_text(json.dumps({"max_steps": 100, "seed": 3}))
+    script = REPOSITORY / "docs" / "plot_health.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "kept.json"), "--keep", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert list(kept) == [tmp_path.name] and kept[tmp_path.name]["curves"]["loss"][-1] == 5.0
+    assert REFERENCE_FILE.read_bytes() == before
 
 
 def test_the_page_explains_every_finding():

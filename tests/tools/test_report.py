@@ -79,6 +79,31 @@ def test_a_run_that_crashed_before_its_first_checkpoint(inputs, texts, tmp_path,
     assert page.count("<svg") == NUM_CURVES and page.count("before its first checkpoint") == 5
 
 
+EVALUATION = {"eval_loss": 5.0, "eval_target_std": 0.9, "eval_cosine": 0.4, "eval_mean_target_cosine": 0.3}
+EVALUATION |= {"eval_target_rank": 0.5, "eval_loss_a": 5.0, "step": 60}
+STEP = {"step": 60, "loss": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("log", "settings", "max_steps", "reasons"),
+    [
+        ([EVALUATION], {"logging_steps": 100}, 60, {"60 steps was shorter than --logging_steps, which is 100.": 5}),
+        ([EVALUATION], {}, 900, {"No step is in the log yet: the first comes after --logging_steps.": 5}),
+        ([EVALUATION], {"logging_strategy": "no"}, 60, {"--logging_strategy is no.": 5}),
+        ([STEP], {"probe_file": "a.csv"}, 60, {"no line of its log holds it": 9, "judged at evaluations": 1}),
+        ([STEP], {}, 60, {"given no labelled texts": 1, "what became of its documents": 1}),
+    ],
+)
+def test_an_empty_card_says_why(log, settings, max_steps, reasons, tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings, "max_steps": max_steps}))
+    report.write_report(tmp_path, with_encoders=False)
+    page = (tmp_path / "report.html").read_text()
+    assert {reason: page.count(reason) for reason in reasons} == reasons
+    section = page[page.index("<h2>Loss") : page.index("<h2>What each strategy")]
+    assert section.count('class="missing"') + section.count("<svg") == NUM_CURVES + 1  # all of them, and the probe
+
+
 def test_the_untrained_encoder_is_the_one_of_the_start(inputs, texts, tmp_path, monkeypatch):
     """Made again from the seed; with another one the panel says that it is not the same."""
     out = tmp_path / "out"

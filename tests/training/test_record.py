@@ -1,15 +1,22 @@
 """What a run writes down and shows as it goes on: run.json, log.jsonl, and a line that a newcomer can read."""
 
+import io
 import json
+import logging
+import re
+import sys
 import time
 
 import pytest
 import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerState
 
 from fault_injection import Fault, InjectedError
 from helpers import arguments, make_trainer, run
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.tokenizers import HubArguments
+from tjepa.training.loop import train
 from tjepa.training.progress import RunProgress, TokenClock, as_time, short
 from tjepa.training.record import describe_run, fingerprint, read_run
 
@@ -68,6 +75,16 @@ def test_a_line_fits_and_says_what_matters(tmp_path, capsys):
     assert "probe 50.0%" in probed and len(probed) <= 120
 
 
+def test_a_run_that_evaluates_at_its_end_is_not_evaluated_again(inputs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run(monkeypatch, arguments(inputs, out, eval_strategy="steps", eval_steps=2, max_length=32))
+    held_out = [line for line in capsys.readouterr().out.splitlines() if "held out" in line]
+    assert [line.split()[1] for line in held_out] == ["2/4", "4/4"]
+    results = json.loads((out / "all_results.json").read_text())
+    last = [line for line in read_log(out) if "eval_loss" in line][-1]
+    assert results["eval_loss"] == last["eval_loss"] and results["train_steps"] == last["step"] == 4
+
+
 def test_one_bar_on_a_terminal_and_none_elsewhere(tmp_path, capsys, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=2, disable_tqdm=False)
     trainer.train()
@@ -78,6 +95,34 @@ def test_one_bar_on_a_terminal_and_none_elsewhere(tmp_path, capsys, monkeypatch)
     bar = capsys.readouterr().err
     assert "2/2 steps" in bar and "tokens/s" in bar and "loss" in bar and " left" in bar
     assert bar.count("100%|") == 0  # the Trainer's own, of training and of evaluations
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_a_line_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    progress, state = RunProgress(), TrainerState(global_step=600, max_steps=1200)
+    progress.training_bar = tqdm(file=io.StringIO())
+    logs = {"loss": 9.788, "cosine": 0.511, "mean_target_cosine": 0.523, "target_rank": 0.69}
+    training = progress.describe({**logs, "tokens_per_second": 699.0}, state)
+    held_out = {f"eval_{name}": value for name, value in {**logs, "probe_accuracy": 0.745}.items()}
+    assert len(training) <= columns and "cosine 0.511 (constant guess 0.523)" in training
+    assert ("tokens/s" in training and " left" in training) == (columns > 100)
+    assert len(line := progress.describe(held_out, state)) <= columns and "probe 74.5%" in line
+    progress.training_bar = None  # a file: nothing is left out
+    assert " left" in progress.describe({**logs, "tokens_per_second": 699.0}, state)
+
+
+def test_a_warning_stands_above_the_bar(tmp_path, capsys, monkeypatch):
+    class Warns(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            logging.getLogger().warning("look out")
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers, logging.StreamHandler(sys.stderr)])
+    trainer = make_trainer(tmp_path, max_steps=2, disable_tqdm=False)
+    train(trainer, None, None, [Warns()])
+    bar = capsys.readouterr().err
+    assert len(re.findall(r"\rlook out\n", bar)) == 2 and bar.count("look out") == 2
 
 
 def test_tokens_per_second_leaves_pauses_out():

@@ -8,7 +8,7 @@ are copied to the Hub beside every checkpoint.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import nn
@@ -79,7 +79,7 @@ class TJEPAPreTrainedModel(TJEPAModule):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, encoder: Literal["target", "context"] = "target", **kwargs
-    ):
+    ) -> Self:
         r"""
         As in transformers, and for the encoder and the heads one argument more, which `AutoModel...from_pretrained`
         passes on as well. Weights are read from safetensors files only: others can hold code.
@@ -128,7 +128,7 @@ class TJEPAPreTrainedModel(TJEPAModule):
                     "encoder='context' to load the encoder that is there."
                 )
         cls._complete(model, info, name)
-        return (model, info) if wants_info else model
+        return (model, info) if wants_info else model  # type: ignore[return-value]  # as transformers declares it
 
     @classmethod
     def _complete(cls, model: "TJEPAPreTrainedModel", info: dict, name: str) -> None:

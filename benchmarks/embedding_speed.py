@@ -33,7 +33,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
     documents = load_texts(args.file, "text", None, None) if args.file else load_quickstart_documents()["train"]
-    theirs = SentenceTransformer(args.model, device="cpu", trust_remote_code=True)
+    theirs = SentenceTransformer(args.model, device="cpu")
     theirs.max_seq_length = args.max_length = args.max_length or theirs.max_seq_length
     ours = load_embedder(args.model, max_length=args.max_length)
     ours.model.cpu()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -134,7 +134,9 @@ def full_name(api: HfApi, repo_id: str, flag: str) -> str:
 
     Raises:
         PermissionError: if it does not; the message names the flag.
+        ValueError: if it is not a name that the Hub allows.
     """
+    validate_repo_id(repo_id)
     with explaining_refusal(repo_id, flag):
         try:
             user = api.whoami()["name"]

@@ -34,6 +34,7 @@ from rivals import RIVALS, train_rival
 from transformers import AutoModel, AutoTokenizer
 
 from tjepa import cli, run_pretraining
+from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import draw
 from tjepa.corpus.quickstart import load_quickstart_documents
 from tjepa.downstream.before_after import halves, reciprocal_ranks
@@ -90,7 +91,9 @@ def parse_arguments() -> argparse.Namespace:
 def finished(path: Path, run: Callable[[], dict]) -> dict:
     """What the file holds; where it is not there, what `run` returns, which goes there."""
     if not path.is_file():
-        path.write_text(json.dumps(run(), indent=2) + "\n", encoding="utf-8")
+        figures = run()
+        with replacing_files(path.parent) as folder:
+            (folder / path.name).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from ..corpus.arguments import parse_arguments
+from ..corpus.atomic_writes import replacing_files
 from ..corpus.documents import draw, limit_datasets, load_splits
 from ..corpus.tokenizers import ensure_pad_token, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
@@ -428,10 +429,10 @@ def write_predictions(trainer: Trainer, numbers: list[int], rows: Rows, descript
         {"row": number, **descriptions.get(row, {"prediction": None, "fault": rows.faults.get(row)})}
         for row, number in enumerate(numbers)
     ]
-    path = Path(trainer.args.output_dir) / PREDICTIONS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    logger.info(f"The predictions of the test split are in {path}")
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with replacing_files(trainer.args.output_dir) as folder:
+        (folder / PREDICTIONS).write_text(content, encoding="utf-8")
+    logger.info(f"The predictions of the test split are in {Path(trainer.args.output_dir) / PREDICTIONS}")
 
 
 def write_finetuning_card(

@@ -59,6 +59,6 @@ def find_newest_run(folder: str | Path = "runs") -> Path:
     if not weights:
         raise FileNotFoundError(
             f"There is no model under {folder}/ (seen from {os.getcwd()}). Train one with `tjepa pretrain`, or name "
-            "one with --model FOLDER."
+            "another folder."
         )
     return weights[-1].parent

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..corpus.command_line import start
+from ..corpus.paths import find_newest_run
 from ..training.checkpoints import list_checkpoints
 from ..training.ema import MAX_SHARE_OF_START
 from ..training.health import MIN_RANK, MIN_STEPS, MIN_TARGET_STD, is_learning
@@ -307,8 +308,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="tjepa health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="the run's folder, whether it is finished, running or crashed")
-    findings = diagnose(read_run(parser.parse_args().folder))
+    help = "the run's folder, whether it is finished, running or crashed; default: the newest finished run under runs/"
+    parser.add_argument("folder", nargs="?", help=help)
+    findings = diagnose(read_run(parser.parse_args().folder or find_newest_run()))
     print(as_text(findings))
     if worst_level(findings) == "bad":
         sys.exit(NOT_HEALTHY)

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import start
 from ..corpus.faults import find_fault
+from ..corpus.paths import find_newest_run
 from ..corpus.tokenizers import load_tokenizer, text_reader
 from ..data_collator_tjepa import MaskingStrategy, Views, draw_views, hash_keys
 from ..downstream.before_after import BeforeAfter, held_out_texts
@@ -403,8 +404,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="tjepa report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="the run's folder, whether it is finished, running or crashed")
-    folder = parser.parse_args().folder
+    help = "the run's folder, whether it is finished, running or crashed; default: the newest finished run under runs/"
+    parser.add_argument("folder", nargs="?", help=help)
+    folder = parser.parse_args().folder or find_newest_run()
     hide_what_loading_says()
     write_report(folder)
     print(f"Wrote {Path(folder) / REPORT_FILE}: open it in a browser")

@@ -4,12 +4,13 @@ import json
 import math
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
 from helpers import REPOSITORY
 from tjepa import cli
-from tjepa.tools import health
+from tjepa.tools import health, report
 from tjepa.tools.health import diagnose, worst_level
 from tjepa.tools.pictures import REFERENCE_FILE, load_reference
 from tjepa.training.record import Run
@@ -106,6 +107,21 @@ def test_the_command(tmp_path, monkeypatch, capsys):
             cli.main()
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= 120 and ("BAD" in text) == bool(code)
+
+
+@pytest.mark.parametrize(("command", "tool"), [("health", health), ("report", report)])
+def test_without_a_folder_it_is_the_newest_run(command, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"tjepa {command}"])
+    with pytest.raises(FileNotFoundError, match="tjepa pretrain"):
+        tool.main()
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/model.safetensors").touch()
+    asked_for = []
+    monkeypatch.setattr(tool, "read_run" if tool is health else "write_report", asked_for.append)
+    monkeypatch.setattr(health, "diagnose", lambda run: [])
+    tool.main()
+    assert asked_for == [Path("runs/mine")]
 
 
 def test_the_kept_runs_are_good_ones_and_the_page_tells_of_each(tmp_path):

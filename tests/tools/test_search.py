@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_searched_all_the_same(model, texts, 
 
 def test_the_newest_run_is_the_one_with_the_newest_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="There is no model under runs/.*tjepa pretrain.*--model"):
+    with pytest.raises(FileNotFoundError, match="There is no model under runs/.*tjepa pretrain.*another folder"):
         find_newest_run()
     for name, time in (("old", 2), ("new", 3), ("oldest", 1)):
         weights = tmp_path / "runs" / name / "model.safetensors"

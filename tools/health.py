@@ -50,7 +50,8 @@ def diagnose(run: Run) -> list[Finding]:
         advice = "A lower --logging_steps in the next run." if run.has_ended else "Wait, or lower --logging_steps."
         findings.append(Finding("watch", "figures", "none", "The run has logged no step.", advice))
     else:
-        findings += [find_spread(figures, where), find_lead(run, figures, where, earlier), find_rank(figures, where)]
+        findings += [find_spread(run, figures, where), find_lead(run, figures, where, earlier)]
+        findings.append(find_rank(figures, where))
     findings += [find_loss(run), find_moving_target(run), *find_documents(run), find_judgement(run)]
     return [finding for finding in findings if finding is not None]
 
@@ -75,6 +76,19 @@ def figures_to_judge(run: Run) -> tuple[dict[str, float] | None, str, list[dict[
     if not lines:
         return None, "", []
     return lines[-1], f"{kind}, step {lines[-1]['step']:,}", lines[:-1]
+
+
+def switch_on(run: Run, **weights: float) -> list[str]:
+    """The advice to use these loss terms, if the run does without some of them."""
+    logged = set().union(*run.training)
+    off = [f"{name}={weight:g}" for name, weight in weights.items() if name.replace("_weight", "_loss") not in logged]
+    return [f"add {','.join(off)} to --config_overrides"] if off else []
+
+
+def as_choice(mends: list[str]) -> str:
+    """["lower a", "raise b", "add c"] -> 'Lower a, raise b, or add c'."""
+    text = ", ".join(mends[:-1]) + f", or {mends[-1]}"
+    return text[0].upper() + text[1:]
 
 
 # --- The findings ----------------------------------------------------------------------------------------------------
@@ -117,18 +131,19 @@ def find_finite(run: Run) -> Finding:
     return Finding("good", "numbers", "all finite", "No NaN and no infinity.")
 
 
-def find_spread(figures: dict[str, float], where: str) -> Finding:
+def find_spread(run: Run, figures: dict[str, float], where: str) -> Finding:
     std = figures["target_std"]
     shown = f"target_std {std:.2f} ({where}); at least {MIN_TARGET_STD}"
     if std >= MIN_TARGET_STD:
         return Finding("good", "spread of the targets", shown, "Targets differ from token to token.")
+    terms = switch_on(run, variance_covariance_weight=0.5, token_prediction_weight=1)
+    mends = [*terms, "lower --learning_rate", "raise --ema_momentum"]
     return Finding(
         "bad",
         "spread of the targets",
         shown,
         "Collapsed: the target encoder says nearly the same of every token, and a low loss means nothing.",
-        "Turn on --config_overrides variance_covariance_weight=0.5,token_prediction_weight=1, lower --learning_rate, "
-        "or raise --ema_momentum. Start from a checkpoint of before the fall, or anew.",
+        f"{as_choice(mends)}. Start from a checkpoint of before the fall, or anew.",
     )
 
 
@@ -148,13 +163,15 @@ def find_lead(run: Run, figures: dict[str, float], where: str, earlier: list[dic
             "Predictions are no better than one constant guess yet. In the first third of a run that is normal.",
             "Wait while the cosine rises. If it does not: a higher --learning_rate, less hidden, more steps.",
         )
+    hides_little = run.settings.get("masking_strategies") in ("short_blocks", "single_tokens")
+    mends = ["lower --learning_rate if the loss jumps", "raise it if nothing moves", "train longer"]
+    mends += [] if hides_little else ["hide less (--masking_strategies short_blocks)"]
     return Finding(
         "bad",
         name,
         shown,
         "The predictor has learned nothing that one constant guess does not know: of this the encoder learns nothing.",
-        "Lower --learning_rate if the loss jumps, raise it if nothing moves; train longer; hide less "
-        "(--masking_strategies short_blocks); turn on --config_overrides token_prediction_weight=1.",
+        f"{as_choice([*mends, *switch_on(run, token_prediction_weight=1)])}.",
     )
 
 
@@ -223,15 +240,10 @@ def find_documents(run: Run) -> list[Finding]:
         if max(dropped, cut) <= MAX_DROPPED:
             findings.append(Finding("good", "documents", shown, "Nearly all of your text is used."))
         else:
-            findings.append(
-                Finding(
-                    "watch",
-                    "documents",
-                    shown,
-                    "Much of your text is not used.",
-                    "Look at the reasons in the report. --long_documents split keeps what is beyond --max_length.",
-                )
-            )
+            advice = "Look at the reasons in the report."
+            if cut > MAX_DROPPED and run.settings.get("long_documents") != "split":
+                advice += " --long_documents split keeps what is beyond --max_length."
+            findings.append(Finding("watch", "documents", shown, "Much of your text is not used.", advice))
     epochs = max((entry.get("epoch", 0.0) for entry in run.log), default=0.0)
     if epochs > MAX_EPOCHS:
         findings.append(
@@ -304,12 +316,16 @@ def as_text(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
+def add_folder_argument(parser: argparse.ArgumentParser) -> None:
+    help = "the run's folder, whether it is finished, running or crashed; default: the newest finished run under runs/"
+    parser.add_argument("folder", nargs="?", help=help)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="tjepa health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    help = "the run's folder, whether it is finished, running or crashed; default: the newest finished run under runs/"
-    parser.add_argument("folder", nargs="?", help=help)
+    add_folder_argument(parser)
     findings = diagnose(read_run(parser.parse_args().folder or find_newest_run()))
     print(as_text(findings))
     if worst_level(findings) == "bad":

@@ -41,7 +41,7 @@ from ..training.model_folder import PRETRAINING_FOLDER
 from ..training.record import Run, fingerprint, read_run, suppressing_errors
 from ..training.setup import hide_what_loading_says
 from . import pictures
-from .health import diagnose, summarise
+from .health import add_folder_argument, diagnose, summarise
 
 
 logger = logging.getLogger(__name__)
@@ -404,8 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="tjepa report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    help = "the run's folder, whether it is finished, running or crashed; default: the newest finished run under runs/"
-    parser.add_argument("folder", nargs="?", help=help)
+    add_folder_argument(parser)
     folder = parser.parse_args().folder or find_newest_run()
     hide_what_loading_says()
     write_report(folder)

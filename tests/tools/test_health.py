@@ -75,6 +75,22 @@ def test_each_way_to_go_wrong(tmp_path, name, level, change, advice):
     assert set(others.values()) <= {"good"} or change.get("results") == {} or change.get("max_steps"), others
 
 
+def test_no_advice_names_what_the_run_has(tmp_path):
+    terms = {"token_prediction_loss": 5.0, "variance_covariance_loss": 1.0}
+    counts = {"train": {**COUNTS, "num_tokens_cut": 900}}
+    settings = {"masking_strategies": "short_blocks", "long_documents": "split"}
+    for last in ({"target_std": 0.05}, {"cosine": 0.39}):
+        plain = findings_of(make_run(tmp_path, last=last, documents=counts))
+        run = make_run(tmp_path, last={**last, **terms}, documents=counts, settings=settings)
+        for name, finding in findings_of(run).items():
+            for words in ("--config_overrides", "short_blocks", "--long_documents"):
+                assert words not in finding.advice, finding
+            if finding.advice != plain[name].advice:
+                assert finding.level == plain[name].level != "good" and finding.advice
+    half = findings_of(make_run(tmp_path, last={"target_std": 0.05, "token_prediction_loss": 5.0}))
+    assert "Add variance_covariance_weight=0.5 to --config_overrides" in half["spread of the targets"].advice
+
+
 def test_evaluations_count_more_than_training(tmp_path):
     run = make_run(tmp_path)
     run.log.append({"step": 100, "eval_loss": 1.0, **{f"eval_{name}": value for name, value in GOOD.items()}})

@@ -213,6 +213,10 @@ def encode(
         For each of the last `num_layers` blocks its output, `[rows * row_length, hidden_size]`; what it has at padding
         means nothing.
     """
+    if input_ids.numel() == 0:  # a padding token: each process makes the pass, or FSDP's others would wait for it
+        token, padding = input_ids.new_zeros(1, 1), view_ids.new_full((1, 1), -1)
+        states = encode(encoder, config, traits, token, token, padding, None, view_lengths, longest, num_layers)
+        return [layer[:0] for layer in states]
     wants_more = num_layers > 1
     if traits is None:
         outputs = encoder(

@@ -94,7 +94,8 @@ def pooled_loss(
     Args:
         context_states (`torch.FloatTensor` of shape `[num_entries, hidden_size]`): the context encoder's.
         context_views (`torch.LongTensor` of shape `[num_entries]`): their view, -1 for padding.
-        hidden_states (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the target encoder's.
+        hidden_states (`torch.FloatTensor` of shape `[num_slots, hidden_size]`):
+            The target encoder's, of what is hidden by itself.
         hidden_views, hidden_documents (`torch.LongTensor` of shape `[num_slots]`): their view and document.
         num_views: above every view's number; not all of them need be there.
         temperature: cosines are divided by it.

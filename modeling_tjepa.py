@@ -587,17 +587,24 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
         flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
+            hidden_views = prediction_view_ids.flatten()[slot_indices]
+            with torch.no_grad():  # by itself: beside the rest of its text it would hold what it is to be told by
+                hidden = (ids.flatten()[label_indices][None] for ids in (input_ids, position_ids))
+                groups = getattr(view_groups, "predictions", None)
+                groups = None if groups is None else [(views, slots, 0) for views, _, slots in groups]
+                hidden = (*hidden, hidden_views[None], groups, view_lengths, longest)
+                (hidden_states,) = encode(self.target_encoder, self.config, traits, *hidden)
             output.pooled_loss = pooled_loss(
                 context_states,
                 context_view_ids.flatten(),
-                target_states[label_indices],
-                prediction_view_ids.flatten()[slot_indices],
+                hidden_states,
+                hidden_views,
                 flat_document_ids[label_indices],
-                len(tokens_per_document) * len(slots_per_strategy),  # how many there are, only the device knows
+                max(1, len(tokens_per_document) * len(slots_per_strategy)),  # how many, only the device knows
                 self.config.contrastive_temperature,
             )
         if self.config.segment_weight > 0:
-            num_documents = len(tokens_per_document)  # which are segments
+            num_documents = max(1, len(tokens_per_document))  # which are segments
             keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
             pooled = pool(context_states, flat_document_ids[context_indices.flatten()], is_token, num_documents)
             numbers = segments["input_ids"].flatten().long()

@@ -115,7 +115,7 @@ def test_packed_is_padded(model_type):
     encoder, batch = make_encoder(model_type), make_batch()
     results = []
     for way in ("packed", "padded"):
-        model = make_pretraining_model(encoder, encoder_input=way).train()
+        model = make_pretraining_model(encoder, encoder_input=way, pooled_weight=0.5).train()
         assert model.encoder_traits.is_packed == (way == "packed")
         loss = model(**batch).loss
         loss.backward()
@@ -304,7 +304,7 @@ def test_gradient_checkpointing_changes_nothing(model_type):
 def test_an_empty_batch_and_a_short_one():
     """What a process gets whose share of a step is empty; and more parts than views."""
     for model_type in ("bert", "deberta-v2"):
-        model = make_pretraining_model(make_encoder(model_type)).train()
+        model = make_pretraining_model(make_encoder(model_type), pooled_weight=0.5).train()
         empty = DataCollatorForTJEPA(STRATEGIES, special_tokens=(PREFIX, SUFFIX))([])
         loss = model(**empty).loss
         loss.backward()

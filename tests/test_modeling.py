@@ -259,7 +259,7 @@ def test_no_batch_tensor_grows_with_the_square_of_a_length():
 
 @pytest.mark.parametrize("row_length", [None, 64])
 def test_empty_batch(make_model, row_length):
-    model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0)
+    model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0, pooled_weight=1.0)
     batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([1, 0]))
     for gradient in gradients(model, batch).values():
         assert torch.isfinite(gradient).all()

@@ -109,8 +109,7 @@ def test_the_pooled_loss_equals_that_of_single_views(make_model, row_length):
         visible, targets = positions[places], positions[batch["label_indices"].long()[slot_views == view]]
         tokens = torch.as_tensor(document)
         seen.append(mean_state(model.context_encoder, tokens[visible], visible[None]))
-        states = model.target_encoder(tokens[None]).last_hidden_state[0]
-        hidden.append(states[targets].mean(dim=0).detach())
+        hidden.append(mean_state(model.target_encoder, tokens[targets], targets[None]).detach())
         owners.append(int(documents[places[0]]))
     losses = []
     for view, owner in enumerate(owners):
@@ -118,6 +117,14 @@ def test_the_pooled_loss_equals_that_of_single_views(make_model, row_length):
         similarity = F.cosine_similarity(seen[view], torch.stack([hidden[other] for other in choice]), dim=-1)
         losses.append(-torch.log_softmax(similarity / 0.05, dim=0)[0])
     close(output.pooled_loss, torch.stack(losses).mean())
+
+
+def test_an_empty_batch_of_segments_trains_nothing(make_model):
+    """A process's share of a step may be one."""
+    model = make_model(segment_weight=0.3, pooled_weight=0.3).train()
+    loss = model(**SegmentCollator(segment_length=16)([])).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("row_length", [None, 96])

@@ -371,7 +371,7 @@ def test_moments_of_uneven_shares():
 
 
 def test_an_empty_batch_trains_nothing(make_model):
-    model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0).train()
+    model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0, pooled_weight=1.0).train()
     output = model(**DataCollatorForTJEPA()([]))
     output.loss.backward()
     assert output.jepa_loss == 0 and output.token_prediction_loss == 0

@@ -538,6 +538,21 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             labels, target_states = make_labels(
                 self.target_encoder, self.config, *documents, label_indices, document_groups, traits
             )
+            if self.config.pooled_weight > 0:
+                # by itself: beside the rest of its text it would hold what it is to be told by
+                hidden_views = prediction_view_ids.flatten()[slot_indices]
+                hidden = (input_ids.flatten()[label_indices], position_ids.flatten()[label_indices], hidden_views)
+                groups = getattr(view_groups, "predictions", None)
+                groups = None if groups is None else [(views, slots, 0) for views, _, slots in groups]
+                (hidden_states,) = encode(
+                    self.target_encoder,
+                    self.config,
+                    traits,
+                    *(ids.unsqueeze(0) for ids in hidden),
+                    groups,
+                    view_lengths,
+                    longest_document(document_groups),
+                )
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
         in_place = self.config.predictor_type == "in_place"
@@ -587,13 +602,6 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
         flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
-            hidden_views = prediction_view_ids.flatten()[slot_indices]
-            with torch.no_grad():  # by itself: beside the rest of its text it would hold what it is to be told by
-                hidden = (ids.flatten()[label_indices][None] for ids in (input_ids, position_ids))
-                groups = getattr(view_groups, "predictions", None)
-                groups = None if groups is None else [(views, slots, 0) for views, _, slots in groups]
-                hidden = (*hidden, hidden_views[None], groups, view_lengths, longest)
-                (hidden_states,) = encode(self.target_encoder, self.config, traits, *hidden)
             output.pooled_loss = pooled_loss(
                 context_states,
                 context_view_ids.flatten(),

@@ -5,10 +5,10 @@ python benchmarks/adaptation.py ... --seconds 150 --recipe "faster=--learning_ra
 
 A recipe is `tjepa adapt` with these flags; `adapt` alone is the recipe that comes with the package. With
 `--only mlm simcse halves tsdae` others' objectives stand beside it, at the same rate, batch and time (rivals.py). The
-texts are the
-docstrings of the quickstart, their labels the libraries. The clock is the CPU time of the training steps on one
-thread: steps are timed first, and a run has as many as fit. Each finished run is a JSON in --output_dir and is not run
-again, so the same command goes on where it was stopped. A text is judged by its first --max_length tokens:
+texts are the docstrings of the quickstart, their labels the libraries. Half of the held-out ones are there to choose a
+recipe by, the others to report on (--judge_on test). The clock is the CPU time of the training steps on one thread:
+steps are timed first, and a run has as many as fit. Each finished run is a JSON in --output_dir and is not run again,
+so the same command goes on where it was stopped. A text is judged by its first --max_length tokens:
 
 - retrieval: mean reciprocal rank of a held-out docstring's second half, by its first half, and of the rest of a
   docstring by its summary line, among all held-out ones;
@@ -82,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="recipes to run, by name")
     parser.add_argument("--max_length", type=int, default=64, help="tokens, in training and judging")
     parser.add_argument("--max_train_samples", type=int, default=10_000, help="docstrings to train on")
+    parser.add_argument("--judge_on", choices=("validation", "test"), default="validation", help="half of them")
     parser.add_argument("--num_texts", type=int, default=400, help="held-out docstrings for retrieval")
     parser.add_argument("--num_pairs", type=int, default=850, help="pairs of --sts_file")
     parser.add_argument("--num_probe_texts", type=int, default=1000, help="docstrings that the probe is trained on")
@@ -158,7 +159,8 @@ class Judge:
         self.args = args
         documents = load_quickstart_documents()
         held_out = documents["validation"].shuffle(seed=0)
-        self.test = held_out.select(range(min(args.num_texts, len(held_out))))
+        half = held_out.shard(2, ["validation", "test"].index(args.judge_on), contiguous=True)
+        self.test = half.select(range(min(args.num_texts, len(half))))
         self.train = documents["train"].shuffle(seed=0).select(range(args.num_probe_texts))
         self.pairs = []
         if args.sts_file is not None:

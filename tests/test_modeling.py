@@ -176,6 +176,7 @@ def test_compiled_as_one_graph_and_not_for_every_batch(make_model, predictor_typ
     """Rows of a fixed length: after another number of documents, then of rows, no batch compiles again."""
     options = {"num_attention_heads": 2, "predictor_num_attention_heads": 1, "predictor_type": predictor_type}
     options |= {"variance_covariance_weight": 1.0, "token_prediction_weight": 1.0, "denoising_weight": 1.0}
+    options["pooled_weight"] = 1.0
     expected = make_model(**options).train()
     model = make_model(attn_implementation="flex_attention", **options).train()
     counter = CompileCounterWithBackend("aot_eager")

@@ -67,3 +67,10 @@ def test_it_trains_judges_and_goes_on(adaptation, tmp_path, monkeypatch, capsys)
     assert run("--only", *names) == results
     with pytest.raises(SystemExit, match=r"there is no recipe \['slow'\]"):
         run("--only", "slow")
+
+    texts = []
+    for part in ("validation", "test"):
+        monkeypatch.setattr(sys, "argv", ["adaptation.py", *map(str, options), "--judge_on", part])
+        judge = adaptation.Judge(adaptation.parse_arguments())
+        texts.append(set(judge.test["text"]))
+    assert all(texts) and not texts[0] & texts[1], "what recipes are chosen by is not reported on"

@@ -12,18 +12,15 @@ hidden position of one block. The collator does not know any model.
 """
 
 import bisect
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
-import yaml
 
 
 # --- Masking strategies ----------------------------------------------------------------------------------------------
@@ -35,17 +32,14 @@ class MaskingStrategy:
     Which positions of a document become targets (the reference's parameters; UL2, arXiv 2205.05131).
 
     Args:
-        target_block_size_mean (`float`, *optional*):
-            Mean length of a target block in tokens. `None`: one block that takes the whole budget.
+        target_block_size_mean (`float`, *optional*): mean tokens of a target block; `None`: one of the whole budget.
         target_block_size_std (`float`, *optional*):
             `None`: every block has the mean length. Otherwise lengths are drawn from a normal distribution, rounded,
             and clipped to [1, budget]. Either way the last block shrinks to what is left of the budget.
         max_target_mask_ratio (`float`, defaults to 0.25):
             At most this share of a document's n tokens becomes targets: the budget is max(1, floor(n * ratio)).
-        max_target_mask_start_ratio (`float`, defaults to 0.0):
-            Blocks lie in [ceil(n * this), n) only.
-        target_block_num (`int`, *optional*):
-            At most so many blocks; `None`: as many as fill the budget.
+        max_target_mask_start_ratio (`float`, defaults to 0.0): blocks lie in [ceil(n * this), n) only.
+        target_block_num (`int`, *optional*): at most so many blocks; `None`: as many as fill the budget.
         max_context_ratio (`float`, defaults to 1.0):
             The context keeps at most this share of the document's tokens, sampled from the visible ones.
 
@@ -126,27 +120,6 @@ MASKING_PRESETS = {
     "short_blocks": [MaskingStrategy(target_block_size_mean=4, max_target_mask_ratio=0.5)],
     "second_half": [MaskingStrategy(None, max_target_mask_ratio=0.5, max_target_mask_start_ratio=0.5)],
 }
-
-
-def load_masking_strategies(name_or_path: str | Path) -> list[MaskingStrategy]:
-    """
-    A preset by name (`"ul2"`), or a list of strategies from a YAML or JSON file; a `ValueError` if it is neither, or
-    if the file does not hold a non-empty list of valid strategies.
-    """
-    if str(name_or_path) in MASKING_PRESETS:
-        return list(MASKING_PRESETS[str(name_or_path)])
-    path = Path(name_or_path)
-    if not path.is_file() or path.suffix not in (".yaml", ".yml", ".json"):
-        allowed = f"a preset ({', '.join(MASKING_PRESETS)}) or an existing .yaml, .yml or .json file"
-        raise ValueError(f"masking_strategies must be {allowed}, got {str(name_or_path)!r}.")
-    text = path.read_text(encoding="utf-8")
-    strategies = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(strategies, list) or not strategies:
-        raise ValueError(f"{path} must hold a list of masking strategies, got {type(strategies).__name__}.")
-    try:
-        return [MaskingStrategy.from_dict(strategy) for strategy in strategies]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -391,8 +364,8 @@ def add_special_tokens(
     token = np.concatenate([views.context_token + shift[views.context_view], special.ravel()])
     view = np.concatenate([views.context_view, np.repeat(np.arange(len(special)), num_special)])
     order = np.lexsort((token, view))
-    context = {"context_token": token[order], "context_view": view[order]}
-    views = replace(views, **context, slot_token=views.slot_token + shift[views.slot_view])
+    slots = views.slot_token + shift[views.slot_view]
+    views = replace(views, context_token=token[order], context_view=view[order], slot_token=slots)
     return [np.concatenate([prefix, document, suffix]).astype(np.int64) for document in documents], views
 
 
@@ -401,6 +374,8 @@ def add_special_tokens(
 
 LONGEST_ROW = 4096  # of the lengths that are chosen: the block mask of a row is built from (length / 128)^2 blocks
 ROW_STEP = 128  # flex_attention's blocks; and a compiled model sees few lengths
+RowLength = int | Literal["auto"] | None
+SpecialTokens = tuple[Sequence[int], Sequence[int]]  # before and behind a text
 
 
 def fill_rows(lengths: np.ndarray, row_length: int, order: np.ndarray) -> tuple[np.ndarray, int]:
@@ -419,9 +394,7 @@ def fill_rows(lengths: np.ndarray, row_length: int, order: np.ndarray) -> tuple[
     return starts, max(1, num_rows)
 
 
-def pack_rows(
-    lengths: np.ndarray, row_length: int | Literal["auto"] | None, order: np.ndarray
-) -> tuple[np.ndarray, tuple[int, int]]:
+def pack_rows(lengths: np.ndarray, row_length: RowLength, order: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """
     Places sequences of `lengths` (int [num_sequences], tokens) in rows, in the `order` given: by default in one row,
     exactly as long as all together; else in rows of `row_length`, filled by best fit. `"auto"`: of the multiples of
@@ -459,7 +432,7 @@ def pack_batch(
     documents: list[np.ndarray],
     views: Views,
     num_strategies: int,
-    row_length: int | Literal["auto"] | None = None,
+    row_length: RowLength = None,
     in_place: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
@@ -478,7 +451,7 @@ def pack_batch(
     prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, row_length, view_order)
 
     view_groups = None  # where there is padding; plain integers, in what nobody moves to a device
-    if row_length is None and num_views:
+    if row_length is None and documents:
         contexts, slots = num_contexts[view_order], num_slots[view_order]
         view_groups = SimpleNamespace(
             documents=group_equal_shapes(lengths[document_order], 0 * lengths),
@@ -500,8 +473,8 @@ def pack_batch(
         return torch.from_numpy(stream.reshape(shape))
 
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int64)
-    entry_position = token_position[np.concatenate([views.context_token, views.slot_token])]
     entry_view = np.concatenate([views.context_view, views.slot_view])
+    entry_position = token_position[np.concatenate([views.context_token, views.slot_token])]
     slot_strategy = views.strategy[views.slot_view]
     in_order = np.argsort(slot_entry)  # the model takes the slots as they lie in the rows
     hidden_place = np.repeat(context_starts, num_slots) + token_position[views.slot_token]  # where a view is whole
@@ -523,6 +496,18 @@ def pack_batch(
         "tokens_per_document": torch.from_numpy(lengths.astype(np.int32)),
         "view_groups": view_groups,
     }
+
+
+def pack_hidden_parts(
+    documents: list[np.ndarray], views: Views, special_tokens: SpecialTokens, row_length: RowLength
+) -> dict:
+    """What is hidden of each view as a text of its own: stream 1, with the views' numbers; and their documents."""
+    tokens = np.concatenate([np.zeros(0, dtype=np.int64), *documents])[views.slot_token]
+    parts = np.split(tokens, np.bincount(views.slot_view).cumsum()[:-1]) if documents else []
+    parts = [np.concatenate([special_tokens[0], part, special_tokens[1]]).astype(np.int64) for part in parts]
+    batch = pack_batch(parts, Views(*[np.zeros(0, dtype=np.int64)] * 7), 0, row_length)
+    kept = {name: batch[name] for name in ("input_ids", "position_ids", "document_ids", "view_groups")}
+    return {**kept, "view_documents": torch.from_numpy(views.document.astype(np.int32))}
 
 
 class DataCollatorForTJEPA:
@@ -548,11 +533,11 @@ class DataCollatorForTJEPA:
         self,
         strategies: list[MaskingStrategy] | None = None,
         seed: int = 0,
-        row_length: int | Literal["auto"] | None = None,
+        row_length: RowLength = None,
         mask_recurring_targets: bool = False,
         views_per_document: int | None = None,
         in_place: bool = False,
-        special_tokens: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        special_tokens: SpecialTokens = ((), ()),
     ):
         self.strategies = list(MASKING_PRESETS["ul2"] if strategies is None else strategies)
         if not self.strategies:
@@ -562,8 +547,13 @@ class DataCollatorForTJEPA:
             raise ValueError(f"views_per_document must be {allowed}, got {views_per_document}.")
         self.seed, self.row_length, self.in_place = seed, row_length, in_place
         self.mask_recurring_targets, self.views_per_document = mask_recurring_targets, views_per_document
-        self.special_tokens = special_tokens
+        self.special_tokens, self.hidden_parts = special_tokens, False
         self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count too
+
+    def fit_to(self, config) -> None:
+        """To the model of a `TJEPAConfig`: sets `in_place`, and `hidden_parts`, which `pooled_weight` needs."""
+        self.in_place = config.predictor_type == "in_place"
+        self.hidden_parts = config.pooled_weight > 0
 
     @property
     def num_dropped_documents(self) -> int:
@@ -597,4 +587,7 @@ class DataCollatorForTJEPA:
         views = draw_views(documents, keys, self.strategies, *options)
         if documents and any(self.special_tokens):
             documents, views = add_special_tokens(documents, views, *self.special_tokens)
-        return pack_batch(documents, views, len(self.strategies), self.row_length, self.in_place)
+        batch = pack_batch(documents, views, len(self.strategies), self.row_length, self.in_place)
+        if self.hidden_parts:
+            batch["hidden_parts"] = pack_hidden_parts(documents, views, self.special_tokens, self.row_length)
+        return batch

@@ -213,10 +213,6 @@ def encode(
         For each of the last `num_layers` blocks its output, `[rows * row_length, hidden_size]`; what it has at padding
         means nothing.
     """
-    if input_ids.numel() == 0:  # a padding token: each process makes the pass, or FSDP's others would wait for it
-        token, padding = input_ids.new_zeros(1, 1), view_ids.new_full((1, 1), -1)
-        states = encode(encoder, config, traits, token, token, padding, None, view_lengths, longest, num_layers)
-        return [layer[:0] for layer in states]
     wants_more = num_layers > 1
     if traits is None:
         outputs = encoder(
@@ -247,6 +243,24 @@ def encode(
             layers = [layer.new_zeros(len(view_ids), layer.shape[-1]) for layer in states]
         layers = [whole.index_copy(0, entries, part) for whole, part in zip(layers, states, strict=True)]
     return layers
+
+
+def encode_documents(
+    encoder: nn.Module,
+    config: TJEPAConfig,
+    traits: EncoderTraits | None,
+    input_ids: torch.LongTensor,
+    position_ids: torch.LongTensor,
+    document_ids: torch.LongTensor,
+    groups: list[tuple[int, int, int]] | None = None,
+    num_layers: int = 1,
+) -> list[torch.Tensor]:
+    """[`encode`] of whole documents, of which nothing is hidden."""
+    lengths = None
+    if traits is not None and not traits.is_packed:
+        lengths = document_ids[document_ids >= 0].bincount()
+    documents = (input_ids, position_ids, document_ids, groups, lengths, longest_document(groups))
+    return encode(encoder, config, traits, *documents, num_layers)
 
 
 def longest_document(groups: list[tuple[int, int, int]] | None) -> int | None:
@@ -444,12 +458,8 @@ def make_labels(
         The labels, float32 [num_slots, hidden_size], and the outputs of the last block that they come from,
         [rows * row_length, hidden_size].
     """
-    lengths = None
-    if traits is not None and not traits.is_packed:
-        lengths = document_ids[document_ids >= 0].bincount()
-    longest = longest_document(groups)
-    layers = encode(
-        encoder, config, traits, input_ids, position_ids, document_ids, groups, lengths, longest, config.target_layers
+    layers = encode_documents(
+        encoder, config, traits, input_ids, position_ids, document_ids, groups, config.target_layers
     )
     eps, labels = config.layer_norm_eps, []
     for states in layers:

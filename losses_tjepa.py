@@ -50,9 +50,9 @@ def pool(states: torch.Tensor, groups: torch.Tensor, is_token: torch.Tensor, num
         is_token (`torch.BoolTensor` of shape `[num_entries]`): False for padding, which does not count.
     """
     weights, groups = is_token.float().unsqueeze(-1), groups.long().clamp(min=0)
-    sums = states.new_zeros(num_groups, states.shape[-1], dtype=torch.float32)
-    counts = sums.new_zeros(num_groups, 1).index_add(0, groups, weights)
-    return sums.index_add(0, groups, states.float() * weights) / counts.clamp(min=1)
+    sums = states.new_zeros(max(1, num_groups), states.shape[-1], dtype=torch.float32)  # padding needs a place
+    counts = sums[:, :1].index_add(0, groups, weights).clamp(min=1)
+    return (sums.index_add(0, groups, states.float() * weights) / counts)[:num_groups]
 
 
 def contrastive_loss(
@@ -79,34 +79,21 @@ def contrastive_loss(
 
 
 def pooled_loss(
-    context_states: torch.Tensor,
-    context_views: torch.Tensor,
-    hidden_states: torch.Tensor,
-    hidden_views: torch.Tensor,
-    hidden_documents: torch.Tensor,
-    num_views: int,
-    temperature: float,
+    seen: torch.Tensor, hidden: torch.Tensor, view_documents: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """
     Which hidden part belongs to what is seen: [`contrastive_loss`] of the mean state of what is seen of each view
     against those of what is hidden of it and of the views of other documents.
 
     Args:
-        context_states (`torch.FloatTensor` of shape `[num_entries, hidden_size]`): the context encoder's.
-        context_views (`torch.LongTensor` of shape `[num_entries]`): their view, -1 for padding.
-        hidden_states (`torch.FloatTensor` of shape `[num_slots, hidden_size]`):
-            The target encoder's, of what is hidden by itself.
-        hidden_views, hidden_documents (`torch.LongTensor` of shape `[num_slots]`): their view and document.
-        num_views: above every view's number; not all of them need be there.
+        seen, hidden (`torch.FloatTensor` of shape `[num_views, hidden_size]`):
+            Mean states, the context encoder's of what is seen and the target encoder's of what is hidden, by itself.
+        view_documents (`torch.LongTensor` of shape `[num_views]`): the document of each view.
         temperature: cosines are divided by it.
     """
-    hidden_views, is_token = hidden_views.long(), torch.ones_like(hidden_views, dtype=torch.bool)
-    seen = pool(context_states, context_views, context_views >= 0, num_views)
-    hidden = pool(hidden_states, hidden_views, is_token, num_views)
-    documents = hidden_views.new_full((num_views,), -1).index_copy(0, hidden_views, hidden_documents.long())
-    numbers, is_view = torch.arange(num_views, device=seen.device), documents >= 0
-    same_document = (documents[:, None] == documents) & (numbers[:, None] != numbers)
-    return contrastive_loss(seen, hidden, numbers.where(is_view, -100), temperature, same_document | ~is_view)
+    numbers = torch.arange(len(view_documents), device=view_documents.device)
+    same_document = (view_documents[:, None] == view_documents) & (numbers[:, None] != numbers)
+    return contrastive_loss(seen, hidden, numbers, temperature, same_document)
 
 
 # LeJEPA's knots; fewer directions than there, because tokens are many and every call draws new ones

@@ -33,6 +33,7 @@ from .encoders_tjepa import (
     EncoderTraits,
     build_encoder,
     encode,
+    encode_documents,
     hide_in_place,
     is_special_token,
     lengths_of_views,
@@ -487,6 +488,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         tokens_per_document: torch.LongTensor | None = None,
         hidden_indices: torch.LongTensor | None = None,
         segments: dict[str, torch.LongTensor] | None = None,
+        hidden_parts: dict[str, torch.LongTensor] | None = None,
         view_groups: object | None = None,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
         return_dict: bool | None = None,
@@ -512,13 +514,16 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 processes, or one after the other), the mean over those batches: the mean of their losses is then the
                 loss of all their documents together, however unevenly these are divided.
             tokens_per_document (`torch.LongTensor` of shape `[num_documents]`, *optional*):
-                Their tokens; for `pooled_weight` and `segment_weight`.
+                Their tokens; for `segment_weight`.
             hidden_indices (`torch.LongTensor` of shape `[num_slots]`, *optional*):
                 Where hidden tokens keep their places (`predictor_type="in_place"`): of each slot the index of its
                 place in stream 2, which then holds every token of a view. Stream 3 is not read.
             segments (`dict`, *optional*):
                 Where the documents are segments of longer ones (`segment_weight`): a batch like this one whose
                 documents are the longer ones and whose token ids are the segments' numbers in this one.
+            hidden_parts (`dict`, *optional*):
+                For `pooled_weight`: what is hidden of each view as a text of its own, in a stream like the first whose
+                document ids are the views', with its groups; and `view_documents`, the document of each view.
             view_groups (`SimpleNamespace`, *optional*):
                 The groups of equal views in each stream, `documents`, `contexts` and `predictions`, as plain integers:
                 with them the host never waits for the device. Only for rows without padding.
@@ -539,20 +544,11 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 self.target_encoder, self.config, *documents, label_indices, document_groups, traits
             )
             if self.config.pooled_weight > 0:
-                # by itself: beside the rest of its text it would hold what it is to be told by
-                hidden_views = prediction_view_ids.flatten()[slot_indices]
-                hidden = (input_ids.flatten()[label_indices], position_ids.flatten()[label_indices], hidden_views)
-                groups = getattr(view_groups, "predictions", None)
-                groups = None if groups is None else [(views, slots, 0) for views, _, slots in groups]
-                (hidden_states,) = encode(
-                    self.target_encoder,
-                    self.config,
-                    traits,
-                    *(ids.unsqueeze(0) for ids in hidden),
-                    groups,
-                    view_lengths,
-                    longest_document(document_groups),
-                )
+                if hidden_parts is None:
+                    raise ValueError("pooled_weight needs more of a batch: call collator.fit_to(model.config) first.")
+                parts = [hidden_parts[name] for name in ("input_ids", "position_ids", "document_ids")]
+                part_groups = getattr(hidden_parts["view_groups"], "documents", None)
+                (part_states,) = encode_documents(self.target_encoder, self.config, traits, *parts, part_groups)
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
         in_place = self.config.predictor_type == "in_place"
@@ -602,15 +598,10 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
         flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
-            output.pooled_loss = pooled_loss(
-                context_states,
-                context_view_ids.flatten(),
-                hidden_states,
-                hidden_views,
-                flat_document_ids[label_indices],
-                max(1, len(tokens_per_document) * len(slots_per_strategy)),  # how many, only the device knows
-                self.config.contrastive_temperature,
-            )
+            view_documents, part_ids = hidden_parts["view_documents"], parts[-1].flatten()
+            seen = pool(context_states, context_view_ids.flatten(), is_token, len(view_documents))
+            hidden = pool(part_states, part_ids, part_ids >= 0, len(view_documents))
+            output.pooled_loss = pooled_loss(seen, hidden, view_documents, self.config.contrastive_temperature)
         if self.config.segment_weight > 0:
             num_documents = max(1, len(tokens_per_document))  # which are segments
             keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)

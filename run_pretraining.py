@@ -36,10 +36,11 @@ from tjepa.corpus.documents import QUICKSTART, DataArguments, check_dataset_exis
 from tjepa.corpus.private import get_attention
 from tjepa.corpus.segments import SegmentCollator
 from tjepa.corpus.splits import tokenize_splits
+from tjepa.corpus.strategies import load_masking_strategies
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, warn_of_loss
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, special_tokens_around, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
-from tjepa.data_collator_tjepa import DataCollatorForTJEPA, load_masking_strategies
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.tools.health import closing_lines
@@ -175,7 +176,7 @@ def main():
             f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
             "of equal views differ. Leave it out: it is for our own architecture."
         )
-    collator.in_place = config.predictor_type == "in_place"
+    collator.fit_to(config)
     if (config.segment_weight > 0) != (masking_args.segment_length is not None):
         raise ValueError(
             f"Segments are cut by --segment_length (given: {masking_args.segment_length}) and predicted with "

@@ -38,7 +38,8 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_see
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.documents import DataArguments, load_documents
 from tjepa.corpus.segments import SegmentCollator, cut_into_segments
-from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, load_masking_strategies, ragged_arange
+from tjepa.corpus.strategies import load_masking_strategies
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, ragged_arange
 from tjepa.downstream.probe import ProbeTask, embed_task, groups_of_rows, probe_embedded_task, probe_tasks_with_tfidf
 from tjepa.downstream.run_probing import load_tasks
 from tjepa.downstream.sentence_scores import why_it_cannot_score

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tjepa.corpus.strategies import load_masking_strategies
 from tjepa.corpus.streams import DocumentDataset
 from tjepa.data_collator_tjepa import (
     MASKING_PRESETS,
@@ -20,7 +21,6 @@ from tjepa.data_collator_tjepa import (
     MaskingStrategy,
     draw_views,
     hash_keys,
-    load_masking_strategies,
     pack_rows,
     uniform,
 )

@@ -182,6 +182,7 @@ def test_compiled_as_one_graph_and_not_for_every_batch(make_model, predictor_typ
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     collator, num_rows = DataCollatorForTJEPA(row_length=96), set()
+    collator.fit_to(model.config)
     for step, num_more in enumerate([0, 1, 2, 4, 6, 9]):
         batch = collator(make_examples([40, 23, 7, 64] + [30] * num_more, seed=step))
         num_rows.add(len(batch["input_ids"]))
@@ -261,7 +262,9 @@ def test_no_batch_tensor_grows_with_the_square_of_a_length():
 @pytest.mark.parametrize("row_length", [None, 64])
 def test_empty_batch(make_model, row_length):
     model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0, pooled_weight=1.0)
-    batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([1, 0]))
+    collator = DataCollatorForTJEPA(row_length=row_length)
+    collator.fit_to(model.config)
+    batch = collator(make_examples([1, 0]))
     for gradient in gradients(model, batch).values():
         assert torch.isfinite(gradient).all()
 

@@ -94,8 +94,12 @@ def test_the_pooled_loss_equals_that_of_single_views(make_model, row_length):
     """Two of three strategies a document: each view against the hidden parts of all views of other documents."""
     model = make_model(pooled_weight=0.5)
     strategies = [*SINGLE, MaskingStrategy(3, max_target_mask_ratio=0.5), MaskingStrategy(8)]
-    examples = make_examples(LENGTHS)
-    batch = DataCollatorForTJEPA(strategies, row_length=row_length, views_per_document=2)(examples)
+    examples, around = make_examples(LENGTHS), ([1], [2, 2])
+    collator = DataCollatorForTJEPA(strategies, row_length=row_length, views_per_document=2, special_tokens=around)
+    with pytest.raises(ValueError, match="collator.fit_to"):
+        model(**collator(examples))
+    collator.fit_to(model.config)
+    batch = collator(examples)
     output = model(**batch)
     close(output.loss, output.jepa_loss + 0.5 * output.pooled_loss)
 
@@ -105,11 +109,12 @@ def test_the_pooled_loss_equals_that_of_single_views(make_model, row_length):
     seen, hidden, owners = [], [], []
     for view in range(2 * len(LENGTHS)):
         places = contexts[views == view]
-        document = examples[documents[places[0]]]["input_ids"]
+        document = [*around[0], *examples[documents[places[0]]]["input_ids"], *around[1]]
         visible, targets = positions[places], positions[batch["label_indices"].long()[slot_views == view]]
         tokens = torch.as_tensor(document)
         seen.append(mean_state(model.context_encoder, tokens[visible], visible[None]))
-        hidden.append(mean_state(model.target_encoder, tokens[targets], targets[None]).detach())
+        part = torch.tensor([*around[0], *tokens[targets], *around[1]])  # a text of its own
+        hidden.append(mean_state(model.target_encoder, part).detach())
         owners.append(int(documents[places[0]]))
     losses = []
     for view, owner in enumerate(owners):
@@ -122,7 +127,9 @@ def test_the_pooled_loss_equals_that_of_single_views(make_model, row_length):
 def test_an_empty_batch_of_segments_trains_nothing(make_model):
     """A process's share of a step may be one."""
     model = make_model(segment_weight=0.3, pooled_weight=0.3).train()
-    loss = model(**SegmentCollator(segment_length=16)([])).loss
+    collator = SegmentCollator(segment_length=16)
+    collator.fit_to(model.config)
+    loss = model(**collator([])).loss
     loss.backward()
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
 

@@ -28,8 +28,9 @@ from ..corpus.atomic_writes import replacing_folder
 from ..corpus.command_line import PACKAGE, start
 from ..corpus.faults import DROP_REASONS, EMPTY, find_fault
 from ..corpus.paths import find_newest_run
+from ..corpus.strategies import load_masking_strategies
 from ..corpus.tokenizers import text_reader
-from ..data_collator_tjepa import MASKING_PRESETS, MaskingStrategy, draw_views, hash_keys, load_masking_strategies
+from ..data_collator_tjepa import MASKING_PRESETS, MaskingStrategy, draw_views, hash_keys
 from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
 from ..training.publishing import published_files
 from ..training.setup import hide_what_loading_says

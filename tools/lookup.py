@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -138,10 +139,9 @@ def mean_prediction(
     model: TJEPAForPreTraining, documents: list[list[int]], around: tuple[list[int], list[int]]
 ) -> Tensor:
     """float32 `[hidden_size]`: of single tokens, hidden in some of the documents (which stand between `around`)."""
-    in_place = model.config.predictor_type == "in_place"
-    collator = DataCollatorForTJEPA(MASKING_PRESETS["single_tokens"], in_place=in_place, special_tokens=around)
+    collator = DataCollatorForTJEPA(MASKING_PRESETS["single_tokens"], special_tokens=around)
+    collator.fit_to(model.config)
     chosen = np.random.default_rng(0).permutation(len(documents))[:TEXTS_PER_ROW].tolist()
     inner = [documents[place][len(around[0]) : len(documents[place]) - len(around[1])] for place in chosen]
     batch = collator([{"input_ids": ids, "document_index": place, "epoch": 0} for place, ids in enumerate(inner)])
-    batch = {name: part.to(model.device) if isinstance(part, Tensor) else part for name, part in batch.items()}
-    return model(**batch).predictions.float().mean(dim=0).cpu()
+    return model(**send_to_device(batch, model.device)).predictions.float().mean(dim=0).cpu()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from datasets.utils import tqdm
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +22,9 @@ from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import start
 from ..corpus.private import initialise
 from ..corpus.quickstart import load_quickstart_documents
+from ..corpus.strategies import load_masking_strategies
 from ..corpus.tokenizers import special_tokens_around, text_reader
-from ..data_collator_tjepa import DataCollatorForTJEPA, load_masking_strategies
+from ..data_collator_tjepa import DataCollatorForTJEPA
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..predictors_tjepa import TJEPATokenHead
 from ..training.model_folder import STRATEGIES_FILE
@@ -81,7 +83,7 @@ def train_decoder(
 
     def predict(batch: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions [num_places, hidden_size] and the tokens that are hidden there [num_places]."""
-        inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in collator(batch).items()}
+        inputs = send_to_device(collator(batch), model.device)
         with torch.no_grad():
             output = model(**inputs)
         states = output.context_states[inputs["hidden_indices"]] if collator.in_place else output.predictions
@@ -136,7 +138,7 @@ def main():
     folder = Path(model.name_or_path)  # where the predictor is
     strategies = folder / STRATEGIES_FILE
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
-    collator.in_place = model.config.predictor_type == "in_place"
+    collator.fit_to(model.config)
     max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     if model.config.encoder is not None:
         collator.special_tokens = special_tokens_around(tokenizer)

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from tjepa import TJEPAForPreTraining
-from tjepa.data_collator_tjepa import Views, load_masking_strategies, pack_batch
+from tjepa.corpus.strategies import load_masking_strategies
+from tjepa.data_collator_tjepa import Views, pack_batch
 from tjepa.tools.convert_checkpoint import convert_checkpoint, convert_state_dict
 
 

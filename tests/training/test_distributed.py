@@ -372,7 +372,9 @@ def test_moments_of_uneven_shares():
 
 def test_an_empty_batch_trains_nothing(make_model):
     model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0, pooled_weight=1.0).train()
-    output = model(**DataCollatorForTJEPA()([]))
+    collator = DataCollatorForTJEPA()
+    collator.fit_to(model.config)
+    output = model(**collator([]))
     output.loss.backward()
     assert output.jepa_loss == 0 and output.token_prediction_loss == 0
     for name, parameter in model.named_parameters():

@@ -140,7 +140,7 @@ class TJEPAConfig(PreTrainedConfig):
         pooled_weight (`float`, defaults to 0.0):
             Weight of telling what is hidden of a document by what is seen of it: the mean state of the visible tokens
             of a view against the target encoder's mean states of what is hidden of this view and of those of the
-            other documents in the batch (InfoNCE, arXiv 1807.03748). What is hidden is encoded by itself here.
+            other documents in the batch (InfoNCE, arXiv 1807.03748). What is hidden is encoded as a text of its own.
         segment_weight (`float`, defaults to 0.0):
             Weight of telling hidden segments of a document by its visible ones (`segment_length` of the collator). A
             predictor of `segment_predictor_num_hidden_layers` blocks sees the mean states of the visible segments and

@@ -150,11 +150,12 @@ class TJEPA:
             strategies = [MaskingStrategy.from_dict(strategy) for strategy in recipe.masking]
         else:
             strategies = load_masking_strategies(recipe.masking)
-        options = {"views_per_document": recipe.views_per_document, "in_place": config.predictor_type == "in_place"}
+        options = {"views_per_document": recipe.views_per_document}
         if recipe.segment_length is None:
             self.collator = DataCollatorForTJEPA(strategies, args.seed, **options)
         else:
             self.collator = SegmentCollator(strategies, args.seed, segment_length=recipe.segment_length, **options)
+        self.collator.fit_to(config)
         self.model = TJEPAForPreTraining(config).train()
         self.recipe = recipe
         self.ema = EMACallback(

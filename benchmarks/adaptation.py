@@ -82,12 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", help="recipes to run, by name")
     parser.add_argument("--max_length", type=int, default=64, help="tokens, in training and judging")
     parser.add_argument("--max_train_samples", type=int, default=10_000, help="docstrings to train on")
-    judge_on = {
-        "choices": ("validation", "test"),
-        "default": "validation",
-        "help": "which half of the held-out docstrings",
-    }
-    parser.add_argument("--judge_on", **judge_on)
+    parser.add_argument("--judge_on", choices=("validation", "test"), default="validation", help="which half")
     parser.add_argument("--num_texts", type=int, default=400, help="held-out docstrings for retrieval")
     parser.add_argument("--num_pairs", type=int, default=850, help="pairs of --sts_file")
     parser.add_argument("--num_probe_texts", type=int, default=1000, help="docstrings that the probe is trained on")

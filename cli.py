@@ -39,16 +39,16 @@ COMMANDS = {  # subcommand -> (module, what it does)
 
 ADAPT_USAGE = """usage: tjepa adapt ENCODER [FILE.yaml] --train_file FILE --output_dir FOLDER [--name value ...]
 
-Continue the pretraining of a text encoder on your own texts, at a rate that changes it little. ENCODER is a folder
-or a name on the Hub: BERT, RoBERTa, ModernBERT, ..., or a model of sentence-transformers. The output folder is of
-the same kind. The run ends with what it did to the encoder, judged on texts that were held out.
+Continue the pretraining of a text encoder on your own texts. ENCODER is a folder or a name on the Hub: BERT, RoBERTa,
+ModernBERT, ..., or a model of sentence-transformers. The output folder is of the same kind. The run ends with what it
+did to the encoder, judged on texts that were held out.
 
   --train_file FILE             parquet, json, jsonl, csv, tsv or txt (one text per line); or --dataset_name
   --output_dir FOLDER           where the encoder goes. Default: runs/adapted
   --max_length N                tokens of a text that are read at once. Default: 128; longer texts are split
   --num_train_epochs N          how often each text is seen. Default: 3; or --max_steps
   --probe_file FILE             texts with labels (columns text and label), to judge by as well
-  --learning_rate X             of the encoder. Default: 3e-5; more teaches, and forgets, more
+  --learning_rate X             of the encoder. Default: 1e-4; less teaches, and forgets, less
 
 All other flags are those of `tjepa pretrain --help`. What is not given is taken from configs/adapt.yaml."""
 

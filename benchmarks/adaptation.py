@@ -4,7 +4,7 @@ python benchmarks/adaptation.py --encoder all-MiniLM-L6-v2 --sts_file eval/sts14
 python benchmarks/adaptation.py ... --seconds 150 --recipe "faster=--learning_rate 1e-4" --only adapt faster
 
 A recipe is `tjepa adapt` with these flags; `adapt` alone is the recipe that comes with the package. With
-`--only mlm simcse halves tsdae` others' objectives stand beside it, at the same rate, batch and time (rivals.py). The
+`--only mlm simcse halves tsdae` others' objectives stand beside it, for the same time and batch (rivals.py). The
 texts are the docstrings of the quickstart, their labels the libraries. Half of the held-out ones are there to choose a
 recipe by, the others to report on (--judge_on test). The clock is the CPU time of the training steps on one thread:
 steps are timed first, and a run has as many as fit. Each finished run is a JSON in --output_dir and is not run again,

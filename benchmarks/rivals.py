@@ -29,7 +29,7 @@ from tjepa.downstream.before_after import halves
 RIVALS = ("mlm", "simcse", "halves", "tsdae")
 DELETED_SHARE = 0.6  # of the words, in TSDAE's paper
 MASKED_SHARE = 0.3
-LEARNING_RATE, BATCH_SIZE = 3e-5, 16  # those of configs/adapt.yaml
+LEARNING_RATE, BATCH_SIZE = 3e-5, 16  # the batch is that of configs/adapt.yaml
 
 
 def train_rival(

@@ -198,4 +198,4 @@ def test_the_help_is_short_and_true(arguments, monkeypatch, capsys):
     assert max(map(len, text.splitlines())) <= 120
     recipe = (CONFIGS / "adapt.yaml").read_text()
     assert "\nmax_length: 128\n" in recipe and "\nnum_train_epochs: 3\n" in recipe and "runs/adapted" in recipe
-    assert "\nlearning_rate: 3.0e-5\n" in recipe and "Default: 3e-5" in text
+    assert "\nlearning_rate: 1.0e-4\n" in recipe and "Default: 1e-4" in text

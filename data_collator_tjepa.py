@@ -2,7 +2,8 @@
 
 What is notable:
 
-- All views of a batch are drawn at once with numpy; there is no Python loop over tokens, blocks or views.
+- All views of a batch are drawn at once with numpy; there is no Python loop over tokens, blocks or views. (What is
+  hidden of a view becomes a text of its own, where `pooled_weight` asks for it, in a loop over views.)
 - Randomness is a hash of (seed, epoch, document index, strategy, counter), not the state of a generator. So a
   document's masks do not depend on the batch it is in, on the number of workers or processes, or on a resume.
 - The batch holds integers only, nearly all in tensors, and none of these grows with the square of a length.
@@ -473,8 +474,8 @@ def pack_batch(
         return torch.from_numpy(stream.reshape(shape))
 
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.int64)
-    entry_view = np.concatenate([views.context_view, views.slot_view])
     entry_position = token_position[np.concatenate([views.context_token, views.slot_token])]
+    entry_view = np.concatenate([views.context_view, views.slot_view])
     slot_strategy = views.strategy[views.slot_view]
     in_order = np.argsort(slot_entry)  # the model takes the slots as they lie in the rows
     hidden_place = np.repeat(context_starts, num_slots) + token_position[views.slot_token]  # where a view is whole

@@ -2,9 +2,9 @@
 
     python benchmarks/on_gpu.py speed-768 --output_dir out
 
-`equality` and `speed` need neither `datasets` nor any data: documents are random token ids. MFU is the share of the
-card's dense bfloat16 rate that useful FLOPs (flops.py) come to. Where the card's rate is not known, that of a large
-matmul, measured here, takes its place.
+All but `learning` need neither `datasets` nor any data: documents are random token ids. MFU is the share of the card's
+dense bfloat16 rate that useful FLOPs (flops.py) come to. Where the card's rate is not known, that of a large matmul,
+measured here, takes its place.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import compile_regions
 from flops import stack_flops, useful_flops
 from reporting import DATA
 from torch.nn import functional as F
@@ -33,10 +34,11 @@ CARD_RATES = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16,
 SIZES = {  # encoder and predictor
     "speed-384": {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 8},
     "speed-768": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
-    "equality": {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 4},
+    "encoder-768": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 18},  # 152M parameters
+    "equality": {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2},
     "tiny": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "rotary_dim": 8, "vocab_size": 120},
 }
-ENCODER_ALONE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 18}  # 152M parameters
+WAYS = ("layers", "no")  # of compiling
 BOUNDS = {"float32": {"loss": 1e-4, "direction": 0.9999}, "bfloat16": {"loss": 2e-2, "direction": 0.99}}
 TOKENS_AT_100_TIMES = 1.1e7  # at 384 x 6, of 13.5 times the FLOPs of the page's 128 x 4, which saw 1.5e6
 
@@ -86,9 +88,11 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def compiled(model: torch.nn.Module, device: torch.device) -> Callable:
-    """As `--torch_compile` does it; on the CPU without code generation, which takes minutes there."""
-    return torch.compile(model) if device.type == "cuda" else torch.compile(model, backend="aot_eager")
+def compiled(model: torch.nn.Module, device: torch.device, way: str) -> torch.nn.Module:
+    """`"layers"`, as `--torch_compile` does it, or `"no"`. On the CPU without code generation, which takes minutes."""
+    if way == "no":
+        return model
+    return compile_regions(model, **({} if device.type == "cuda" else {"backend": "aot_eager"}))
 
 
 # --- equality --------------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def loss_and_gradient(model: Callable, parameters: list, batch: dict, dtype: str
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = model(**batch).loss
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return float(loss), torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])
+    return loss.item(), torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])
 
 
 def check_equality(args: argparse.Namespace, report: Report) -> bool:
@@ -119,12 +123,16 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
     parameters = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     expected_loss, expected_gradient = loss_and_gradient(reference, parameters, batch, "float32")
     all_hold = True
-    ways = [*itertools.product(("eager", "sdpa", "flex_attention"), (False, True)), ("flash_attention_2", False)]
-    for (attention, is_compiled), dtype in itertools.product(ways, BOUNDS):
-        what = {"attention": attention, "compiled": is_compiled, "dtype": dtype}
-        if attention == "sdpa" and is_compiled:
-            report.add(**what, skipped="sdpa takes the views' shapes on the host; flex_attention is what is compiled")
-            continue
+    # what a GPU run takes comes first, should time run out
+    ways = [
+        ("flex_attention", "no"),
+        ("flex_attention", "layers"),
+        ("sdpa", "no"),
+        ("eager", "no"),
+        ("eager", "layers"),
+    ]
+    for (attention, way), dtype in itertools.product([*ways, ("flash_attention_2", "no")], BOUNDS):
+        what = {"attention": attention, "compiled": way, "dtype": dtype}
         if attention == "flash_attention_2" and (dtype == "float32" or not is_flash_attn_2_available()):
             report.add(**what, skipped="its kernels are not installed, or take no float32")
             continue
@@ -134,8 +142,7 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
         try:
             model = build(attention)
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            run = compiled(model, args.device) if is_compiled else model
-            loss, gradient = loss_and_gradient(run, parameters, batch, dtype)
+            loss, gradient = loss_and_gradient(compiled(model, args.device, way), parameters, batch, dtype)
         except Exception as error:  # one path that fails does not hide the others
             report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
             all_hold = False
@@ -199,74 +206,81 @@ def make_step(model: torch.nn.Module, loss: Callable, device: torch.device, afte
 
 
 def measure_speed(args: argparse.Namespace, report: Report) -> None:
-    """The pretraining step; at 768 the encoder alone as well."""
+    """The pretraining step. The row length that says most comes first, should time run out."""
     size = SIZES["tiny" if args.tiny else args.piece]
-    attention = "flex_attention" if args.device.type == "cuda" else "eager"
-    rate = card_rate(args.device)
     documents = draw_documents(size, *((300, 40, 96) if args.tiny else (8192, 400, 1024)))
-    num_tokens = sum(map(len, documents))
-    row_lengths = (96,) if args.tiny else (1024, 4096, 16384)
-    for is_compiled, row_length in itertools.product((False, True), row_lengths):
+    row_lengths = (96,) if args.tiny else (4096, 1024, 16384)
+    for row_length, way in itertools.product(row_lengths, WAYS):
         torch.manual_seed(0)
-        model = TJEPAForPreTraining(make_config(size, attention)).to(args.device).train()
+        model = TJEPAForPreTraining(make_config(size, attention_of(args.device))).to(args.device).train()
         batch = make_batch(documents, row_length, args.device)
-        run = compiled(model, args.device) if is_compiled else model
+        run = compiled(model, args.device, way)
         step = make_step(
             model,
             lambda run=run, batch=batch: run(**batch).loss,
             args.device,
             lambda m=model: m.update_target_encoder(0.99),
         )
-        what = {
-            "model": "pretraining",
-            "row_length": row_length,
-            "compiled": is_compiled,
-            "document_tokens": num_tokens,
-        }
-        try:
-            figures = time_steps(step, args)
-        except Exception as error:  # out of memory, say: the next one may fit
-            report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
-        else:
-            flops = useful_flops(model.config, batch)
-            figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
-            report.add(**what, **figures, flops=flops, rate=rate)
-            if is_compiled and row_length == row_lengths[len(row_lengths) // 2]:
-                write_profile(step, args)
+        what = {"model": "pretraining", "row_length": row_length, "compiled": way}
+        has_profile = way == WAYS[0] and row_length == row_lengths[0]
+        measure(what, step, documents, useful_flops(model.config, batch), has_profile, args, report)
         del model, run, step, batch
-        torch._dynamo.reset()
-    if args.piece == "speed-768":
-        measure_encoder_alone(args, report, rate)
 
 
-def measure_encoder_alone(args: argparse.Namespace, report: Report, rate: float) -> None:
+def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
     """Masked language modelling, a third of the tokens predicted, logits at these only."""
-    size = SIZES["tiny"] if args.tiny else ENCODER_ALONE
-    config = make_config(size, "flex_attention" if args.device.type == "cuda" else "eager")
-    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (65536, 400, 1024)))
+    size = SIZES["tiny" if args.tiny else args.piece]
+    config = make_config(size, attention_of(args.device))
+    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (24576, 400, 1024)))
     batch = make_batch(documents, 192 if args.tiny else 4096, args.device)
     input_ids, positions, views = (batch[name] for name in ("input_ids", "position_ids", "document_ids"))
-    num_tokens = sum(map(len, documents))
     picked = torch.randperm(input_ids.numel(), device=args.device)[: input_ids.numel() // 3]
     labels = input_ids.flatten()[picked].long()
-    for is_compiled in (False, True):
+    lengths = torch.tensor([len(document) for document in documents]).double()
+    d, sizes = config.hidden_size, (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+    head = 2 * d * (d + config.vocab_size) * len(labels)
+    flops = 3 * (stack_flops(lengths.sum(), lengths.square().sum(), *sizes) + head)
+    for way in WAYS:
         torch.manual_seed(0)
         model = TJEPAForMaskedLM(config).to(args.device).train()
-        encoder = compiled(model.encoder, args.device) if is_compiled else model.encoder
+        encoder = compiled(model.encoder, args.device, way)
 
         def loss(model=model, encoder=encoder):
             states = encoder(input_ids, position_ids=positions, view_ids=views).last_hidden_state.flatten(0, 1)
             return F.cross_entropy(model.token_head(states[picked], model.decoder.weight).float(), labels)
 
-        figures = time_steps(make_step(model, loss, args.device, lambda: None), args)
-        lengths = torch.tensor([len(document) for document in documents]).double()
-        d, sizes = config.hidden_size, (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-        head = 2 * d * (d + config.vocab_size) * len(labels)
-        flops = 3 * (stack_flops(lengths.sum(), lengths.square().sum(), *sizes) + head)
-        figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
         what = {"model": "encoder alone (MLM)", "parameters": sum(p.numel() for p in model.parameters())}
-        report.add(**what, compiled=is_compiled, document_tokens=num_tokens, **figures, flops=flops, rate=rate)
-        torch._dynamo.reset()
+        what |= {"row_length": input_ids.shape[1], "compiled": way}
+        step = make_step(model, loss, args.device, lambda: None)
+        measure(what, step, documents, flops, way == WAYS[0], args, report)
+
+
+def attention_of(device: torch.device) -> str:
+    return "flex_attention" if device.type == "cuda" else "eager"
+
+
+def measure(
+    what: dict,
+    step: Callable,
+    documents: list,
+    flops: float,
+    has_profile: bool,
+    args: argparse.Namespace,
+    report: Report,
+) -> None:
+    """Adds a line for what was timed, or for what failed: out of memory, say, and the next one may fit."""
+    num_tokens, rate = sum(map(len, documents)), card_rate(args.device)
+    what = {**what, "document_tokens": num_tokens}
+    try:
+        figures = time_steps(step, args)
+        if has_profile:
+            write_profile(step, args)
+    except Exception as error:
+        report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
+    else:
+        figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
+        report.add(**what, **figures, flops=flops, rate=rate)
+    torch._dynamo.reset()
 
 
 def write_profile(step: Callable, args: argparse.Namespace) -> None:
@@ -292,39 +306,37 @@ def compare_learning(args: argparse.Namespace, report: Report) -> None:
     train = ["--train_file", str(DATA / ("books-validation.parquet" if args.tiny else "books-train.parquet"))]
     larger = "hidden_size=384,num_hidden_layers=6,num_attention_heads=6,per_device_train_batch_size=128"
     larger = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8" if args.tiny else larger
-    recipes = ("tjepa", "control", "mlm")
-    variants = [
-        word for name in recipes for word in ("--variant", f"{name}-large={name},{larger},learning_rate=0.001")
-    ]
     prepared, cli = str(out / "books64"), [sys.executable, "-m", "tjepa.cli"]
     tokenizer = ["--vocab_size", "300" if args.tiny else "4096", "--output_dir", str(out / "tokenizer")]
     pieces = ["--max_length", "64", "--long_documents", "split", "--min_tokens", "16", "--output_dir", prepared]
     curve = [sys.executable, str(Path(__file__).with_name("learning_curve.py")), "--output_dir", str(out / "runs")]
-    curve += ["--dataset_name", prepared, "--data_dir", str(DATA / "eval"), "--only", "untrained", *variants]
-    curve += [
-        "--tokens",
-        "1000" if args.tiny else str(TOKENS_AT_100_TIMES),
-        "--num_checkpoints",
-        "1" if args.tiny else "2",
-    ]
-    curve += ["--judge_on", "test", "--tasks", "trec", *(() if args.tiny else ("sst2", "subj", "sts14"))]
-    curve += ["--max_samples", "40" if args.tiny else "5000"]
-    commands = [
-        [*cli, "tokenizer", *train, *tokenizer],
-        [*cli, "prepare", *train, "--tokenizer_name", str(out / "tokenizer"), *pieces],
-        curve,
-    ]
-    for command, is_done in zip(commands, ((out / "tokenizer").exists(), Path(prepared).exists(), False), strict=True):
-        if not is_done:
-            subprocess.run(command, check=True, env={**os.environ, "HF_DATASETS_CACHE": str(out / "cache")})
+    curve += ["--dataset_name", prepared, "--data_dir", str(DATA / "eval"), "--judge_on", "test"]
+    curve += ["--tokens", "1000" if args.tiny else str(TOKENS_AT_100_TIMES)]
+    curve += ["--num_checkpoints", "1" if args.tiny else "2", "--max_samples", "40" if args.tiny else "5000"]
+    curve += ["--tasks", "trec", *(() if args.tiny else ("sst2", "subj", "sts14")), "--only", "untrained"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(out / "cache")}
+    if not (out / "tokenizer").exists():
+        subprocess.run([*cli, "tokenizer", *train, *tokenizer], check=True, env=environment)
+    if not Path(prepared).exists():
+        subprocess.run(
+            [*cli, "prepare", *train, "--tokenizer_name", str(out / "tokenizer"), *pieces], check=True, env=environment
+        )
+    subprocess.run(curve, check=True, env=environment)
+    # Side by side: such small models leave the card idle, and a run's length is counted in tokens
+    variants = [f"{name}-large={name},{larger},learning_rate=0.001" for name in ("tjepa", "control", "mlm")]
+    runs = [subprocess.Popen([*curve, "--variant", variant], env=environment) for variant in variants]
+    failed = [run.args[-1] for run in runs if run.wait() != 0]
     for path in sorted({*(out / "runs").glob("*.json")} - {out / "runs" / "result.json"}):
         report.add(recipe=path.stem, **json.loads(path.read_text(encoding="utf-8"))["checkpoints"][-1])
+    if failed:
+        raise SystemExit(f"These runs failed: {failed}")
 
 
 PIECES = {
     "equality": check_equality,
     "speed-384": measure_speed,
     "speed-768": measure_speed,
+    "encoder-768": measure_encoder_alone,
     "learning": compare_learning,
 }
 

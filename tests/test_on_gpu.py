@@ -42,21 +42,18 @@ def test_equality_and_speed_without_datasets(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped: datasets and evaluate are not installed and not in wheels" in done.stdout
     paths = {(r["attention"], r["compiled"], r["dtype"]): r for r in results(out, "equality")}
-    assert len(paths) == 14
+    assert len(paths) == 12
     held = {path for path, figures in paths.items() if figures.get("holds")}
-    assert held == {
-        (attention, False, dtype) for attention in ("eager", "sdpa") for dtype in ("float32", "bfloat16")
-    } | {("eager", True, dtype) for dtype in ("float32", "bfloat16")}
+    ways = (("sdpa", "no"), ("eager", "no"), ("eager", "layers"))
+    assert held == {(*way, dtype) for way in ways for dtype in ("float32", "bfloat16")}
     assert all("skipped" in figures for path, figures in paths.items() if path not in held)
-    for piece in ("speed-384", "speed-768"):
-        steps = [r for r in results(out, piece) if r["model"] == "pretraining"]
-        assert [(r["row_length"], r["compiled"]) for r in steps] == [(96, False), (96, True)]
+    for piece, row_length in (("speed-384", 96), ("speed-768", 96), ("encoder-768", 192)):
+        assert [(r["row_length"], r["compiled"]) for r in results(out, piece)] == [
+            (row_length, "layers"),
+            (row_length, "no"),
+        ]
         assert all(r["tokens_per_second"] > 0 and 0 < r["mfu"] for r in results(out, piece))
         assert "aten::" in (out / f"{piece}-profile.txt").read_text()
-    assert [r["compiled"] for r in results(out, "speed-768") if r["model"].startswith("encoder alone")] == [
-        False,
-        True,
-    ]
 
 
 def test_learning(shared_folder, tmp_path):

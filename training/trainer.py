@@ -161,6 +161,9 @@ class TJEPATrainer(GradientNormHook, Trainer):
         if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
         super().create_accelerator_and_postprocess()
+        # `--torch_compile` of each kind of layer: one graph of the whole model takes minutes, and on a GPU with
+        # flex_attention and torch 2.11 it ended in an illegal memory access
+        self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         if self.is_fsdp_enabled:
             # autocast instead, as without FSDP: its policy casts what goes into a module, rotary angles and numbers of
             # slots included, and bfloat16 cannot tell position 257 from 258

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.utils.other import has_compiled_regions
+from torch._dynamo import OptimizedModule
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from helpers import REPOSITORY, make_examples, make_tiny_config, make_trainer
@@ -428,11 +430,15 @@ def test_the_log_level_is_that_of_our_lines_too(tmp_path, untouched):
     assert logger.level == logging.INFO
 
 
-def test_fine_tuning_compiles(tmp_path, plain, tokenizer, untouched):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_is_the_same_run(tmp_path, plain, tokenizer, untouched, kind):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"}
-    run = Run("finetuning", tmp_path, tokenizer, max_steps=1, **compiled)
-    assert run.losses == pytest.approx(plain["finetuning"].losses[:1], abs=1e-6)
+    run = Run(kind, tmp_path, tokenizer, max_steps=1, **compiled)
+    assert run.losses == pytest.approx(plain[kind].losses[:1], abs=1e-6)
     assert run.trainer.accelerator.state.dynamo_plugin.mode == "default"
+    # of pretraining each layer by itself
+    assert has_compiled_regions(run.trainer.model_wrapped)
+    assert isinstance(run.trainer.model_wrapped, OptimizedModule) == (kind == "finetuning")
 
 
 def test_predictions_keep_the_last_batch(tmp_path, tokenizer):

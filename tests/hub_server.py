@@ -79,6 +79,7 @@ class Refused(Exception):
 class Hub(ThreadingHTTPServer):
     daemon_threads = True
     accepts_commits = True
+    token_role = "write"  # "read", or "fineGrained"
 
     def __init__(self, tokens: dict[str, str], lfs_suffixes: tuple[str, ...]):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -246,7 +247,8 @@ class Handler(BaseHTTPRequestHandler):
         user = self.user()
         if user is None:
             raise Refused(401, "Invalid username or password.")
-        self.answer({"type": "user", "name": user, "orgs": [], "auth": {"type": "access_token"}})
+        token = {"displayName": "test", "role": self.server.token_role}
+        self.answer({"type": "user", "name": user, "orgs": [], "auth": {"type": "access_token", "accessToken": token}})
 
     def create(self):
         asked = json.loads(self.body)

@@ -130,21 +130,26 @@ class HubPublisher(TrainerCallback):
 def full_name(api: HfApi, repo_id: str, flag: str) -> str:
     """
     `owner/name` of a repository, where `name` alone is one's own. It is asked for before the work, because it shows
-    whether the Hub knows the token, and makes nothing there.
+    whether the Hub knows the token and what it is for, and makes nothing there.
 
     Raises:
-        PermissionError: if it does not; the message names the flag.
+        PermissionError: if it does not, or if the token is for reading; the message names the flag.
         ValueError: if it is not a name that the Hub allows.
     """
     validate_repo_id(repo_id)
     with explaining_refusal(repo_id, flag):
         try:
-            user = api.whoami()["name"]
+            account = api.whoami()
         except HfHubHTTPError as error:
             if error.response.status_code != 429 or "/" not in repo_id:
                 raise
             return repo_id  # asked too often, as where many runs start at once: it says nothing about the token
-    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise PermissionError(
+            f"The token may only read, and {repo_id} is to be written: pass one that may write there as {flag}, or "
+            "log in with `hf auth login`."
+        )
+    return repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
 
 
 @contextmanager

@@ -244,6 +244,17 @@ def test_refused_before_anything_is_trained(hub, inputs, tmp_path, token, proble
     assert not list((tmp_path / "run").glob("*")) and not hub.repositories
 
 
+def test_a_token_for_reading_shows_before_the_data(inputs, tmp_path, monkeypatch):
+    values = {"train_file": tmp_path / "none.jsonl", "push_to_hub": True, "hub_model_id": "owner/name"}
+    with hub_in_this_process({TOKEN: "owner"}, monkeypatch) as hub:
+        hub.token_role = "read"
+        with pytest.raises(PermissionError, match="may only read, and owner/name is to be written: .* as --hub_token"):
+            run(monkeypatch, arguments(inputs, tmp_path / "out", hub_token=TOKEN, report_to="none", **values))
+        hub.token_role = "fineGrained"  # for which repositories is not said: creating it will tell
+        with pytest.raises(FileNotFoundError):
+            run(monkeypatch, arguments(inputs, tmp_path / "out", hub_token=TOKEN, report_to="none", **values))
+
+
 def test_a_wrong_token_shows_before_the_data_and_wrong_data_leave_no_repository(inputs, tmp_path, monkeypatch):
     values = {"train_file": tmp_path / "none.jsonl", "validation_file": None, "push_to_hub": True}
     values |= {"hub_model_id": "owner/name", "report_to": "none"}

@@ -73,6 +73,7 @@ class Recipe:
         masking: of T-JEPA, a preset, a file, or a list of masking strategies as mappings.
         views_per_document: of T-JEPA, how many of the strategies each document gets; `None`: all.
         mask_ratio: of MLM, the share of tokens that is predicted (80% masked, 10% random, 10% kept, as in BERT).
+        final_mask_ratio: of MLM, what that share goes to, linearly, by the last step; `None`: it stays.
         segment_length: documents are cut into segments of at most so many tokens, each encoded by itself.
         permute_segments: of T-JEPA, each segment's label is that of another hidden one of its document (a control).
         static_labels: of T-JEPA, labels are the first encoder's embeddings of the hidden tokens (a control).
@@ -88,6 +89,7 @@ class Recipe:
     masking: str | list[dict] = "single_tokens"
     views_per_document: int | None = None
     mask_ratio: float = 0.15
+    final_mask_ratio: float | None = None
     segment_length: int | None = None
     permute_segments: bool = False
     static_labels: bool = False
@@ -212,17 +214,17 @@ def permute_labels(segments: dict) -> None:
 class MLM:
     def __init__(self, recipe: Recipe, config: TJEPAConfig, args: PretrainingArguments, tokenizer):
         self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mask_ratio)
+        self.recipe = recipe
         self.model = TJEPAForMaskedLM(config).train()
         self.encoder = self.model.encoder
-        self.segment_length = recipe.segment_length
 
     def start_from(self, start: TJEPAForMaskedLM) -> None:
         self.model.load_state_dict(start.state_dict())
 
     def loss(self, examples: list[dict]) -> torch.Tensor:
         documents = [example["input_ids"] for example in examples]
-        if self.segment_length is not None:
-            documents, _ = cut_into_segments(documents, self.segment_length)
+        if self.recipe.segment_length is not None:
+            documents, _ = cut_into_segments(documents, self.recipe.segment_length)
         documents = sorted(documents, key=len)  # equal shapes side by side
         lengths = np.array([len(document) for document in documents])
         input_ids = torch.from_numpy(np.concatenate(documents)).long()
@@ -239,7 +241,9 @@ class MLM:
         return F.cross_entropy(logits.float(), labels[is_masked])
 
     def after_step(self, step: int, num_steps: int) -> None:
-        pass
+        first, last = self.recipe.mask_ratio, self.recipe.final_mask_ratio
+        if last is not None:
+            self.collator.mlm_probability = first + (last - first) * (step + 1) / num_steps
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -153,6 +153,16 @@ def test_packed_mlm_equals_the_models_own_loss(learning_curve, tokenizer):
     torch.testing.assert_close(loss, F.cross_entropy(torch.cat(logits), labels), rtol=1e-5, atol=1e-5)
 
 
+def test_the_masking_rate_of_mlm_falls(learning_curve, tokenizer):
+    values = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "per_device_train_batch_size": 4}
+    values |= {"objective": "mlm", "mask_ratio": 0.4, "final_mask_ratio": 0.1}
+    recipe = learning_curve.Recipe.from_dict("falling", values)
+    documents = [np.array(ids) for ids in tokenizer([sentence(index) for index in range(12)])["input_ids"]]
+    training = learning_curve.Training(recipe, documents, tokenizer, seed=0, num_steps=3)
+    rates = [training.objective.collator.mlm_probability for _ in training]
+    assert rates == pytest.approx([0.3, 0.2, 0.1])
+
+
 def test_the_control_is_the_recipe_without_its_tjepa_loss(learning_curve, tokenizer):
     weights = {"variance_covariance_weight": 1.0, "token_prediction_weight": 0.5}
     control = objective(learning_curve, tokenizer, **weights, jepa_weight=0.0)

@@ -176,6 +176,12 @@ def main():
             f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
             "of equal views differ. Leave it out: it is for our own architecture."
         )
+    attention = model_args.attn_implementation or choose_attention(config, training_args)
+    if attention == "sdpa" and training_args.torch_compile:
+        raise ValueError(
+            "--torch_compile with sdpa attention would compile anew for every batch, whose groups of equal views "
+            "differ. Leave it out; on a GPU it goes with flex_attention, which a run takes there by itself."
+        )
     collator.fit_to(config)
     if (config.segment_weight > 0) != (masking_args.segment_length is not None):
         raise ValueError(
@@ -199,7 +205,7 @@ def main():
         data_args.max_length,
         model_args.config_overrides,
         model_args.model_name_or_path,
-        model_args.attn_implementation or choose_attention(config, training_args),
+        attention,
         **from_hub,
     )
     if config.encoder is None:

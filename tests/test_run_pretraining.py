@@ -217,6 +217,11 @@ def test_shipped_configs_parse(path):
         load_pretraining_config(overrides=model_args.config_overrides)
 
 
+def test_what_would_compile_for_every_batch_is_refused(inputs, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--torch_compile with sdpa attention would compile anew for every batch"):
+        run(monkeypatch, arguments(inputs, tmp_path / "out", torch_compile=True))
+
+
 def test_a_compiled_run_is_the_same_run(inputs, tmp_path):
     """`--torch_compile` on fixed rows; in processes of their own, because transformers sets the environment for it."""
     losses = []

@@ -130,8 +130,9 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
         ("sdpa", "no"),
         ("eager", "no"),
         ("eager", "layers"),
+        ("flash_attention_2", "no"),
     ]
-    for (attention, way), dtype in itertools.product([*ways, ("flash_attention_2", "no")], BOUNDS):
+    for (attention, way), dtype in itertools.product(ways, BOUNDS):
         what = {"attention": attention, "compiled": way, "dtype": dtype}
         if attention == "flash_attention_2" and (dtype == "float32" or not is_flash_attn_2_available()):
             report.add(**what, skipped="its kernels are not installed, or take no float32")
@@ -273,13 +274,13 @@ def measure(
     what = {**what, "document_tokens": num_tokens}
     try:
         figures = time_steps(step, args)
-        if has_profile:
-            write_profile(step, args)
     except Exception as error:
         report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
     else:
         figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
         report.add(**what, **figures, flops=flops, rate=rate)
+        if has_profile:
+            write_profile(step, args)
     torch._dynamo.reset()
 
 

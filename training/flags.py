@@ -47,7 +47,7 @@ BOTH_WORK = both(works())
 WORKING = """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps optim_args
     weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm
-    auto_find_batch_size bf16 activation_checkpointing activation_checkpointing_kwargs torch_compile
+    auto_find_batch_size bf16 activation_checkpointing activation_checkpointing_kwargs
     torch_compile_backend torch_compile_mode neftune_noise_alpha logging_strategy logging_steps
     logging_first_step log_level disable_tqdm report_to eval_strategy eval_steps eval_delay
     per_device_eval_batch_size eval_on_start save_strategy save_steps save_total_limit push_to_hub hub_token
@@ -91,6 +91,9 @@ FLAGS: dict[str, Rules] = {
         unused("the loss of a head is the mean over the rows of each process"),
     ),
     "label_smoothing_factor": Rules(refused("the targets are vectors: there are no classes to smooth"), works()),
+    "torch_compile": Rules(
+        works("each kind of layer by itself; it is refused with sdpa attention and for other architectures"), works()
+    ),
     # numbers and memory
     "fp16": both(works("on a GPU only; on a CPU it is refused: --bf16 works there, too")),
     "bf16_full_eval": Rules(refused(KEEP_WEIGHTS), works()),

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import compile_regions
 from flops import stack_flops, useful_flops
 from reporting import DATA
 from torch.nn import functional as F
@@ -27,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
+from tjepa.layers_tjepa import TJEPALayer
 
 
 VOCAB_SIZE = 32000
@@ -90,9 +90,9 @@ def synchronise(device: torch.device) -> None:
 
 def compiled(model: torch.nn.Module, device: torch.device, way: str) -> torch.nn.Module:
     """`"layers"`, as `--torch_compile` does it, or `"no"`. On the CPU without code generation, which takes minutes."""
-    if way == "no":
-        return model
-    return compile_regions(model, **({} if device.type == "cuda" else {"backend": "aot_eager"}))
+    for layer in (module for module in model.modules() if way == "layers" and isinstance(module, TJEPALayer)):
+        layer.compile(**({} if device.type == "cuda" else {"backend": "aot_eager"}))
+    return model
 
 
 # --- equality --------------------------------------------------------------------------------------------------------

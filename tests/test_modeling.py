@@ -19,7 +19,7 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     pack_batch,
 )
-from tjepa.layers_tjepa import packed_attention_mask
+from tjepa.layers_tjepa import TJEPALayer, packed_attention_mask
 from tjepa.losses_tjepa import variance_covariance_loss
 
 
@@ -194,6 +194,22 @@ def test_compiled_as_one_graph_and_not_for_every_batch(make_model, predictor_typ
         close(*losses)
     assert len(num_rows) > 2
     assert counter.frame_count <= 3
+
+
+def test_compiled_layers_do_not_compile_for_every_batch(make_model):
+    """As `--torch_compile` does it: after another number of rows or two no batch compiles again."""
+    options = {"num_attention_heads": 2, "predictor_num_attention_heads": 1}
+    expected, model = make_model(**options), make_model(attn_implementation="flex_attention", **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in (module for module in model.modules() if isinstance(module, TJEPALayer)):
+        layer.compile(backend=counter)
+    collator, num_frames = DataCollatorForTJEPA(row_length=128), []
+    for step, num_more in enumerate([0, 1, 6, 9, 3, 15]):
+        batch = collator(make_examples([40, 23, 7, 64] + [30] * num_more, seed=step))
+        with torch.no_grad():  # torch has no backward of flex_attention on the CPU
+            close(model(**batch).loss, expected(**batch).loss)
+        num_frames.append(counter.frame_count)
+    assert num_frames[0] <= 3 and num_frames[2] == num_frames[-1] <= 5
 
 
 def test_flash_attention_gets_the_views_lengths(monkeypatch):

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from accelerate.utils import DistributedType, parse_flag_from_env, reduce, send_to_device
+from accelerate.utils import DistributedType, DynamoBackend, parse_flag_from_env, reduce, send_to_device
 from torch.distributed.fsdp import FSDPModule
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
 from ..corpus.private import GradientNormHook, without_repeated_documents
+from ..layers_tjepa import TJEPALayer
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import MOVES, TRAINED_ENCODER_MOVES, PretrainingArguments
 from .ema import MAX_SHARE_OF_START, EMACallback
@@ -128,6 +129,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
     def __init__(self, model=None, args: PretrainingArguments | None = None, *other_args, **kwargs):
         super().__init__(model, args, *other_args, **kwargs)
         args = self.args
+        self._compile_layers()
         names = [strategy.name for strategy in self.data_collator.strategies]
         self.health = HealthMonitor(names, self.model.config, args.stop_on_collapse, args.collapse_patience)
         self.judge_encoder: Callable[[], dict[str, float]] | None = None  # more figures for every evaluation
@@ -161,9 +163,6 @@ class TJEPATrainer(GradientNormHook, Trainer):
         if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
         super().create_accelerator_and_postprocess()
-        # `--torch_compile` of each kind of layer: one graph of the whole model takes minutes, and on a GPU with
-        # flex_attention and torch 2.11 it ended in an illegal memory access
-        self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         if self.is_fsdp_enabled:
             # autocast instead, as without FSDP: its policy casts what goes into a module, rotary angles and numbers of
             # slots included, and bfloat16 cannot tell position 257 from 258
@@ -174,6 +173,17 @@ class TJEPATrainer(GradientNormHook, Trainer):
                 "its moving average would lose its updates to rounding. Train in float32 (mixed_precision: no), or "
                 "take configs/accelerate/fsdp2.yaml, which keeps float32 weights under bf16."
             )
+
+    def _compile_layers(self) -> None:
+        """
+        `--torch_compile`: each kind of layer by itself, in place. One graph of the whole model takes minutes, and with
+        flex_attention and torch 2.11 it ended in an illegal memory access.
+        """
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend != DynamoBackend.NO:
+            for layer in (module for module in self.model.modules() if isinstance(module, TJEPALayer)):
+                layer.compile(**plugin.to_kwargs())
+            plugin.backend = DynamoBackend.NO  # nothing is left to do for accelerate
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         if self.is_fsdp_enabled:

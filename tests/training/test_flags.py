@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.utils.other import has_compiled_regions
 from torch._dynamo import OptimizedModule
 from transformers import DataCollatorWithPadding, TrainingArguments
 
@@ -23,6 +22,7 @@ from tjepa import TJEPAForSequenceClassification
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream.arguments import FinetuningArguments
 from tjepa.downstream.finetuning import FinetuningTrainer
+from tjepa.layers_tjepa import TJEPALayer
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import CheckpointCallback, find_last_checkpoint
 from tjepa.training.flags import FLAGS, to_markdown
@@ -436,9 +436,16 @@ def test_compiled_is_the_same_run(tmp_path, plain, tokenizer, untouched, kind):
     run = Run(kind, tmp_path, tokenizer, max_steps=1, **compiled)
     assert run.losses == pytest.approx(plain[kind].losses[:1], abs=1e-6)
     assert run.trainer.accelerator.state.dynamo_plugin.mode == "default"
-    # of pretraining each layer by itself
-    assert has_compiled_regions(run.trainer.model_wrapped)
     assert isinstance(run.trainer.model_wrapped, OptimizedModule) == (kind == "finetuning")
+
+
+def test_what_is_compiled_of_pretraining_is_each_layer(tmp_path, tokenizer, untouched):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    with patch.object(TJEPALayer, "compile", autospec=True) as compile_layer:
+        trainer = make("pretraining", tmp_path, tokenizer, **compiled)
+    layers = [module for module in trainer.model.modules() if isinstance(module, TJEPALayer)]
+    assert [call.args[0] for call in compile_layer.call_args_list] == layers and len(layers) >= 3
+    assert all(call.kwargs["backend"] == "eager" for call in compile_layer.call_args_list)
 
 
 def test_predictions_keep_the_last_batch(tmp_path, tokenizer):

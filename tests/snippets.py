@@ -42,7 +42,8 @@ OF_OTHERS = (
     "docker",
     "vllm",
     "mkdocs",
-)  # they install, fetch, or run tests
+    "bash",
+)  # they install, fetch, or run tests and scripts
 
 # What makes a command small: flags that are added to those of the docs, and win over them.
 SMALL_RUN = "--max_steps 1 --save_strategy no --logging_steps 1 --use_cpu --push_to_hub False"
@@ -67,6 +68,7 @@ SMALL = {
     "docs/plot_method.py": "",
     "docs/plot_health.py": "",
     "benchmarks/scaling_arithmetic.py": "",
+    "benchmarks/encoder_throughput.py": "--hidden_size 32 --head_dim 16 --num_layers 1 --num_documents 4 --repeats 1",
 }
 NEW_MODEL = f"--config_overrides {TINY}"  # not of an encoder that is there
 INSTEAD_OF_DOCSTRINGS = "--train_file stories.parquet --tokenizer_name my-tokenizer"

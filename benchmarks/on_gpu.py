@@ -8,6 +8,7 @@ measured here, takes its place.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-from tjepa.layers_tjepa import TJEPALayer
+from tjepa.layers_tjepa import compile_layers
 
 
 VOCAB_SIZE = 32000
@@ -88,11 +89,9 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def compiled(model: torch.nn.Module, device: torch.device, way: str) -> torch.nn.Module:
-    """`"layers"`, as `--torch_compile` does it, or `"no"`. On the CPU without code generation, which takes minutes."""
-    for layer in (module for module in model.modules() if way == "layers" and isinstance(module, TJEPALayer)):
-        layer.compile(**({} if device.type == "cuda" else {"backend": "aot_eager"}))
-    return model
+def compile_for(device: torch.device, model: torch.nn.Module) -> None:
+    """As `--torch_compile` does it; on the CPU without code generation, which takes minutes there."""
+    compile_layers(model, **({} if device.type == "cuda" else {"backend": "aot_eager"}))
 
 
 # --- equality --------------------------------------------------------------------------------------------------------
@@ -143,7 +142,9 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
         try:
             model = build(attention)
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            loss, gradient = loss_and_gradient(compiled(model, args.device, way), parameters, batch, dtype)
+            if way == "layers":
+                compile_for(args.device, model)
+            loss, gradient = loss_and_gradient(model, parameters, batch, dtype)
         except Exception as error:  # one path that fails does not hide the others
             report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
             all_hold = False
@@ -162,6 +163,7 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def card_rate(device: torch.device) -> float:
     if device.type == "cuda":
         for name, rate in CARD_RATES.items():
@@ -215,17 +217,18 @@ def measure_speed(args: argparse.Namespace, report: Report) -> None:
         torch.manual_seed(0)
         model = TJEPAForPreTraining(make_config(size, attention_of(args.device))).to(args.device).train()
         batch = make_batch(documents, row_length, args.device)
-        run = compiled(model, args.device, way)
+        if way == "layers":
+            compile_for(args.device, model)
         step = make_step(
             model,
-            lambda run=run, batch=batch: run(**batch).loss,
+            lambda model=model, batch=batch: model(**batch).loss,
             args.device,
             lambda m=model: m.update_target_encoder(0.99),
         )
         what = {"model": "pretraining", "row_length": row_length, "compiled": way}
         has_profile = way == WAYS[0] and row_length == row_lengths[0]
         measure(what, step, documents, useful_flops(model.config, batch), has_profile, args, report)
-        del model, run, step, batch
+        del model, step, batch
 
 
 def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
@@ -244,10 +247,11 @@ def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
     for way in WAYS:
         torch.manual_seed(0)
         model = TJEPAForMaskedLM(config).to(args.device).train()
-        encoder = compiled(model.encoder, args.device, way)
+        if way == "layers":
+            compile_for(args.device, model)
 
-        def loss(model=model, encoder=encoder):
-            states = encoder(input_ids, position_ids=positions, view_ids=views).last_hidden_state.flatten(0, 1)
+        def loss(model=model):
+            states = model.encoder(input_ids, position_ids=positions, view_ids=views).last_hidden_state.flatten(0, 1)
             return F.cross_entropy(model.token_head(states[picked], model.decoder.weight).float(), labels)
 
         what = {"model": "encoder alone (MLM)", "parameters": sum(p.numel() for p in model.parameters())}

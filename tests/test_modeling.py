@@ -19,7 +19,7 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     pack_batch,
 )
-from tjepa.layers_tjepa import TJEPALayer, packed_attention_mask
+from tjepa.layers_tjepa import compile_layers, packed_attention_mask
 from tjepa.losses_tjepa import variance_covariance_loss
 
 
@@ -201,8 +201,7 @@ def test_compiled_layers_do_not_compile_for_every_batch(make_model):
     options = {"num_attention_heads": 2, "predictor_num_attention_heads": 1}
     expected, model = make_model(**options), make_model(attn_implementation="flex_attention", **options)
     counter = CompileCounterWithBackend("aot_eager")
-    for layer in (module for module in model.modules() if isinstance(module, TJEPALayer)):
-        layer.compile(backend=counter)
+    compile_layers(model, backend=counter)
     collator, num_frames = DataCollatorForTJEPA(row_length=128), []
     for step, num_more in enumerate([0, 1, 6, 9, 3, 15]):
         batch = collator(make_examples([40, 23, 7, 64] + [30] * num_more, seed=step))

@@ -21,7 +21,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerC
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
 from ..corpus.private import GradientNormHook, without_repeated_documents
-from ..layers_tjepa import TJEPALayer
+from ..layers_tjepa import compile_layers
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import MOVES, TRAINED_ENCODER_MOVES, PretrainingArguments
 from .ema import MAX_SHARE_OF_START, EMACallback
@@ -176,13 +176,12 @@ class TJEPATrainer(GradientNormHook, Trainer):
 
     def _compile_layers(self) -> None:
         """
-        `--torch_compile`: each kind of layer by itself, in place. One graph of the whole model takes minutes, and with
+        `--torch_compile`: each kind of layer by itself. One graph of the whole model takes minutes, and with
         flex_attention and torch 2.11 it ended in an illegal memory access.
         """
         plugin = self.accelerator.state.dynamo_plugin
         if plugin.backend != DynamoBackend.NO:
-            for layer in (module for module in self.model.modules() if isinstance(module, TJEPALayer)):
-                layer.compile(**plugin.to_kwargs())
+            compile_layers(self.model, **plugin.to_kwargs())
             plugin.backend = DynamoBackend.NO  # nothing is left to do for accelerate
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):

@@ -442,6 +442,9 @@ class TJEPALayer(GradientCheckpointingLayer):
 
 def compile_layers(model: nn.Module, **settings) -> None:
     """`torch.compile` with these settings for each kind of layer by itself, in place: what `--torch_compile` does."""
+    # encoders and predictor, training and evaluation share the code of a layer, and torch's limit of 8 variants of it;
+    # over the limit it runs uncompiled. (`recompile_limit` is the name from torch 2.7 on, this one is known to all.)
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for layer in (module for module in model.modules() if isinstance(module, TJEPALayer)):
         layer.compile(**settings)
 

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -198,6 +198,7 @@ def test_compiled_as_one_graph_and_not_for_every_batch(make_model, predictor_typ
 
 def test_compiled_layers_do_not_compile_for_every_batch(make_model):
     """As `--torch_compile` does it: after another number of rows or two no batch compiles again."""
+    torch._dynamo.reset()  # variants that other tests left behind would count
     options = {"num_attention_heads": 2, "predictor_num_attention_heads": 1}
     expected, model = make_model(**options), make_model(attn_implementation="flex_attention", **options)
     counter = CompileCounterWithBackend("aot_eager")
@@ -209,6 +210,17 @@ def test_compiled_layers_do_not_compile_for_every_batch(make_model):
             close(model(**batch).loss, expected(**batch).loss)
         num_frames.append(counter.frame_count)
     assert num_frames[0] <= 3 and num_frames[2] == num_frames[-1] <= 5
+
+
+def test_layers_of_many_models_stay_compiled(make_model, batch):
+    """All share the code of a layer, which torch by itself compiles eight times and then no more."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for num_attention_heads in (1, 2, 4, 8):
+        model = make_model(num_attention_heads=num_attention_heads, attn_implementation="eager")
+        compile_layers(model, backend=counter)
+        model(**batch)
+    assert counter.frame_count > 8
 
 
 def test_flash_attention_gets_the_views_lengths(monkeypatch):

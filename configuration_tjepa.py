@@ -214,7 +214,7 @@ class TJEPAConfig(PreTrainedConfig):
     pooled_weight: float | int = 0.0
     segment_weight: float | int = 0.0
     segment_predictor_num_hidden_layers: int = 2
-    contrastive_temperature: float = 0.05
+    contrastive_temperature: float | int = 0.05
     target_layers: int = 1
     target_normalization: str = "layer"
     loss_type: str = "smooth_l1"

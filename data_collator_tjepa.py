@@ -85,7 +85,7 @@ class MaskingStrategy:
         if not isinstance(values, dict):
             raise ValueError(f"A masking strategy is a mapping of {[f.name for f in fields(cls)]}, got {values!r}.")
         allowed = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(allowed)):
+        if unknown := sorted(map(str, set(values) - set(allowed))):
             raise ValueError(f"Unknown masking strategy keys {unknown}; allowed are {allowed}.")
         if "target_block_size_mean" not in values:
             raise ValueError("A masking strategy needs target_block_size_mean (a number of tokens, or null).")

@@ -67,7 +67,12 @@ def hide_in_place(input_ids: torch.Tensor, hidden: torch.Tensor, config: TJEPACo
     Args:
         input_ids (`torch.LongTensor` of shape `[rows, row_length]`): token ids.
         hidden (`torch.LongTensor` of shape `[num_slots]`): where the hidden places lie in the flattened rows.
+
+    Raises:
+        ValueError: if the configuration names no mask token.
     """
+    if config.mask_token_id is None:
+        raise ValueError("predictor_type='in_place' puts config.mask_token_id at hidden places: set it.")
     flat_ids = input_ids.flatten()
     tokens = torch.full_like(flat_ids[hidden], config.mask_token_id)
     if training:
@@ -139,7 +144,7 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
     config = copy.deepcopy(config)  # T5EncoderModel writes into it, and two encoders must not share one
     config._attn_implementation = None  # what suits it
-    return encoder_class(config).from_config(config)
+    return encoder_class(config).from_config(config, dtype=torch.float32)  # whatever its folder has
 
 
 def encoder_class(config: PreTrainedConfig) -> type:
@@ -174,7 +179,10 @@ def encode_padded(
     is_visible = torch.zeros(shape, dtype=torch.long, device=input_ids.device)
     padded_ids[rows, position_ids], is_visible[rows, position_ids] = input_ids, 1
     is_visible[:, 0] |= is_visible.sum(dim=1) == 0  # a row without a view: no softmax may be empty
-    outputs = encoder(input_ids=padded_ids, attention_mask=is_visible, output_hidden_states=num_layers > 1)
+    wants_more = num_layers > 1
+    outputs = encoder(
+        input_ids=padded_ids, attention_mask=is_visible, output_hidden_states=wants_more, return_dict=True
+    )
     return [states[rows, position_ids] for states in last_layers(outputs, num_layers)]
 
 
@@ -215,8 +223,9 @@ def encode(
     """
     wants_more = num_layers > 1
     if traits is None:
+        views = {"view_ids": view_ids, "groups": groups}
         outputs = encoder(
-            input_ids, position_ids=position_ids, view_ids=view_ids, groups=groups, output_hidden_states=wants_more
+            input_ids, position_ids=position_ids, output_hidden_states=wants_more, return_dict=True, **views
         )
         return [states.flatten(0, 1) for states in last_layers(outputs, num_layers)]
     input_ids, position_ids = input_ids.long(), position_ids.long()
@@ -225,7 +234,11 @@ def encode(
         views.positions, views.longest = position_ids.flatten(), longest
         position_ids = position_ids + traits.position_offset
         outputs = encoder(
-            input_ids=input_ids, position_ids=position_ids, packed_views=views, output_hidden_states=wants_more
+            input_ids=input_ids,
+            position_ids=position_ids,
+            packed_views=views,
+            output_hidden_states=wants_more,
+            return_dict=True,
         )
         return [states.flatten(0, 1) for states in last_layers(outputs, num_layers)]
 
@@ -238,7 +251,7 @@ def encode(
         entries = (rows >= 0).nonzero()[:, 0]
         row_lengths = view_lengths[views] if len(views) else view_lengths.new_ones(1)
         chosen = (of_entry[entries] for of_entry in (input_ids, position_ids, rows))
-        states = encode_padded(encoder, *chosen, row_lengths, config.mask_token_id, num_layers)
+        states = encode_padded(encoder, *chosen, row_lengths, config.mask_token_id or 0, num_layers)
         if layers is None:
             layers = [layer.new_zeros(len(view_ids), layer.shape[-1]) for layer in states]
         layers = [whole.index_copy(0, entries, part) for whole, part in zip(layers, states, strict=True)]

@@ -411,8 +411,14 @@ class TJEPAMLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(hidden_states)))
 
 
-def layer_norm(config: TJEPAConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+class TJEPALayerNorm(nn.LayerNorm):
+    """In the dtype of its weights: of bfloat16 states (autocast) the CPU would sum its gradients in bfloat16, too."""
+
+    def __init__(self, config: TJEPAConfig, width: int | None = None):
+        super().__init__(width or config.hidden_size, eps=config.layer_norm_eps, bias=config.use_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype))
 
 
 class TJEPALayer(GradientCheckpointingLayer):
@@ -422,9 +428,9 @@ class TJEPALayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TJEPAConfig):
         super().__init__()
-        self.attention_norm = layer_norm(config)
+        self.attention_norm = TJEPALayerNorm(config)
         self.attention = self.attention_class(config)
-        self.mlp_norm = layer_norm(config)
+        self.mlp_norm = TJEPALayerNorm(config)
         self.mlp = TJEPAMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

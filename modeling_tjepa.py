@@ -44,10 +44,10 @@ from .encoders_tjepa import (
 )
 from .layers_tjepa import (
     TJEPALayer,
+    TJEPALayerNorm,
     TJEPAModule,
     TJEPARotaryEmbedding,
     flash_attention_kwargs,
-    layer_norm,
     packed_attention_mask,
 )
 from .losses_tjepa import (
@@ -103,8 +103,9 @@ class TJEPAPreTrainedModel(TJEPAModule):
         name = pretrained_model_name_or_path
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            model_type = PreTrainedConfig.get_config_dict(kwargs.get("config") or name, **hub)[0].get("model_type")
-            if model_type != cls.config_class.model_type:
+            values = PreTrainedConfig.get_config_dict(kwargs.get("config") or name, **hub)[0]
+            model_type = values.get("model_type")
+            if values and model_type != cls.config_class.model_type:  # none: an adapter's folder names its base model
                 raise ValueError(
                     f"{name} holds {f'a {model_type} model' if model_type else 'no model that names its type'}, and "
                     f"{cls.__name__} loads T-JEPA models only. Load others with AutoModel of transformers; to pretrain"
@@ -166,7 +167,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
         self.rotary_embedding = TJEPARotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList([TJEPALayer(config) for _ in range(config.num_hidden_layers)])
-        self.final_norm = layer_norm(config)
+        self.final_norm = TJEPALayerNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -343,7 +344,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         """
         if self.config.encoder is not None and self.encoder_traits is None:
             mask_token_id = self.config.mask_token_id or 0
-            traits = measure_encoder(self.target_encoder, mask_token_id, self.config.encoder_input)
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):  # of a first `forward`
+                traits = measure_encoder(self.target_encoder, mask_token_id, self.config.encoder_input)
             if traits.is_packed:
                 self.context_encoder.set_attn_implementation(self.target_encoder.config._attn_implementation)
             self.encoder_traits = traits
@@ -392,9 +394,6 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             self.token_head.resize(num_tokens)
         return embeddings
 
-    def _encoder_parameter_pairs(self):
-        return zip(self.target_encoder.parameters(), self.context_encoder.parameters(), strict=True)
-
     @torch.no_grad()
     def update_target_encoder(self, momentum: float) -> None:
         """
@@ -408,7 +407,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         """
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"The momentum of the target encoder must be in [0, 1], got {momentum}.")
-        targets, contexts = zip(*self._encoder_parameter_pairs(), strict=True)
+        targets, contexts = (list(part.parameters()) for part in (self.target_encoder, self.context_encoder))
         contexts = [context.to(target.dtype) for target, context in zip(targets, contexts, strict=True)]
         # exact where both are equal: what does not train does not drift
         torch._foreach_lerp_(targets, contexts, 1.0 - momentum)
@@ -551,12 +550,16 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 (part_states,) = encode_documents(self.target_encoder, self.config, traits, *parts, part_groups)
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
-        in_place = self.config.predictor_type == "in_place"
-        if in_place:
-            visible_input_ids = hide_in_place(context_input_ids, hidden_indices, self.config, self.training)
+        is_token = is_visible = context_view_ids.flatten() >= 0
         denoises = self.training and self.config.denoising_weight > 0
         if denoises:
             visible_input_ids, picked = replace_tokens(visible_input_ids, self.config)
+        in_place = self.config.predictor_type == "in_place"
+        if in_place:
+            if hidden_indices is None:
+                raise ValueError("predictor_type='in_place' needs other batches: collator.fit_to(model.config) first.")
+            visible_input_ids = hide_in_place(visible_input_ids, hidden_indices, self.config, self.training)
+            is_visible = is_token.index_fill(0, hidden_indices.long(), False)
         contexts = (visible_input_ids, position_ids.flatten()[context_indices], context_view_ids)
         context_groups, longest = getattr(view_groups, "contexts", None), longest_document(document_groups)
         (context_states,) = encode(
@@ -581,7 +584,6 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             labels=labels,
             context_states=context_states,
         )
-        is_token = context_view_ids.flatten() >= 0
         if self.config.variance_covariance_weight > 0:
             output.variance_covariance_loss = variance_covariance_loss(context_states, is_token, sum_over_processes)
         if self.config.sigreg_weight > 0:
@@ -594,7 +596,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         if denoises:
             picked_ids = context_input_ids.flatten()[picked]
             token_losses = self._token_losses(context_states[picked], picked_ids)
-            is_counted = is_token[picked] & ~is_special_token(picked_ids, self.config)
+            is_counted = is_visible[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
         flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
@@ -603,6 +605,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             hidden = pool(part_states, part_ids, part_ids >= 0, len(view_documents))
             output.pooled_loss = pooled_loss(seen, hidden, view_documents, self.config.contrastive_temperature)
         if self.config.segment_weight > 0:
+            if segments is None:
+                raise ValueError("segment_weight needs documents in segments: SegmentCollator makes its batches.")
             num_documents = max(1, len(tokens_per_document))  # which are segments
             keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
             pooled = pool(context_states, flat_document_ids[context_indices.flatten()], is_token, num_documents)
@@ -645,12 +649,10 @@ class TJEPAPooling(nn.Module):
             raise ValueError(
                 f"Pooling needs an attention_mask of shape [batch, length], got {list(attention_mask.shape)}."
             )
-        if hidden_states.shape[1] == 0:  # empty texts have the vector 0, as beside longer ones in a batch
-            return hidden_states.sum(dim=1)
+        # An empty text has weights and a vector of 0.
         if self.pooling == "first":  # of the real tokens: not the first entry where padding is on the left
-            rows = torch.arange(len(hidden_states), device=hidden_states.device)
-            return hidden_states[rows, is_token.int().argmax(dim=1)]
-        if self.pooling == "attention":
+            weights = is_token & (is_token.cumsum(dim=1) == 1)
+        elif self.pooling == "attention":
             scores = self.score(hidden_states).squeeze(-1).float()
             weights = scores.masked_fill(~is_token, torch.finfo(torch.float32).min).softmax(dim=-1) * is_token
         else:
@@ -709,7 +711,11 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
             The class's output, with `logits` and, with labels, `loss`.
         """
         outputs: BaseModelOutput = self.encoder(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **{**kwargs, "return_dict": True},
         )
         logits = self.compute_logits(outputs.last_hidden_state, attention_mask)
         return self.output_class(

@@ -12,9 +12,9 @@ from .layers_tjepa import (
     PackedViews,
     TJEPAAttention,
     TJEPALayer,
+    TJEPALayerNorm,
     TJEPAModule,
     TJEPARotaryEmbedding,
-    layer_norm,
     packed_attention_mask,
     rotate,
 )
@@ -90,7 +90,7 @@ class TJEPAPredictor(TJEPAModule):
             self.out_proj = nn.Linear(width, encoder_width, bias=config.use_bias)
         self.rotary_embedding = TJEPARotaryEmbedding(self.config)
         self.layers = nn.ModuleList([TJEPAPredictorLayer(self.config) for _ in range(self.config.num_hidden_layers)])
-        self.final_norm = layer_norm(self.config)
+        self.final_norm = TJEPALayerNorm(self.config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -126,6 +126,7 @@ class TJEPAPredictor(TJEPAModule):
         """
         # The mask token is one more row of the table that the entries are gathered from.
         table = self.in_proj(torch.cat([context_states, self.mask_token.to(context_states.dtype).unsqueeze(0)]))
+        table = table.to(context_states.dtype)  # under autocast not bfloat16: the mask token's gradient sums many
         entries = prediction_indices.masked_fill(prediction_block_ids > 0, len(context_states))
         hidden_states = F.embedding(entries, table)  # [rows, row_length, predictor_hidden_size]
 
@@ -167,9 +168,9 @@ class TJEPAInPlacePredictor(TJEPAModule):
         width = config.predictor_intermediate_size
         self.up_proj = nn.Linear(input_width, width, bias=config.use_bias)
         self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.norm = TJEPALayerNorm(config, width)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias)
-        self.final_norm = layer_norm(config)
+        self.final_norm = TJEPALayerNorm(config)
         self.post_init()
 
     def forward(self, slot_states: torch.Tensor) -> torch.Tensor:
@@ -233,7 +234,7 @@ class TJEPATokenHead(nn.Module):
         super().__init__()
         width = embedding_width or config.hidden_size
         self.dense = nn.Linear(config.hidden_size, width, bias=config.use_bias)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=config.use_bias)
+        self.norm = TJEPALayerNorm(config, width)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ def load_masking_strategies(name_or_path: str | Path) -> list[MaskingStrategy]:
         allowed = f"a preset ({', '.join(MASKING_PRESETS)}) or an existing .yaml, .yml or .json file"
         raise ValueError(f"masking_strategies must be {allowed}, got {str(name_or_path)!r}.")
     text = path.read_text(encoding="utf-8")
-    strategies = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if not isinstance(strategies, list) or not strategies:
-        raise ValueError(f"{path} must hold a list of masking strategies, got {type(strategies).__name__}.")
     try:
+        strategies = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if not isinstance(strategies, list) or not strategies:
+            raise ValueError(f"must hold a list of masking strategies, got {type(strategies).__name__}.")
         return [MaskingStrategy.from_dict(strategy) for strategy in strategies]
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error

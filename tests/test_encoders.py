@@ -314,6 +314,29 @@ def test_an_empty_batch_and_a_short_one():
         assert torch.isfinite(model(**collator(make_documents((2,)))).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folder_in_half_precision_trains_in_float32(tmp_path, dtype):
+    make_encoder("bert").to(dtype).save_pretrained(tmp_path)
+    model = make_pretraining_model(AutoModel.from_pretrained(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.encoder_traits.is_packed
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_first_forward_measures_in_float32(tmp_path, mode):
+    make_pretraining_model(make_encoder("bert")).save_pretrained(tmp_path)
+    model = TJEPAForPreTraining.from_pretrained(tmp_path)
+    with mode():
+        model(**make_batch())
+    assert model.encoder_traits.is_packed
+
+
+def test_padded_rows_need_no_mask_token():
+    encoder = make_encoder("t5")
+    model = TJEPAForPreTraining.from_encoder(encoder, TJEPAConfig(encoder=encoder.config))
+    model(**make_batch()).loss.backward()
+
+
 def test_a_tokens_embedding_grows_in_both_encoders():
     model = make_pretraining_model(make_encoder("electra"))
     model.resize_token_embeddings(NUM_TOKENS + 7)

@@ -227,3 +227,18 @@ def test_hidden_states_and_attentions(model_class):
     output = model_class(config)(INPUT_IDS, output_hidden_states=True, output_attentions=True)
     assert [tuple(states.shape) for states in output.hidden_states] == [(2, 4, 32)] * 3
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("model_class", HEADS.values())
+def test_tuples_where_the_config_asks_for_them(model_class):
+    (logits,) = model_class(make_tiny_config(return_dict=False))(INPUT_IDS)[:1]
+    assert logits.shape[0] == 2
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "attention"])
+def test_an_empty_text_has_the_vector_0(pooling):
+    pool = TJEPAPooling(make_tiny_config(classifier_pooling=pooling))
+    mask = torch.tensor([[1, 1], [0, 0]])
+    with torch.no_grad():
+        assert pool(torch.ones(2, 2, 32), mask)[1].tolist() == [0.0] * 32
+        assert pool(torch.ones(2, 0, 32), mask[:, :0]).tolist() == [[0.0] * 32] * 2

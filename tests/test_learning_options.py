@@ -313,6 +313,25 @@ def test_denoising_enters_the_loss_in_training_only(make_model, row_length):
 # --- All of them together --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("predictor_type", ["self_attention", "cross_attention", "boundary"])
+def test_gradients_of_autocast_point_where_those_of_float32_do(make_model, predictor_type):
+    """Those of norms and of the mask token sum over all tokens: in bfloat16 little of them would be left."""
+    options = {"token_prediction_weight": 1.0, "predictor_hidden_size": 16, "predictor_num_attention_heads": 2}
+    model = make_model(predictor_type=predictor_type, **options)
+    batch = DataCollatorForTJEPA()(make_examples([60] * 24))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = gradients()
+    errors = {name: float((actual[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
+    assert max(errors.values()) < 0.05, {name: error for name, error in errors.items() if error >= 0.05}
+
+
 def test_options_survive_saving(make_model, batch, tmp_path):
     options = {
         "target_layers": 2,

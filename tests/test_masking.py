@@ -457,6 +457,7 @@ def test_strategies_load_from_yaml_and_json(tmp_path):
         ({"target_block_size_mean": None, "target_block_size_std": 1.0}, "with a target_block_size_mean"),
         ({"target_block_size_mean": 3, "target_block_num": 0}, "at least 1"),
         (["target_block_size_mean"], "is a mapping"),
+        ({"target_block_size_mean": 3, "seed": 0, 1: 2}, r"keys \['1', 'seed'\]"),
     ],
 )
 def test_bad_strategies_are_refused(tmp_path, values, message):
@@ -472,6 +473,10 @@ def test_bad_strategy_files_are_refused(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ValueError, match="list of masking strategies"):
         load_masking_strategies(tmp_path / "empty.yaml")
+    for name in ("broken.yaml", "broken.json"):
+        (tmp_path / name).write_text("[{")
+        with pytest.raises(ValueError, match=name):
+            load_masking_strategies(tmp_path / name)
 
 
 def test_collator_errors():

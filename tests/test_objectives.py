@@ -64,6 +64,31 @@ def test_in_training_some_hidden_places_get_other_tokens(make_model):
     assert (hide_in_place(tokens, hidden, config, training=False).flatten()[hidden] == 3).all()
 
 
+def test_what_in_place_needs_is_named(make_model):
+    examples = make_examples(LENGTHS)
+    model = make_model(**IN_PLACE)
+    with pytest.raises(ValueError, match="collator.fit_to"):
+        model(**DataCollatorForTJEPA(SINGLE)(examples))
+    model.config.mask_token_id = None
+    with pytest.raises(ValueError, match="mask_token_id"):
+        model(**DataCollatorForTJEPA(SINGLE, in_place=True)(examples))
+
+
+def test_denoising_leaves_hidden_places(make_model):
+    model = make_model(**IN_PLACE, denoising_weight=1.0, denoising_ratio=1.0, attn_implementation="eager").train()
+    batch = DataCollatorForTJEPA(SINGLE, in_place=True)(make_examples(LENGTHS))
+    seen = []
+    model.context_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten()))
+    output = model(**batch)
+    hidden = batch["hidden_indices"].long()
+    assert 0.6 < (seen[0][hidden] == 3).float().mean() < 0.95  # 0.8, as without denoising
+    clean = batch["input_ids"].flatten()[batch["context_indices"]].flatten()
+    logits = model.token_head(output.context_states, model.get_input_embeddings().weight)
+    losses = F.cross_entropy(logits, clean.long(), reduction="none")
+    is_visible = torch.ones(len(clean), dtype=torch.bool).index_fill(0, hidden, False)
+    close(output.denoising_loss, losses[is_visible].mean())
+
+
 def test_in_place_refuses_what_would_leave_tokens_out():
     with pytest.raises(ValueError, match="leave out mask_recurring_targets and max_context_ratio"):
         DataCollatorForTJEPA(SINGLE, mask_recurring_targets=True, in_place=True)(make_examples([9]))
@@ -173,6 +198,11 @@ def test_the_segment_loss_equals_that_of_single_segments(make_model, row_length)
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def test_segments_are_asked_for(make_model, batch):
+    with pytest.raises(ValueError, match="SegmentCollator"):
+        make_model(segment_weight=1.0)(**batch)
+
+
 def test_no_gradient_reaches_a_hidden_segment(make_model):
     model = make_model(segment_weight=1.0)
     batch = SegmentCollator(SINGLE, segment_length=10)(make_examples([20]))
@@ -208,6 +238,14 @@ def test_the_contrastive_loss_is_zero_where_only_the_answer_is_near():
 
 
 # --- A run -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_contrastive_loss_is_float32():
+    torch.manual_seed(0)
+    keys = torch.randn(64) + 0.1 * torch.randn(64, 64)  # all alike
+    expected = contrastive_loss(keys + 0.01, keys, torch.arange(64), 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(contrastive_loss(keys + 0.01, keys, torch.arange(64), 0.01), expected)
 
 
 def test_a_run_with_all_of_them_saves_and_goes_on(inputs, tmp_path, monkeypatch):

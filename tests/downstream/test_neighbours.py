@@ -250,6 +250,8 @@ def test_lora_trains_saves_and_loads(folder, tmp_path, task_type, auto_class, ta
     assert losses[-1] < losses[0]
 
     model.save_pretrained(tmp_path / "adapter")
+    own_class = type(base).from_pretrained(tmp_path / "adapter", num_labels=3)  # loads the base model, too
+    assert any(".lora_" in name for name, _ in own_class.named_parameters())
     assert sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors")) < 50_000  # not the model
     torch.manual_seed(1)  # another head, which the adapter's replaces
     again = peft.PeftModel.from_pretrained(auto_class.from_pretrained(folder, num_labels=3), tmp_path / "adapter")

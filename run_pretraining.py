@@ -49,7 +49,7 @@ from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.forecast import Forecast
-from tjepa.training.loading import load_pretraining_config, load_pretraining_model
+from tjepa.training.loading import check_resumed, load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.model_folder import (
@@ -159,7 +159,6 @@ def main():
     checkpoint = None if forecast else find_checkpoint(training_args)
     if not training_args.do_train:
         model_args.model_name_or_path = find_weights_to_evaluate(model_args, training_args, checkpoint)
-        training_args.push_to_hub = False
     elif checkpoint is not None and training_args.max_steps > 0:
         plan_extension(training_args, checkpoint, training_args.max_steps)  # an error comes before the work
     from_hub = {"revision": model_args.model_revision, **model_args.for_hub()}
@@ -208,6 +207,8 @@ def main():
         attention,
         **from_hub,
     )
+    if checkpoint is not None and training_args.do_train:
+        check_resumed(checkpoint, model.config, tokenizer)
     if config.encoder is None:
         tokenizer.model_max_length = model.config.max_position_embeddings
     else:

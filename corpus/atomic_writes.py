@@ -49,7 +49,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder`, and of all that is in it, when it has been written."""
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # of a link what it points to is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{UNFINISHED}") as parent:
         unfinished = Path(parent) / folder.name

@@ -339,7 +339,7 @@ def draw(num_things: int, num_drawn: int | None) -> np.ndarray:
 
 def find_documents(dataset: Dataset) -> np.ndarray:
     """int64 [num_rows]: which document each row is of, counted from 0."""
-    if PIECE_COLUMN not in dataset.column_names:
+    if not {"input_ids", PIECE_COLUMN} <= set(dataset.column_names):  # a column of that name in a user's texts
         return np.arange(len(dataset))
     return np.cumsum(dataset.with_format("numpy", columns=[PIECE_COLUMN])[:][PIECE_COLUMN] == 0) - 1
 

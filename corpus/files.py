@@ -231,7 +231,7 @@ def _column(values: list) -> pyarrow.Array:
     """Values of one type as they are; where types are mixed, all as text."""
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
         texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
         return pyarrow.array(texts)
 
@@ -362,7 +362,7 @@ def _read_json(lines: io.TextIOWrapper, is_one_value: bool) -> Iterator[dict | A
     if value is DAMAGED and is_one_value:
         content = first + lines.read()
         value = _parse_json(content)
-        lines = [] if value is not DAMAGED else content.splitlines()[1:]
+        lines = [] if value is not DAMAGED else content.split("\n")[1:]
     if first:
         yield from _rows_of_json(value)
     for line in lines:

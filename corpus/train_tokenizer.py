@@ -9,6 +9,7 @@ exactly what went in. The same texts always give the same tokenizer.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from datasets.utils import tqdm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -82,6 +83,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 def main():
     (args,) = parse_arguments(TokenizerArguments, description=__doc__)
+    if Path(args.output_dir).is_file():
+        raise FileExistsError(f"--output_dir {args.output_dir} is a file: name a folder.")
     documents = load_documents(args)["train"]
     check_columns(documents, args.text_column_name, "train")
     texts = (row[args.text_column_name] for row in documents)

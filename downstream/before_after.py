@@ -244,6 +244,7 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
         for text, label in zip(rows["text"][:], labels, strict=True)
         if find_fault(text) is None and label is not None and not isinstance(label, list)
     ]
+    usable = list(dict(usable).items())  # a text in both halves would be known to the probe
     usable = [usable[index] for index in np.random.default_rng(0).permutation(len(usable))[:MAX_LABELLED_TEXTS]]
     names = sorted({label for _, label in usable})
     if len(usable) < MIN_TEXTS or len(names) < 2:

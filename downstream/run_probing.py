@@ -122,6 +122,8 @@ def main():
     for name in args.model_name_or_path:  # a mistyped one costs a second, not the time of all before it
         load_config(name, **args.for_hub())
     columns = short_names(args.model_name_or_path)
+    for path in filter(None, (args.output, args.plot)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     if args.mteb:
         mteb_tasks = load_mteb_tasks(args.mteb)
         options = {"max_length": args.max_length, "batch_size": args.batch_size, **args.for_hub()}

@@ -200,6 +200,12 @@ def test_packaged_configs_are_found_from_any_folder(tmp_path, monkeypatch):
         find_config("elsewhere/reference.yaml")
 
 
+def test_no_is_no_in_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("output_dir: x\neval_strategy: no\nsave_strategy: no\ndo_eval: no\n")
+    (args,) = parse_arguments(TrainingArguments, [str(tmp_path / "a.yaml")])
+    assert (args.eval_strategy, args.save_strategy, args.do_eval) == ("no", "no", False)
+
+
 def test_a_file_that_is_not_yaml_is_named(tmp_path):
     (tmp_path / "a.yaml").write_text("max_length: [1,\n")
     with pytest.raises(ValueError, match="a.yaml is not valid YAML"):

@@ -129,7 +129,8 @@ def embed_file(args: argparse.Namespace) -> tuple[int, int]:
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.cache_dir)
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")
     folder = Path(args.model)
-    model_files = sorted(map(str, folder.rglob("*.safetensors"))) if folder.is_dir() else []
+    # its own weights and those of modules (2_Dense); not checkpoints, nor the index that `tjepa search` keeps there
+    model_files = sorted(str(path) for name in ("*", "[0-9]*_*/*") for path in folder.glob(f"{name}.safetensors"))
     settings = {
         "model": states_of(model_files) or args.model,
         "file": states_of(find_paths(args.file)) or args.file,

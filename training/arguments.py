@@ -125,6 +125,11 @@ class PretrainingArguments(TrainingArguments):
         check_precision(self)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        if self.do_train and (self.max_steps == 0 or self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"--max_steps {self.max_steps} and --num_train_epochs {self.num_train_epochs:g} make a run without a "
+                "step. Raise one of them, or pass --do_train False to evaluate a trained model."
+            )
         if self.schedule_stretch < 1.0:
             raise ValueError(
                 f"schedule_stretch must be at least 1, got {self.schedule_stretch}: no schedule ends early."

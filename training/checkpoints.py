@@ -242,6 +242,11 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         logger.info(f"No complete checkpoint in {output_dir}: starting anew")
         return None
     if wanted is not None:
+        if list_checkpoints(wanted):
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted} is the folder of a run: name one of its checkpoints, or go on "
+                f"with --output_dir {wanted} --resume_from_checkpoint last."
+            )
         if not (Path(wanted) / "trainer_state.json").is_file():
             raise FileNotFoundError(
                 f"--resume_from_checkpoint {wanted} is not a checkpoint (it has no trainer_state.json). Name a folder "

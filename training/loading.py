@@ -326,6 +326,11 @@ def check_positions(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
 
 
+# of a configuration: what a library writes into it, and what a run may change
+NOT_OF_THE_RUN = {"_name_or_path", "architectures", "auto_map", "dtype", "encoder", "transformers_version"}
+NOT_OF_THE_RUN |= {"max_position_embeddings", "tie_word_embeddings"}
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, **for_hub) -> None:
     """
     Raises:
@@ -342,6 +347,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str,
             f"scratch with --config_name {model_name_or_path} --config_overrides "
             f"vocab_size={vocabulary_size(tokenizer)} in place of --model_name_or_path."
         )
+
+
+def check_resumed(checkpoint: str, config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    A checkpoint goes on as the model that it is of: with another head or other ids it would be a new one.
+
+    Raises:
+        ValueError: if the configuration or the ids of the tokenizer differ from the checkpoint's.
+    """
+    before, now = TJEPAConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+    other = [name for name in before if name not in NOT_OF_THE_RUN and before[name] != now.get(name)]
+    if other:
+        raise ValueError(
+            f"{checkpoint} was made with {other[0]}={before[other[0]]}, and now it is {now.get(other[0])}. Give the "
+            f"flags of that run, or start a new one from its weights with --model_name_or_path {checkpoint} and "
+            "another --output_dir."
+        )
+    check_tokenizer(tokenizer, checkpoint)
 
 
 def check_weights(

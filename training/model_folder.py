@@ -53,6 +53,8 @@ def save_model_folder(
             for name in () if sentence_modules is None else sentence_files(sentence_modules):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(sentence_modules / name, root / name)
+    if model.config.encoder is None:  # of a run that was here before: it would be taken for this one's
+        shutil.rmtree(Path(args.output_dir) / PRETRAINING_FOLDER, ignore_errors=True)
 
 
 def exported_encoder(model: TJEPAForPreTraining, args: PretrainingArguments) -> PreTrainedModel:

@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict
 from helpers import make_texts
 from tjepa.corpus import files
 from tjepa.corpus import train_tokenizer as tokenizer_script
-from tjepa.corpus.documents import DataArguments, limit_datasets, load_documents, load_splits
-from tjepa.corpus.files import find_encoding, load_files
+from tjepa.corpus.documents import DataArguments, find_documents, limit_datasets, load_documents, load_splits
+from tjepa.corpus.files import find_encoding, load_files, load_table
 from tjepa.corpus.streams import DocumentStream
 from tjepa.corpus.tokenization import StreamTokenizer, tokenize_documents
 from tjepa.corpus.train_tokenizer import train_tokenizer
@@ -179,6 +179,22 @@ def test_labels_of_json_files_keep_their_types(tmp_path):
     (tmp_path / "torn.jsonl").write_bytes(to_jsonl(rows) + b'{"text": "d"')
     with pytest.raises(ValueError, match="row 4 of .*torn.jsonl cannot be read"):
         load_files("train_file", str(tmp_path / "torn.jsonl"))
+
+
+def test_damaged_json_keeps_the_lines_behind_it(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": 1\n{"text": "a\u2028b"}\n{"text": "c\u0085d"}\n', encoding="utf-8")
+    path = [str(tmp_path / "a.json")]
+    texts = [row.get("text") for row in files.read_documents(path, path, "text")]
+    assert len(texts) == 3 and texts[1:] == ["a\u2028b", "c\u0085d"]
+
+
+def test_numbers_larger_than_int64(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b", "id": 18446744073709551616}\n')
+    assert load_table("file", str(tmp_path / "a.jsonl"))["id"][:] == ["1", "18446744073709551616"]
+
+
+def test_a_column_named_piece_says_nothing_of_documents():
+    assert find_documents(Dataset.from_dict({"text": ["a"] * 3, "piece": ["knight"] * 3})).tolist() == [0, 1, 2]
 
 
 def test_json_over_several_lines(tmp_path):

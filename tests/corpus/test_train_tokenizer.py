@@ -9,7 +9,7 @@ import pytest
 from datasets import disable_progress_bars, enable_progress_bars
 from transformers import AutoTokenizer
 
-from tjepa.corpus.train_tokenizer import train_tokenizer
+from tjepa.corpus.train_tokenizer import main, train_tokenizer
 
 
 TEXTS = [f"once upon a time number {number} a little rabbit lived in the forest" for number in range(50)]
@@ -78,6 +78,14 @@ def test_errors():
         train_tokenizer(TEXTS, vocab_size=100, model_max_length=128)
     with pytest.raises(ValueError, match="no text to train the tokenizer on"):
         train_tokenizer([None, " "], vocab_size=400, model_max_length=128)
+
+
+def test_a_file_is_not_a_folder_for_it(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    flags = ["--train_file", "nowhere.txt", "--output_dir", str(tmp_path / "file")]
+    monkeypatch.setattr(sys, "argv", ["tokenizer", *flags])
+    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+        main()
 
 
 def test_script(tmp_path):

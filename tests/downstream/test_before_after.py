@@ -173,6 +173,12 @@ def test_a_probe_file_that_tells_nothing_is_refused(name, rows, message, tmp_pat
         read_labelled_texts(write_labelled(tmp_path / name, rows))
 
 
+def test_a_text_counts_once(tmp_path):
+    rows = [(f"text {index % 30}", index % 2) for index in range(90)]
+    texts, labels = read_labelled_texts(write_labelled(tmp_path / "a.jsonl", rows))
+    assert len(set(texts)) == len(texts) == len(labels) == 30
+
+
 def test_a_probe_file_without_its_columns_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "kind": 1}\n')
     with pytest.raises(ValueError, match=r"no column 'label', only \['kind', 'text'\]"):

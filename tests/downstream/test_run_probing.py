@@ -84,13 +84,13 @@ def models(tmp_path_factory, data):
 def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     arguments = ["--model_name_or_path", models / "ours", models / "bert", "--data_dir", data, "--num_seeds", 2]
-    arguments += ["--output", tmp_path / "out.json", "--plot", tmp_path / "out.png", "--max_length", 10]
+    arguments += ["--output", tmp_path / "new" / "out.json", "--plot", tmp_path / "out.png", "--max_length", 10]
     monkeypatch.setattr(sys, "argv", ["run_probing.py", "--token=hf_secret", *map(str, arguments)])
     caplog.set_level(logging.INFO)
     run_probing.main()
 
-    assert "hf_secret" not in (tmp_path / "out.json").read_text()
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert "hf_secret" not in (tmp_path / "new" / "out.json").read_text()
+    results = json.loads((tmp_path / "new" / "out.json").read_text())["results"]
     assert list(results) == [
         *("ours", "ours untrained", "ours embeddings", "bert", "bert untrained", "bert embeddings", "TF-IDF")
     ]

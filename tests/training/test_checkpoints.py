@@ -312,6 +312,14 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "new"]
 
 
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with replacing_folder(tmp_path / "link") as folder:
+        (folder / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "new").is_file()
+
+
 def test_files_are_replaced_as_a_whole(tmp_path):
     (tmp_path / "model.safetensors").write_text("old")
     (tmp_path / ".unfinished-of-a-killed-run").mkdir()

@@ -10,7 +10,8 @@ from tjepa.training import forecast
 from tjepa.training.trainer import TJEPATrainer
 
 
-def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("eval_steps", [100, 0.25])
+def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys, eval_steps):
     """60 rows in batches of 8 for 400 steps, each of which takes at least 10 ms."""
     batches = []
     step = TJEPATrainer.training_step
@@ -21,7 +22,7 @@ def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys):
         return step(trainer, model, batch, *args, **kwargs)
 
     monkeypatch.setattr(TJEPATrainer, "training_step", slow_step)
-    settings = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": 100}
+    settings = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": eval_steps}
     out = tmp_path / "out"
     started = time.perf_counter()
     run(monkeypatch, [*arguments(inputs, out, **settings), "--forecast", "--push_to_hub", "--report_to=tensorboard"])

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from transformers import (
     ViTConfig,
 )
 
-from helpers import WORDS, arguments, make_texts, make_tiny_config, run
+from helpers import TINY, WORDS, arguments, make_texts, make_tiny_config, run
 from tjepa import (
     TJEPAConfig,
     TJEPAForMaskedLM,
@@ -234,6 +235,31 @@ def test_another_tokenizer_is_refused_and_the_advice_works(folder, inputs, tmp_p
     advice = re.search(r"scratch with (.*) in place of", str(error.value))[1].split()
     given = {"tokenizer_name": tmp_path / "other", "config_overrides": None, "max_steps": 1}
     run(monkeypatch, [*advice, *arguments(inputs, tmp_path / "out", **given)])
+
+
+def test_a_checkpoint_goes_on_as_the_model_that_it_is_of(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (out / "pretraining").mkdir(parents=True)  # another encoder's, from a run before
+    run(monkeypatch, [*arguments(inputs, out, max_steps=2, save_steps=1), "--overwrite_output_dir"])
+    shutil.rmtree(out / "checkpoint-2")
+    assert not (out / "pretraining").exists()
+    for change in ("num_attention_heads=4", "predictor_type=boundary", "loss_type=cosine"):
+        overrides = {"config_overrides": f"{TINY},{change}", "resume_from_checkpoint": "last", "max_steps": 2}
+        with pytest.raises(ValueError, match=f"was made with {change.split('=')[0]}="):
+            run(monkeypatch, arguments(inputs, out, **overrides))
+    train_tokenizer(make_texts(60, seed=1), vocab_size=300, model_max_length=64).save_pretrained(tmp_path / "other")
+    given = {"tokenizer_name": tmp_path / "other", "resume_from_checkpoint": "last", "max_steps": 2}
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
+        run(monkeypatch, arguments(inputs, out, **given))
+    with pytest.raises(ValueError, match="is the folder of a run: name one of its checkpoints"):
+        run(monkeypatch, arguments(inputs, out, resume_from_checkpoint=out))
+    run(monkeypatch, arguments(inputs, out, resume_from_checkpoint="last", max_steps=2))
+
+
+@pytest.mark.parametrize("flags", [{"max_steps": 0}, {"max_steps": -1, "num_train_epochs": 0}])
+def test_a_run_without_a_step_is_refused(inputs, tmp_path, monkeypatch, flags):
+    with pytest.raises(ValueError, match="make a run without a step"):
+        run(monkeypatch, arguments(inputs, tmp_path / "out", **flags))
 
 
 def test_a_vocabulary_with_gaps_and_one_too_large(inputs, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs, find_adapter_config_file, logging
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -105,7 +105,8 @@ class TJEPAPreTrainedModel(TJEPAModule):
             hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
             values = PreTrainedConfig.get_config_dict(kwargs.get("config") or name, **hub)[0]
             model_type = values.get("model_type")
-            if values and model_type != cls.config_class.model_type:  # none: an adapter's folder names its base model
+            is_adapter = not values and find_adapter_config_file(name, **hub) is not None  # it names its base model
+            if model_type != cls.config_class.model_type and not is_adapter:
                 raise ValueError(
                     f"{name} holds {f'a {model_type} model' if model_type else 'no model that names its type'}, and "
                     f"{cls.__name__} loads T-JEPA models only. Load others with AutoModel of transformers; to pretrain"

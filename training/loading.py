@@ -328,7 +328,7 @@ def check_positions(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 # of a configuration: what a library writes into it, and what a run may change
 NOT_OF_THE_RUN = {"_name_or_path", "architectures", "auto_map", "dtype", "encoder", "transformers_version"}
-NOT_OF_THE_RUN |= {"max_position_embeddings", "tie_word_embeddings"}
+NOT_OF_THE_RUN |= {"max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, **for_hub) -> None:

@@ -69,9 +69,8 @@ def parse_arguments(
             values |= new | joined
         # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
         scalars = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
-        scalars |= {
-            name: "no" for name in scalars if name.endswith("_strategy") and scalars[name] is False
-        }  # YAML's no
+        # YAML takes a bare no for false
+        scalars |= {name: "no" for name in scalars if name.endswith("_strategy") and scalars[name] is False}
         parser.set_defaults(**{name: value for name, value in values.items() if name not in scalars})
         from_file = [f"--{name}={value}" for name, value in scalars.items()]
     try:

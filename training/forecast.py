@@ -142,7 +142,8 @@ class Forecast:
         args, dataset = trainer.args, trainer.eval_dataset
         if dataset is None or not has_length(dataset) or not args.do_eval:
             return 0.0, 0
-        eval_steps = self.eval_steps * (num_steps if self.eval_steps < 1 else 1)  # a share of the run below 1
+        eval_steps = self.eval_steps or math.inf  # None without evaluations by steps; below 1 a share of the run
+        eval_steps *= num_steps if eval_steps < 1 else 1
         every = {IntervalStrategy.NO: math.inf, IntervalStrategy.STEPS: eval_steps}
         steps_per_evaluation = every.get(self.eval_strategy, num_steps / max(1.0, args.num_train_epochs))
         num_evaluations = 1 + int(num_steps / steps_per_evaluation)

@@ -74,7 +74,9 @@ def test_a_split_dataset_is_divided_by_document(prepare, tmp_path):
 
 def test_documents_are_divided_and_drawn_whole():
     num_pieces = np.random.default_rng(0).integers(1, 6, size=40)
-    pieces = [{"document": d, "piece": piece} for d, num in enumerate(num_pieces) for piece in range(num)]
+    pieces = [
+        {"input_ids": [0], "document": d, "piece": piece} for d, num in enumerate(num_pieces) for piece in range(num)
+    ]
     args = DataArguments(validation_split_percentage=20, max_train_samples=10, max_eval_samples=4)
     splits = limit_datasets({"train": Dataset.from_list(pieces)}, args)
     for split, num_documents in (("train", 10), ("validation", 4)):

@@ -18,11 +18,11 @@ so the same command goes on where it was stopped. A text is judged by its first 
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,11 +30,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+from reporting import finished_or_run
 from rivals import RIVALS, train_rival
 from transformers import AutoModel, AutoTokenizer
 
 from tjepa import cli, run_pretraining
-from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import draw
 from tjepa.corpus.quickstart import load_quickstart_documents
 from tjepa.downstream.before_after import halves, reciprocal_ranks
@@ -44,6 +44,7 @@ from tjepa.downstream.probe import linear_probe, sts_spearman
 
 NUM_TIMED_STEPS = 8
 UNTOUCHED, DEFAULT = "untouched", "adapt"
+JUDGING = ("encoder", "max_length", "judge_on", "num_texts", "num_pairs", "num_probe_texts")
 MEASURES = ("retrieval", "summary_retrieval", "sts", "sts_whitened", "probe")
 
 
@@ -55,13 +56,16 @@ def main() -> None:
         raise SystemExit(f"--only: there is no recipe {unknown}, only {sorted({*recipes, *RIVALS})}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     judge = Judge(args)
-    before = finished(args.output_dir / f"{UNTOUCHED}.json", partial(judge, args.encoder))
+    judging = {name: getattr(args, name) for name in JUDGING} | {"sts_file": args.sts_file and args.sts_file.name}
+    before = finished_or_run(args.output_dir / f"{UNTOUCHED}.json", judging, partial(judge, args.encoder))
     results = {UNTOUCHED: [before]}
     for seed in args.seeds:
         for name in args.only or recipes:
-            run = finished(
+            flags = shlex.split(recipes.get(name, ""))
+            run = finished_or_run(
                 args.output_dir / f"{name}-{args.seconds:g}s-seed{seed}.json",
-                partial(train_and_judge, name, shlex.split(recipes.get(name, "")), seed, judge, args),
+                judging | {"flags": flags, "max_train_samples": args.max_train_samples},
+                partial(train_and_judge, name, flags, seed, judge, args),
             )
             results.setdefault(name, []).append(run)
             print(f"{name}, seed {seed}: {run}", flush=True)
@@ -89,15 +93,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def finished(path: Path, run: Callable[[], dict]) -> dict:
-    """What the file holds; where it is not there, what `run` returns, which goes there."""
-    if not path.is_file():
-        figures = run()
-        with replacing_files(path.parent) as folder:
-            (folder / path.name).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +100,9 @@ def train_and_judge(name: str, flags: list[str], seed: int, judge: "Judge", args
     train_file = args.output_dir / "train.jsonl"
     documents = load_quickstart_documents()["train"].select_columns("text")
     if not train_file.is_file():
-        documents.to_json(train_file)
+        unfinished = train_file.with_suffix(f".{os.getpid()}")
+        documents.to_json(unfinished)
+        os.replace(unfinished, train_file)
 
     def train(folder: Path, num_steps: int) -> float:
         if name not in RIVALS:

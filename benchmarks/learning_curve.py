@@ -19,7 +19,6 @@ import argparse
 import copy
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate.utils import send_to_device
-from reporting import new_figure, save_figure
+from reporting import finished_or_run, new_figure, save_figure
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_seed
 
@@ -137,10 +136,18 @@ def load_recipes(path: Path, variants: list[str], only: list[str] | None) -> dic
         name, _, base = pairs[0]
         if base not in recipes or not all(separator for _, separator, _ in pairs):
             raise ValueError(f"--variant is NAME=BASE,key=value with a BASE of {sorted(recipes)}, got {variant!r}.")
-        recipes[name] = {**recipes[base], **{key: yaml.safe_load(value) for key, _, value in pairs[1:]}}
+        recipes[name] = {**recipes[base], **{key: read_value(value) for key, _, value in pairs[1:]}}
     if unknown := sorted(set(only or []) - set(recipes)):
         raise ValueError(f"--only: there is no recipe {unknown}, only {sorted(recipes)}.")
     return {name: recipes[name] for name in (recipes if only is None else [UNTRAINED, *only])}
+
+
+def read_value(text: str):
+    """As YAML, except that 2e-3 is a number, which YAML takes for text."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 # --- Objectives: a model, the loss of a batch, what follows a step, and the encoder to judge -------------------------
@@ -407,21 +414,6 @@ def take_rows(columns: dict[str, list], rows: np.ndarray) -> dict[str, list]:
 # --- The folder of results -------------------------------------------------------------------------------------------
 
 
-def finished_or_run(path: Path, settings: dict, run) -> list[dict]:
-    """The checkpoints that `path` holds, or those that `run()` gives, which are then written there."""
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise ValueError(f"{path} was made with other settings; choose another --output_dir, or remove the file.")
-        return found["checkpoints"]
-    checkpoints = run()
-    unfinished = path.with_suffix(f".{os.getpid()}")  # whoever is killed while writing leaves no torn file
-    unfinished.write_text(json.dumps({"settings": settings, "checkpoints": checkpoints}, indent=2) + "\n")
-    os.replace(unfinished, path)
-    print(f"{path.stem:<40} {format_checkpoint(checkpoints[-1])}", flush=True)
-    return checkpoints
-
-
 def format_checkpoint(checkpoint: dict[str, float]) -> str:
     accuracies = [f"{name} {100 * value:.1f}" for name, value in checkpoint.items() if name.endswith("linear_probe")]
     others = [
@@ -516,11 +508,19 @@ def main():
     spent = {name: getattr(args, name) for name in ("dataset_name", "seconds", "tokens", "num_checkpoints")}
     nothing = {"step": 0, "seconds": 0.0, "tokens": 0}
 
+    def finished_checkpoints(name: str, settings: dict, run) -> list[dict]:
+        path = args.output_dir / f"{name}.json"
+        is_new = not path.is_file()
+        checkpoints = finished_or_run(path, settings, lambda: {"checkpoints": run()})["checkpoints"]
+        if is_new:
+            print(f"{name:<40} {format_checkpoint(checkpoints[-1])}", flush=True)
+        return checkpoints
+
     def tfidf() -> list[dict]:
         figures = probe_tasks_with_tfidf(tasks, seeds=[0])
         return [{**nothing, **figures, "score": score(figures, tasks)}]
 
-    runs = {TFIDF: [finished_or_run(args.output_dir / "tf-idf.json", judging, tfidf)]}
+    runs = {TFIDF: [finished_checkpoints("tf-idf", judging, tfidf)]}
     for seed in args.seeds:
         for name, values in recipes.items():
             recipe = Recipe.from_dict(name, values)
@@ -533,8 +533,7 @@ def main():
                 weights = args.output_dir / f"{name}-seed{seed}"
                 return train_and_judge(recipe, seed, documents, tokenizer, tasks, args, weights)
 
-            checkpoints = finished_or_run(args.output_dir / f"{name}-seed{seed}.json", settings, run)
-            runs.setdefault(name, []).append(checkpoints)
+            runs.setdefault(name, []).append(finished_checkpoints(f"{name}-seed{seed}", settings, run))
 
     (args.output_dir / "result.json").write_text(json.dumps({"recipes": recipes, "runs": runs}, indent=2) + "\n")
     plot(runs, tasks, args.output_dir / "learning_curve.png")

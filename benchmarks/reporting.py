@@ -1,4 +1,4 @@
-"""What the benchmarks share: which documents, a JSON file with `--output`, a picture with `--plot`."""
+"""What the benchmarks share: which documents, runs that are not run twice, a JSON file, a picture."""
 
 import argparse
 import json
@@ -30,6 +30,25 @@ def existing(path: str) -> Path:
     if not Path(path).exists():
         raise argparse.ArgumentTypeError(f"{path} is not there: pass another, or python benchmarks/fetch_data.py")
     return Path(path)
+
+
+def finished_or_run(path: Path, settings: dict, run: Callable[[], dict]) -> dict:
+    """
+    What `path` holds, or what `run()` gives, which is then written there beside `settings`.
+
+    Raises:
+        ValueError: `path` was made with other settings.
+    """
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("settings", None) != json.loads(json.dumps(settings)):
+            raise ValueError(f"{path} was made with other settings: take another --output_dir, or remove the file.")
+        return found
+    figures = run()
+    unfinished = path.with_suffix(f".{os.getpid()}")  # whoever is killed while writing leaves no torn file
+    unfinished.write_text(json.dumps({"settings": settings, **figures}, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    return figures
 
 
 def write_report(args: argparse.Namespace, result: dict | list, draw: Callable | None = None) -> None:

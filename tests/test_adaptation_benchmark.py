@@ -65,6 +65,8 @@ def test_it_trains_judges_and_goes_on(adaptation, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(adaptation, "adapt", lambda *args: pytest.fail("it was run again"))
     monkeypatch.setattr(adaptation, "train_rival", adaptation.adapt)
     assert run("--only", *names) == results
+    with pytest.raises(ValueError, match="untouched.json was made with other settings"):
+        run("--judge_on", "test")
     with pytest.raises(SystemExit, match=r"there is no recipe \['slow'\]"):
         run("--only", "slow")
 

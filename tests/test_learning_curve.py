@@ -94,7 +94,7 @@ def test_runs_finish_restart_and_are_drawn(learning_curve, arguments, tmp_path, 
     trained = []
     monkeypatch.setattr(learning_curve, "train_and_judge", lambda recipe, seed, *_: trained.append(seed) or first_mlm)
     first_mlm = first["runs"]["mlm"][0]
-    variant = ["--only", "mlm", "--variant", "l1=hybrid,loss_type=l1,final_ema_momentum=0.9"]
+    variant = ["--only", "mlm", "--variant", "l1=hybrid,loss_type=l1,final_ema_momentum=9e-1"]
     assert run(*variant)["runs"] == first["runs"] and not trained
     both_seeds = run(*variant, "--seeds", "0", "1")["runs"]
     assert trained == [1, 1] and both_seeds["mlm"] == [first_mlm, first_mlm]

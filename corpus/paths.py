@@ -6,6 +6,7 @@ from pathlib import Path
 
 
 NUM_NAMES_LISTED = 10
+RUN_FILE = "run.json"  # what tells the folder of a run from that of a model made of one
 
 
 def check_exists(name: str | Path, flag: str) -> None:
@@ -50,15 +51,15 @@ def _list_folder(folder: Path) -> str:
 
 def find_newest_run(folder: str | Path = "runs") -> Path:
     """
-    The model whose weights, `FOLDER/*/model.safetensors`, are the newest.
+    The run whose weights, `FOLDER/*/model.safetensors`, are the newest. Classifiers and exports are no runs.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    weights = sorted(Path(folder).glob("*/model.safetensors"), key=os.path.getmtime)
+    weights = [path for path in Path(folder).glob("*/model.safetensors") if (path.parent / RUN_FILE).is_file()]
     if not weights:
         raise FileNotFoundError(
-            f"There is no model under {folder}/ (seen from {os.getcwd()}). Train one with `tjepa pretrain`, or name "
-            "another folder."
+            f"There is no run with a model under {folder}/ (seen from {os.getcwd()}). Train one with "
+            "`tjepa pretrain`, or name another folder."
         )
-    return weights[-1].parent
+    return max(weights, key=os.path.getmtime).parent

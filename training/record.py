@@ -19,14 +19,16 @@ from transformers import TrainerCallback
 
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.files import without_query
-from .checkpoints import list_checkpoints
+from ..corpus.paths import RUN_FILE
 from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
 
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, LOG_FILE, RESULTS_FILE = "run.json", "log.jsonl", "all_results.json"
+LOG_FILE, RESULTS_FILE = "log.jsonl", "all_results.json"
 PACKAGES = ("tjepa", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+RESUMED_AS_GIVEN = ("seed", "data_seed", "masking strategies", "views_per_document", "mask_recurring_targets")
+RESUMED_AS_GIVEN += ("segment_length", "dataset_name", "train_file", "max_length", "min_tokens", "long_documents")
 SECRETS = ("token", "hub_token")  # never written
 
 
@@ -102,6 +104,22 @@ def describe_run(arguments: list, **facts) -> dict[str, Any]:
     return {"settings": settings, "versions": versions, "device": device, **facts}
 
 
+def log_changes(folder: Path, facts: dict[str, Any]) -> None:
+    """
+    Says what of a resumed run's text, masks and random numbers is new. (Rates and their schedules say it themselves;
+    another model is refused.)
+
+    Args:
+        folder: of the run that the checkpoint is of.
+        facts: of this start, as from `describe_run`.
+    """
+    before = _read_json(folder / RUN_FILE) or facts
+    old, new = ({**run["settings"], "masking strategies": run.get("strategies")} for run in (before, facts))
+    for name in sorted(old.keys() | new.keys()):
+        if name in RESUMED_AS_GIVEN and old.get(name) != new.get(name):
+            logger.warning(f"{name} is {new.get(name)} from here on; up to the checkpoint it was {old.get(name)}.")
+
+
 def fingerprint(model: torch.nn.Module) -> float:
     """A number that tells whether two models have the same weights: the sum of their squares."""
     with torch.no_grad():
@@ -127,7 +145,7 @@ class Run:
     documents: dict[str, dict | str] = field(default_factory=dict)  # split -> counts
     texts: list[str] = field(default_factory=list)  # held out
     labels: list[str] | None = None  # of these texts
-    why_no_texts: str = "The run kept no texts: it was started by other code, or by an older version."
+    why_no_texts: str = "The run kept no texts: it was started by other code, or by another version."
     max_length: int | None = None  # tokens of a text
     exported: str = "target"  # which encoder is the product
     started_from: str | None = None  # folder or name of the model; `None`: from scratch
@@ -162,25 +180,25 @@ class Run:
 
 def read_run(folder: str | Path) -> Run:
     """
-    A run's folder, whether the run has come to its end or not, or was started before it wrote a record.
+    A run's folder, whether the run has come to its end or not.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if it holds nothing that a run writes.
+        ValueError: if it is not a run's.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Name that of a run, such as runs/quickstart.")
-    facts = _read_json(folder / RUN_FILE) or {}
-    log = _read_log(folder)
-    results = _read_json(folder / RESULTS_FILE) or {}
-    if not log and not facts:
+    facts = _read_json(folder / RUN_FILE)
+    if facts is None:
         raise ValueError(
-            f"{folder} is not the folder of a pretraining run: it has no {LOG_FILE}, no {RUN_FILE} and no checkpoint "
-            "with a trainer_state.json. Name the --output_dir of `tjepa pretrain`."
+            f"{folder} is not the folder of a pretraining run: it has no {RUN_FILE}, which a run writes when it "
+            "starts. Name the --output_dir of `tjepa pretrain`."
         )
+    results = earlier_results(folder)
     known = {item.name for item in fields(Run)}
-    run = Run(folder, log, results, **{name: value for name, value in facts.items() if name in known})
+    facts = {name: value for name, value in facts.items() if name in known}
+    run = Run(folder, _read_log(folder / LOG_FILE), results, **facts)
     if not run.strategies:
         for path in (folder / STRATEGIES_FILE, folder / PRETRAINING_FOLDER / STRATEGIES_FILE):
             run.strategies = run.strategies or _read_json(path) or []
@@ -188,19 +206,19 @@ def read_run(folder: str | Path) -> Run:
     return run
 
 
-def _read_log(folder: Path) -> list[dict]:
-    if (folder / LOG_FILE).is_file():
-        lines = []
-        for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:  # the last one of a run that was killed
-                continue
-        return lines
-    for place in (folder, *reversed(list_checkpoints(folder).values())):
-        if state := _read_json(place / "trainer_state.json"):
-            return state["log_history"]
-    return []
+def earlier_results(folder: str | Path) -> dict[str, Any]:
+    """The figures that a finished run left in its folder."""
+    return _read_json(Path(folder) / RESULTS_FILE) or {}
+
+
+def _read_log(path: Path) -> list[dict]:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the last one of a run that was killed
+            continue
+    return lines
 
 
 def _read_json(path: Path) -> Any:

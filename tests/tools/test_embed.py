@@ -96,6 +96,7 @@ def test_an_interrupted_command_goes_on(model, texts, tmp_path, monkeypatch, cap
 
 def test_the_newest_run_and_numbers_of_rows_are_the_defaults(model, texts, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
     write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "texts.jsonl", "--output", "embeddings")

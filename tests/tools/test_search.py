@@ -158,13 +158,15 @@ def test_a_folder_that_cannot_be_written_is_searched_all_the_same(model, texts, 
 
 def test_the_newest_run_is_the_one_with_the_newest_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="There is no model under runs/.*tjepa pretrain.*another folder"):
+    with pytest.raises(FileNotFoundError, match="no run with a model under runs/.*tjepa pretrain.*another folder"):
         find_newest_run()
-    for name, time in (("old", 2), ("new", 3), ("oldest", 1)):
+    for name, time in (("old", 2), ("new", 3), ("oldest", 1), ("classifier", 4)):
         weights = tmp_path / "runs" / name / "model.safetensors"
         weights.parent.mkdir(parents=True)
         weights.touch()
         os.utime(weights, (time, time))
+        if name != "classifier":
+            (weights.parent / "run.json").write_text("{}")
     (tmp_path / "runs" / "unfinished").mkdir()  # newer, and without weights
     assert str(find_newest_run()) == "runs/new"
 

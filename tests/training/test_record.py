@@ -25,14 +25,19 @@ def read_log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_log_file_is_the_log_after_a_resume_too(inputs, tmp_path, monkeypatch):
+def test_the_log_file_is_the_log_after_a_resume_too(inputs, tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(InjectedError):
         Fault("optimizer", "exception", step=4).install(patch)
         run(patch, arguments(inputs, out))
     assert [line["step"] for line in read_log(out)] == [1, 2, 3]  # one more than the checkpoint knows
     assert not (out / "trainer_state.json").exists() and read_run(out).last_step == 3
-    run(monkeypatch, arguments(inputs, out, resume_from_checkpoint="last"))
+    run(monkeypatch, arguments(inputs, out, resume_from_checkpoint="last", seed=7, data_seed=42, learning_rate=1e-4))
+    changes = [record.getMessage() for record in caplog.records if record.name.endswith("training.record")]
+    assert changes == [
+        "data_seed is 42 from here on; up to the checkpoint it was None.",
+        "seed is 7 from here on; up to the checkpoint it was None.",
+    ]
     log = read_log(out)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
     state = json.loads((out / "trainer_state.json").read_text())

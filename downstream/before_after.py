@@ -172,8 +172,7 @@ class BeforeAfter:
         if num_texts < MIN_TEXTS:
             lines.append(
                 f"Retrieval and similarity: not judged, because {num_texts} held-out texts of {MIN_CHARS} characters "
-                f"or more tell nothing; {MIN_TEXTS} would. Raise --validation_split_percentage, or pass "
-                "--validation_file."
+                f"or more tell nothing; {MIN_TEXTS} would. Hold out more of them."
             )
         else:
             ranks = (reciprocal_ranks(part.first, part.second) for part in (before, after))
@@ -210,11 +209,9 @@ class BeforeAfter:
 
     def probe(self, features: Tensor) -> tuple[float, int]:
         """Accuracy of the probe on every second labelled text, and how many these are; it is trained on the others."""
-        is_test = torch.arange(len(features)) % 2 == 1
-        is_validation = torch.zeros_like(is_test)
-        is_validation[~is_test] = hold_out(torch.arange(len(features))[~is_test], seed=0)
-        parts = ((features[rows], self.labels[rows]) for rows in (~is_test & ~is_validation, is_validation, is_test))
-        return linear_probe(*chain.from_iterable(parts)).accuracy, int(is_test.sum())
+        rows_of_parts = parts_of_labelled(len(features))
+        parts = ((features[rows], self.labels[rows]) for rows in rows_of_parts)
+        return linear_probe(*chain.from_iterable(parts)).accuracy, int(rows_of_parts[-1].sum())
 
 
 def as_figures(name: str, difference: Difference) -> dict[str, float]:
@@ -252,5 +249,18 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
             f"--probe_file {path} has {len(usable)} texts with a label, of {len(names)} classes; a probe needs at "
             f"least {MIN_TEXTS} of two."
         )
-    texts, labels = zip(*usable, strict=True)
-    return list(texts), torch.tensor([names.index(label) for label in labels])
+    texts, names_of_texts = zip(*usable, strict=True)
+    labels = torch.tensor([names.index(name) for name in names_of_texts])
+    if labels[parts_of_labelled(len(labels))[0]].unique().numel() < 2:
+        raise ValueError(
+            f"--probe_file {path} has too few texts of all classes but one: the part to train on has one class alone."
+        )
+    return list(texts), labels
+
+
+def parts_of_labelled(num_texts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of so many texts, in random order, train a probe, choose and test with: bool `[num_texts]` each."""
+    is_test = torch.arange(num_texts) % 2 == 1
+    is_validation = torch.zeros_like(is_test)
+    is_validation[~is_test] = hold_out(torch.arange(num_texts)[~is_test], seed=0)
+    return ~is_test & ~is_validation, is_validation, is_test

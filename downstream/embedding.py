@@ -325,13 +325,20 @@ def as_text_only(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+_readers: WeakKeyDictionary = WeakKeyDictionary()  # of tokenizers, made once
+
+
 def encode_texts(
     model: torch.nn.Module, tokenizer, texts: list[str], max_length: int, add_special_tokens: bool | None = None
 ) -> BatchEncoding:
     """Token ids of texts, in which nothing is read as a special token."""
     if add_special_tokens is None:
         add_special_tokens = reads_special_tokens(model.config)
-    return text_reader(tokenizer)(texts, truncation=True, max_length=max_length, add_special_tokens=add_special_tokens)
+    made_of = (len(tokenizer), str(tokenizer.special_tokens_map))
+    if tokenizer not in _readers or _readers[tokenizer][0] != made_of:  # it takes seconds for a large vocabulary
+        _readers[tokenizer] = (made_of, text_reader(tokenizer))
+    reader = _readers[tokenizer][1]
+    return reader(texts, truncation=True, max_length=max_length, add_special_tokens=add_special_tokens)
 
 
 def _for_hidden_states(model: torch.nn.Module, encoded: Sequence[list[int]], batch_size: int, use: Callable) -> None:

@@ -360,51 +360,57 @@ def probe_tasks_with_tfidf(tasks: Sequence[ProbeTask], seeds: Sequence[int] = (0
     What `probe_embedded_task` returns, of all tasks, for a baseline that counts words: TF-IDF of words and pairs of
     words (for tagging, similarity and retrieval the word alone), combined alike, with the same classifiers, splits,
     held-out tenths and strengths. Vectors as sparse as these are not whitened: that would put all training texts at
-    the same distance from each other. It cannot do what needs a token head.
+    the same distance from each other. It cannot do what needs a token head, and knows no words of one letter.
     """
     results = {}
     for task in tasks:
-        if task.kind == "similarity":
-            columns = task.splits["test"]
-            vectorizer = TfidfVectorizer(sublinear_tf=True).fit(columns["sentence1"] + columns["sentence2"])
-            first, second = (vectorizer.transform(columns[name]) for name in ("sentence1", "sentence2"))
-            cosines = np.asarray(first.multiply(second).sum(axis=1)).ravel()  # of vectors of unit length
-            results[f"{task.name}/spearman"] = spearman(cosines, columns["score"])
-            continue
-        if task.kind == RETRIEVAL:
-            segments, passages, books = _texts_labels_groups(task, "test")
-            vectors = TfidfVectorizer(sublinear_tf=True).fit_transform(segments)
-            figures = next_segment_figures(vectors, np.array(passages), np.array(books))
-            results.update({f"{task.name}/{measure}": figure for measure, figure in figures.items()})
-            continue
         if task.kind == MINIMAL_PAIRS:
             continue
-
-        def judge(*parts: Part, kind: str = task.kind) -> dict[str, float]:
-            vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-            if kind == "tagging":
-                vectorizer = TfidfVectorizer(analyzer=lambda word: [word])
-            vectorizer.fit(parts[0][0].ravel())
-
-            def transform(texts: np.ndarray) -> Any:
-                if kind in COMBINED:
-                    return combine(kind, [vectorizer.transform(column) for column in texts.T])
-                return vectorizer.transform(texts)
-
-            train, validation, test = ((transform(texts), labels) for texts, labels in parts)
-            # of several sentences there are so many features that each fit should start from the one before
-            model = LogisticRegression(max_iter=1000, warm_start=kind in COMBINED)
-            max_step = MAX_STRENGTH_STEP if kind in COMBINED else float("inf")
-            probe = best_logistic_regression(model, train, validation, test, STRENGTHS, max_step)
-            figures = {"linear_probe": probe.accuracy}
-            if kind == "classification":
-                voters = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(train[1])), metric="cosine")
-                figures["knn"] = voters.fit(*train).score(*test)
-            return figures
-
-        parts = {split: _texts_and_labels(task, split) for split in task.splits}
-        results.update(over_seeds(task, parts, seeds, judge))
+        try:
+            results.update(_probe_with_tfidf(task, seeds))
+        except ValueError as error:
+            if "empty vocabulary" not in str(error):
+                raise
+            logger.warning(f"{task.name} is left out for TF-IDF: none of its texts has a word of two letters")
     return results
+
+
+def _probe_with_tfidf(task: ProbeTask, seeds: Sequence[int]) -> dict[str, float]:
+    if task.kind == "similarity":
+        columns = task.splits["test"]
+        vectorizer = TfidfVectorizer(sublinear_tf=True).fit(columns["sentence1"] + columns["sentence2"])
+        first, second = (vectorizer.transform(columns[name]) for name in ("sentence1", "sentence2"))
+        cosines = np.asarray(first.multiply(second).sum(axis=1)).ravel()  # of vectors of unit length
+        return {f"{task.name}/spearman": spearman(cosines, columns["score"])}
+    if task.kind == RETRIEVAL:
+        segments, passages, books = _texts_labels_groups(task, "test")
+        vectors = TfidfVectorizer(sublinear_tf=True).fit_transform(segments)
+        figures = next_segment_figures(vectors, np.array(passages), np.array(books))
+        return {f"{task.name}/{measure}": figure for measure, figure in figures.items()}
+
+    def judge(*parts: Part) -> dict[str, float]:
+        vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+        if task.kind == "tagging":
+            vectorizer = TfidfVectorizer(analyzer=lambda word: [word])
+        vectorizer.fit(parts[0][0].ravel())
+
+        def transform(texts: np.ndarray) -> Any:
+            if task.kind in COMBINED:
+                return combine(task.kind, [vectorizer.transform(column) for column in texts.T])
+            return vectorizer.transform(texts)
+
+        train, validation, test = ((transform(texts), labels) for texts, labels in parts)
+        # of several sentences there are so many features that each fit should start from the one before
+        model = LogisticRegression(max_iter=1000, warm_start=task.kind in COMBINED)
+        max_step = MAX_STRENGTH_STEP if task.kind in COMBINED else float("inf")
+        probe = best_logistic_regression(model, train, validation, test, STRENGTHS, max_step)
+        figures = {"linear_probe": probe.accuracy}
+        if task.kind == "classification":
+            voters = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(train[1])), metric="cosine")
+            figures["knn"] = voters.fit(*train).score(*test)
+        return figures
+
+    return over_seeds(task, {split: _texts_and_labels(task, split) for split in task.splits}, seeds, judge)
 
 
 def over_seeds(

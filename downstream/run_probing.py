@@ -37,7 +37,7 @@ from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
-from .labels import IGNORED, flatten, is_finite_number
+from .labels import IGNORED, class_name, flatten, is_finite_number, read_labels
 from .mteb_tasks import load_mteb_tasks, run_mteb
 from .probe import EmbeddingLayer, ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
 from .sentence_scores import why_it_cannot_score
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 TFIDF = "TF-IDF"
-MISSING_LABELS = (-1, "-1")  # what data sets write where a label is kept secret
 QUALITY_METRIC = Path(__file__).parent / "metrics" / "representation_quality"
 MAX_QUALITY_TEXTS = 4096  # uniformity takes all pairs
 NEEDED_COLUMNS = {  # of each kind of task, but for tagging, and which of them is the answer; the first that fits
@@ -124,6 +123,9 @@ def main():
     columns = short_names(args.model_name_or_path)
     for path in filter(None, (args.output, args.plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tasks = []
+    if args.dataset or args.data_dir or not args.mteb:
+        tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)
     if args.mteb:
         mteb_tasks = load_mteb_tasks(args.mteb)
         options = {"max_length": args.max_length, "batch_size": args.batch_size, **args.for_hub()}
@@ -132,15 +134,15 @@ def main():
             for name, column in zip(args.model_name_or_path, columns, strict=True)
         }
         print(f"\n{format_table(scores)}\n\nmteb's JSON files: {args.mteb_output}\n")
-        if not args.dataset and not args.data_dir:
+        if not tasks:
             return
-    tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)
 
+    logger.info(f"{TFIDF} and logistic regression")  # first: what is wrong with a data set shows in seconds
+    of_words = probe_tasks_with_tfidf(tasks, seeds)
     results = {}
     for name, column in zip(args.model_name_or_path, columns, strict=True):
         results.update(probe_model(name, column, tasks, args, seeds))
-    logger.info(f"{TFIDF} and logistic regression")
-    results[TFIDF] = probe_tasks_with_tfidf(tasks, seeds)
+    results[TFIDF] = of_words
 
     print(f"\n{format_table(results)}\n")
     if args.output:
@@ -259,8 +261,13 @@ def make_task(
     columns, notes = {}, []
     for split, dataset in splits.items():
         taken = tuple(filter(None, (*inputs, answer)))
-        rows = list(zip(*(dataset[column][:] for column in taken), strict=True))
-        if kind in TRAINED and kind != "tagging" and any(isinstance(row[-1], list) for row in rows):
+        has_classes = kind in TRAINED
+        values = [
+            read_labels(dataset, column) if has_classes and column == answer else dataset[column][:]
+            for column in taken
+        ]
+        rows = list(zip(*values, strict=True))
+        if has_classes and kind != "tagging" and any(isinstance(row[-1], list) for row in rows):
             raise ValueError(f"{name}: {answer} of {split} holds lists; a probe takes one class for each text.")
         usable = [row for row in rows if is_usable(kind, row)]
         if not usable:
@@ -279,27 +286,25 @@ def make_task(
             content[answer] = [float(score) for score in content[answer]]
     elif kind in TRAINED:
         labels = {split: set(flatten(c[answer])) - {IGNORED} for split, c in columns.items()}
-        classes = sorted(set.union(*labels.values()), key=str)
-        if any(isinstance(label, float) for label in classes) or len(labels["train"]) < 2:
-            raise ValueError(
-                f"{name}: {answer} must hold two classes or more, integers or strings, in train; got {classes[:5]}."
-            )
-        if unknown := sorted(labels["test"] - labels["train"], key=str):
+        classes = {split: set(map(class_name, of_split)) for split, of_split in labels.items()}
+        names = sorted(set.union(*classes.values()))
+        if any(isinstance(label, float) and not label.is_integer() for label in set.union(*labels.values())):
+            raise ValueError(f"{name}: {answer} must hold classes, integers or strings; got {names[:5]}.")
+        if len(classes["train"]) < 2:
+            found = sorted(classes["train"])
+            raise ValueError(f"{name}: {answer} must hold two classes or more in train; got {found}.")
+        if unknown := sorted(classes["test"] - classes["train"]):
             notes.append(f"labels of test that train does not have, always wrong: {unknown}")
-        ids = {label: index for index, label in enumerate(classes)}
+        ids = {label: index for index, label in enumerate(names)}
         for split, content in columns.items():
             values = content.pop(answer)
             if kind == "tagging":
-                columns[split]["tags"] = [[ids.get(tag, IGNORED) for tag in tags] for tags in values]
+                columns[split]["tags"] = [
+                    [IGNORED if tag == IGNORED else ids[class_name(tag)] for tag in tags] for tags in values
+                ]
             else:
-                columns[split]["label"] = [ids[label] for label in values]
-        number = f", {len(classes)} classes"
-    elif kind == RETRIEVAL:
-        titles, segments = (columns["test"][column] for column in inputs)
-        notes.append(
-            f"{sum(map(len, segments)):,} segments of {len(set(titles)):,} titles in test, where a guess has "
-            f"mrr {100 * mrr_of_a_guess(titles, segments):.1f}"
-        )
+                columns[split]["label"] = [ids[class_name(label)] for label in values]
+        number = f", {len(names)} classes"
     task = ProbeTask(name, kind, columns)
     sizes = ", ".join(f"{split} {count_rows(task, split):,}" for split in columns)
     arrow = f" -> {answer}" if answer else ""
@@ -319,10 +324,10 @@ def is_usable(kind: str, row: tuple) -> bool:
         has_answer = is_finite_number(answer)  # a csv file holds text
     elif kind == "tagging":
         (words,) = texts
-        has_answer = bool(answer) and not {None, *MISSING_LABELS} & set(answer) and set(answer) != {IGNORED}
+        has_answer = bool(answer) and None not in answer and set(answer) != {IGNORED}
         return has_answer and len(words or []) == len(answer) and all(isinstance(word, str) for word in words)
     else:
-        has_answer = answer not in (None, "", IGNORED, *MISSING_LABELS)
+        has_answer = answer is not None
     if kind == POSITION:
         return has_answer and are_texts(texts[0])
     return has_answer and all(find_fault(text) is None for text in texts)
@@ -350,6 +355,12 @@ def limit_task(task: ProbeTask, max_samples: int, max_words: int, seed: int) -> 
         if len(order) < num_rows:
             logger.info(f"{task.name}: {len(order):,} of the {num_rows:,} rows of {split} are used")
             task.splits[split] = {name: [values[row] for row in sorted(order)] for name, values in columns.items()}
+    if task.kind == RETRIEVAL:
+        titles, segments = task.splits["test"]["title"], task.splits["test"]["segments"]
+        logger.info(
+            f"{task.name}: {sum(map(len, segments)):,} segments of {len(set(titles)):,} titles in test, where a guess "
+            f"has mrr {100 * mrr_of_a_guess(titles, segments):.1f}"
+        )
     return task
 
 
@@ -445,7 +456,7 @@ def probe_encoder(
         num_words = sum(tag != IGNORED for columns in task.splits.values() for tag in flatten(columns["tags"]))
         if num_left_out := num_words - sum(len(part.labels) for part in embedded.values()):
             logger.info(f"    without {num_left_out:,} of {num_words:,} words, which have no token before the cut")
-    if features_of_texts:
+    if sum(map(len, features_of_texts)) > 1:
         features = torch.cat(features_of_texts)
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MAX_QUALITY_TEXTS]
         metric = evaluate.load(str(QUALITY_METRIC), keep_in_memory=True)

@@ -117,7 +117,7 @@ def test_too_few_texts_are_said_to_be_too_few():
     assert comparison.embed(None, None, 8) is None
     figures = comparison.report(None, None)
     assert list(figures) == ["lines"] and f"{MIN_TEXTS - 1} held-out texts" in figures["lines"][0]
-    assert "--validation_file" in figures["lines"][0]
+    assert "Hold out more of them" in figures["lines"][0]
 
 
 def test_of_many_texts_some_are_drawn_each_once():
@@ -166,6 +166,7 @@ def test_the_probe_is_judged_on_texts_that_it_did_not_see(tmp_path, monkeypatch)
         ("few.jsonl", [("a", 0), ("b", 1)], "has 2 texts with a label, of 2 classes"),
         ("one.jsonl", [(text, 0) for text in some_texts(30)], "of 1 classes"),
         ("lines.txt", [("a", 0)], "with columns"),
+        ("rare.jsonl", [(text, int(i == 0)) for i, text in enumerate(some_texts(30))], "too few texts of all classes"),
     ],
 )
 def test_a_probe_file_that_tells_nothing_is_refused(name, rows, message, tmp_path):

@@ -48,6 +48,18 @@ def test_packed_is_padded(name, is_packed, monkeypatch):
         torch.testing.assert_close(vector, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_what_reads_texts_is_made_once(tmp_path, monkeypatch):
+    folder = make_stock_folder(tmp_path / "bert")
+    made = []
+    make = embedding.text_reader
+    monkeypatch.setattr(embedding, "text_reader", lambda tokenizer: made.append(1) or make(tokenizer))
+    embed = embedding.load_embedder(folder)
+    first = embed(["some text"])
+    assert torch.equal(embed(["some text"]), first) and len(made) == 1
+    embed.tokenizer.add_tokens(["some text"])
+    assert len(embed.tokenize(["some text"])[0]) == 3 and len(made) == 2
+
+
 @pytest.mark.parametrize("name", ["ours", "bert"])
 def test_packed_in_bfloat16(name):
     """Held to float32 by direction: 8 bits of a mantissa are 0.4% of every feature."""

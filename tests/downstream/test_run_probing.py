@@ -170,12 +170,44 @@ def test_rows_that_can_not_be_used_are_dropped_and_counted(tmp_path, caplog):
 
 
 def test_csv_and_parquet_and_three_splits(tmp_path):
-    rows = Dataset.from_dict({"text": ["a b", "c d", "e f"], "label": ["007", "NA", "-1"]})  # -1: kept secret
+    rows = Dataset.from_dict({"text": ["a b", "c d", "e f"], "label": ["007", "NA", ""]})
     rows.to_csv(tmp_path / "a.csv")
     rows.to_parquet(tmp_path / "a.parquet")
     (task,) = load_tasks([f"mine={tmp_path}/a.csv,{tmp_path}/a.parquet,{tmp_path}/a.csv"], None)
     assert list(task.splits) == ["train", "validation", "test"]
     assert all(split == {"text": ["a b", "c d"], "label": [0, 1]} for split in task.splits.values())
+
+
+def test_labels_are_read_as_in_fine_tuning(tmp_path):
+    """1, 1.0 and "1" are one class, and -1 is one where there are others; throughout a split it is kept secret."""
+    signs = {"text": ["a b", "c d", "e f"], "label": [-1, 0, 1]}
+    Dataset.from_dict(signs).to_json(tmp_path / "a.jsonl")
+    Dataset.from_dict(signs).to_csv(tmp_path / "a.csv")
+    Dataset.from_dict({**signs, "label": [-1.0, None, 1.0]}).to_parquet(tmp_path / "a.parquet")
+    (task,) = load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/a.csv,{tmp_path}/a.parquet"], None)
+    assert [split["label"] for split in task.splits.values()] == [[0, 1, 2], [0, 1, 2], [0, 2]]
+    Dataset.from_dict({**signs, "label": [-1] * 3}).to_json(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="none of the 3 rows of test has both text and label"):
+        load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/b.jsonl"], None)
+
+
+def test_without_words_there_is_no_tfidf(tmp_path, caplog):
+    rows = [{"text": "ab"[i % 2], "label": i % 2} for i in range(20)]
+    write(tmp_path / "a.jsonl", rows, ("text", "label"))
+    tasks = load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/a.jsonl"], None)
+    assert probe_tasks_with_tfidf(tasks) == {}
+    assert "mine is left out for TF-IDF: none of its texts has a word of two letters" in caplog.text
+
+
+def test_one_row_to_judge_by(models, tmp_path):
+    rows = [{"text": "red fox old hen"[: 4 + i % 8], "label": i % 2} for i in range(20)]
+    write(tmp_path / "a.jsonl", rows, ("text", "label"))
+    write(tmp_path / "b.jsonl", rows[:1], ("text", "label"))
+    tasks = load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/b.jsonl"], None)
+    encoder, tokenizer = AutoModel.from_pretrained(models / "ours"), AutoTokenizer.from_pretrained(models / "ours")
+    options = {"max_length": 16, "add_special_tokens": False, "batch_size": 64}
+    figures = run_probing.probe_encoder(encoder, tokenizer, tasks, range(2), options)
+    assert figures["mine/linear_probe"] in (0.0, 0.5, 1.0) and "quality/width" not in figures
 
 
 def test_every_column_of_tags_is_a_task_and_words_are_limited(tmp_path, caplog):

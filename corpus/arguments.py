@@ -9,7 +9,8 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -65,6 +66,7 @@ def parse_arguments(
         values = {}
         for path in paths:
             new = read_yaml(path, parser.names)
+            check_kinds(path, new, parser)
             joined = {name: f"{values[name]},{new[name]}" for name in JOINED if values.get(name) and new.get(name)}
             values |= new | joined
         # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
@@ -79,6 +81,21 @@ def parse_arguments(
         raise ValueError(str(error)) from error
 
 
+def check_kinds(path: Path, values: dict[str, Any], parser: "_Parser") -> None:
+    """
+    Raises:
+        ValueError: for a list, a mapping or a null where the argument is none.
+    """
+    for name, value in values.items():
+        kind = parser.types[name]
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        kinds = {get_origin(kind) or kind for kind in kinds} - {Literal}
+        if value is None and type(None) not in kinds and parser.get_default(name) is not None:
+            raise ValueError(f"{path}: {name} has no value. Give it one, or leave the line out.")
+        if not isinstance(value, (str, int, float, type(None), *kinds)):
+            raise ValueError(f"{path}: {name} is {value!r}; it takes one value, as --{name} does.")
+
+
 class _Join(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
@@ -90,9 +107,10 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, dataclass_types: Any, description: str | None = None):
         types = dataclass_types if isinstance(dataclass_types, (list, tuple)) else [dataclass_types]
-        self.titles, self.groups, self.names = {}, {}, []
+        self.titles, self.groups, self.names, self.types = {}, {}, [], {}
         for dataclass_type in types:
             own = _own_fields(dataclass_type)
+            self.types |= get_type_hints(dataclass_type)
             for field in dataclasses.fields(dataclass_type):
                 self.titles[field.name] = _title(dataclass_type) if field.name in own else None
                 self.names.append(field.name)

@@ -212,6 +212,29 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path):
         parse_arguments(DataArguments, [str(tmp_path / "a.yaml")])
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("seed: [1, 2]", r"seed is \[1, 2\]; it takes one value, as --seed does"),
+        ("learning_rate: {a: 1}", r"learning_rate is {'a': 1}; it takes one value"),
+        ("seed: 2026-01-01", "it takes one value"),
+        ("weight_decay:", "weight_decay has no value"),
+    ],
+)
+def test_a_value_of_another_shape_is_named(line, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"output_dir: x\n{line}\n")
+    with pytest.raises(ValueError, match=f"a.yaml: {message}|{message}"):
+        parse_arguments(TrainingArguments, [str(tmp_path / "a.yaml")])
+
+
+def test_lists_mappings_and_nulls_go_where_they_are_taken(tmp_path):
+    lines = ["output_dir: x", "report_to: [none]", "max_steps: 3", "warmup_steps: 1"]
+    lines += ["lr_scheduler_kwargs: {a: 1}", "eval_steps:", "run_name:"]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    (args,) = parse_arguments(TrainingArguments, [str(tmp_path / "a.yaml")])
+    assert (args.report_to, args.lr_scheduler_kwargs, args.eval_steps) == ([], {"a": 1}, None)
+
+
 # ---- errors ----
 
 
@@ -271,6 +294,8 @@ def test_arguments_of_the_preparation_are_in_its_help(capsys):
     [
         (["--masking_strategies=ul3"], "ul3"),
         (["--views_per_document=99"], "views_per_document"),
+        (["--row_length=128", "--max_length=256"], "--row_length 128 is too short for --max_length 256"),
+        (["--row_length=8", "--segment_length=16"], "--row_length 8 is too short for --segment_length 16"),
         (["--config_overrides=hiden_size=64"], "hiden_size"),
         (["--train_file=x.txt", "--tokenizer_name=./nowhere"], "--tokenizer_name ./nowhere"),
         (["--train_file=x.txt"], "Which tokenizer"),

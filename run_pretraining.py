@@ -60,7 +60,14 @@ from tjepa.training.model_folder import (
     save_model_folder,
 )
 from tjepa.training.publishing import create_publisher
-from tjepa.training.record import RunRecorder, describe_run, fingerprint, suppressing_errors
+from tjepa.training.record import (
+    RunRecorder,
+    describe_run,
+    earlier_results,
+    fingerprint,
+    log_changes,
+    suppressing_errors,
+)
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
 from tjepa.training.trainer import TJEPATrainer
@@ -144,7 +151,7 @@ def main():
         default_unless=("dataset_name", "train_file"),
     )
     # Mistakes in masks, configuration and tokenizer show before a document is read or a repository made
-    collator = create_collator(masking_args, training_args)
+    collator = create_collator(masking_args, data_args, training_args)
     set_up_logging(training_args)
     if training_args.device.type == "cpu":
         use_all_cores(training_args)
@@ -223,6 +230,7 @@ def main():
     # Text -> tokens
     if documents is None:
         documents = read_documents(model_args, data_args, training_args)
+    check_evaluation(documents, data_args, training_args, report_args)
     comparison = create_comparison(report_args, data_args, documents, tokenizer)
     if not training_args.do_train:
         documents.pop("train")
@@ -230,7 +238,6 @@ def main():
         datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Views and batches
-    collator.row_length = masking_args.row_length
     if collator.row_length is None and get_attention(model.config) == "flex_attention":
         collator.row_length = "auto"
 
@@ -267,8 +274,10 @@ def main():
                 probe_at_start=probe_at_start,
                 **texts_to_keep(documents, data_args.text_column_name, tokenizer, comparison),
             )
+            if checkpoint is not None:
+                log_changes(Path(checkpoint).parent, facts)
             callbacks = [RunRecorder(facts), ReportCallback()]
-    results = train(trainer, checkpoint, publisher, callbacks)
+    results = train(trainer, checkpoint, publisher, callbacks) or earlier_results(training_args.output_dir)
 
     # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
@@ -334,11 +343,27 @@ def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:
     return "flex_attention" if args.device.type == "cuda" and config.encoder is None else "sdpa"
 
 
-def create_collator(masking_args: MaskingArguments, training_args: PretrainingArguments) -> DataCollatorForTJEPA:
-    """What draws the views of documents or, with `--segment_length`, of their segments."""
+def create_collator(
+    masking_args: MaskingArguments, data_args: DataArguments, training_args: PretrainingArguments
+) -> DataCollatorForTJEPA:
+    """
+    What draws the views of documents or, with `--segment_length`, of their segments.
+
+    Raises:
+        ValueError: if a row is shorter than these may be; for masks that cannot be drawn.
+    """
+    longest, flag = data_args.max_length, "--max_length"
+    if masking_args.segment_length is not None:
+        longest, flag = masking_args.segment_length, "--segment_length"
+    if masking_args.row_length is not None and masking_args.row_length < longest:
+        raise ValueError(
+            f"--row_length {masking_args.row_length} is too short for {flag} {longest}: a row holds whole sequences. "
+            "Raise it, or leave it out."
+        )
     options = {
         "strategies": load_masking_strategies(masking_args.masking_strategies),
         "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
+        "row_length": masking_args.row_length,
         "mask_recurring_targets": masking_args.mask_recurring_targets,
         "views_per_document": masking_args.views_per_document,
     }
@@ -397,6 +422,27 @@ def find_weights_to_evaluate(
     )
 
 
+def check_evaluation(
+    documents: datasets.DatasetDict,
+    data_args: DataArguments,
+    args: PretrainingArguments,
+    report_args: BeforeAfterArguments,
+) -> None:
+    """
+    Raises:
+        ValueError: if evaluations were asked for and there is nothing to evaluate, or nothing that the best checkpoint
+            is to be chosen by.
+    """
+    if "validation" not in documents and (args.eval_strategy != "no" or not args.do_train):
+        raise ValueError(
+            f"eval_strategy is {args.eval_strategy.value} and do_train {args.do_train}, but there is no validation "
+            f"split: pass {data_args.validation_flags}."
+        )
+    best_by = (args.metric_for_best_model or "").removeprefix("eval_")
+    if best_by == "probe_accuracy" and report_args.probe_file is None:
+        raise ValueError(f"--metric_for_best_model {best_by} is that of --probe_file: pass it, or choose another one.")
+
+
 def create_comparison(
     args: BeforeAfterArguments,
     data_args: DataArguments,
@@ -411,8 +457,8 @@ def create_comparison(
         return None
     if "validation" not in documents:
         raise ValueError(
-            "--report_before_after judges on held-out texts, and there is no validation split: pass --validation_file "
-            "or a --validation_split_percentage above 0, or --report_before_after false."
+            "--report_before_after judges on held-out texts, and there is no validation split: pass "
+            f"{data_args.validation_flags}, or --report_before_after false."
         )
     return BeforeAfter(held_out_texts(documents["validation"], data_args.text_column_name, tokenizer), args.probe_file)
 
@@ -424,15 +470,6 @@ def create_trainer(
     splits: dict[str, torch.utils.data.Dataset],
     tokenizer: PreTrainedTokenizerBase,
 ) -> TJEPATrainer:
-    """
-    Raises:
-        ValueError: if there is nothing to evaluate, and evaluations were asked for.
-    """
-    if "validation" not in splits and (args.eval_strategy != "no" or not args.do_train):
-        raise ValueError(
-            f"eval_strategy is {args.eval_strategy.value} and do_train {args.do_train}, but there is no validation "
-            "split: pass --validation_file or a --validation_split_percentage above 0."
-        )
     return TJEPATrainer(
         model=model,
         args=args,

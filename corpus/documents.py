@@ -114,6 +114,12 @@ class SourceArguments:
         if misplaced := [f"--{name}" for name in others if getattr(self, name) is not None]:
             raise ValueError(f"{', '.join(misplaced)}: not used with --{source}; leave it out.")
 
+    @property
+    def validation_flags(self) -> str:
+        """What gives a validation split where there is none, for messages."""
+        own = "--validation_split_name" if self.train_file is None else "--validation_file"
+        return f"{own}, or a --validation_split_percentage above 0"
+
 
 @dataclass
 class DataArguments(SourceArguments):
@@ -353,7 +359,7 @@ def _limit_streams(splits: dict[str, IterableDataset], args: SourceArguments) ->
         if len(held_out) < num_validation:
             raise ValueError(
                 f"The stream has only {len(held_out)} documents, and all of them would become the validation split: "
-                "pass --validation_file, a --max_eval_samples below that, or --validation_split_percentage 0."
+                "pass a --max_eval_samples below that, or --validation_split_percentage 0."
             )
         # not train.skip, which skips other documents as soon as the stream is split between processes or workers
         train = train.filter(_is_not_in, fn_kwargs={"hashes": {*held_out} - {None}, "column": args.text_column_name})

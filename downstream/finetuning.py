@@ -91,6 +91,11 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         task = task_class(splits, data_args, config)
         splits, test_rows = limit_splits(splits, data_args)
         rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
+        if args.eval_strategy != "no" and not ("validation" in rows and rows["validation"].judged):
+            raise ValueError(
+                f"eval_strategy is {args.eval_strategy}, but there is no validation split with labels: pass "
+                f"{data_args.validation_flags}."
+            )
         task.check_labels({split: part.labels for split, part in rows.items() if part.labels})
         if len(task.columns) == 2:
             separate_pairs(tokenizer)
@@ -107,11 +112,6 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     for split, dataset in encoded.items():
         report_truncation(dataset["num_tokens"][:], max_length, split, counts)
         task.report_encoded(dataset, split, counts)
-    if args.eval_strategy != "no" and "validation" not in encoded:
-        raise ValueError(
-            f"eval_strategy is {args.eval_strategy}, but there is no validation split: pass --validation_file or a "
-            "--validation_split_percentage above 0."
-        )
 
     # Model and Trainer
     task.set_head(config)

@@ -184,8 +184,9 @@ def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
         (
             {"eval_strategy": "steps", "validation_file": None, "validation_split_percentage": 0},
             ValueError,
-            "no validation",
+            "pass --validation_file, or a --validation_split_percentage above 0",
         ),
+        ({"save_strategy": "best", "metric_for_best_model": "probe_accuracy"}, ValueError, "that of --probe_file"),
     ],
 )
 def test_bad_arguments_are_refused(inputs, tmp_path, monkeypatch, overrides, error, message):

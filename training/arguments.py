@@ -9,6 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from .ema import EMACallback
 from .flags import check_flags, check_precision
 from .health import COLLAPSE_PATIENCE
 from .schedules import EXTENSIONS, LR_SCHEDULES
@@ -130,6 +131,10 @@ class PretrainingArguments(TrainingArguments):
                 f"--max_steps {self.max_steps} and --num_train_epochs {self.num_train_epochs:g} make a run without a "
                 "step. Raise one of them, or pass --do_train False to evaluate a trained model."
             )
+        if not self.do_train and not self.do_eval:
+            raise ValueError("--do_train False and --do_eval False leave nothing to do.")
+        if self.collapse_patience < 1:
+            raise ValueError(f"collapse_patience must be at least 1, got {self.collapse_patience}.")
         if self.schedule_stretch < 1.0:
             raise ValueError(
                 f"schedule_stretch must be at least 1, got {self.schedule_stretch}: no schedule ends early."
@@ -145,6 +150,10 @@ class PretrainingArguments(TrainingArguments):
                 f"--lr_scheduler_type {self.lr_scheduler_type.value}: the learning rate goes from start_lr over "
                 f"learning_rate to final_lr, after the warm-up by one of {', '.join(LR_SCHEDULES)}."
             )
+        if other := sorted(set(self.lr_scheduler_kwargs or {}) - {"num_decay_steps"}):
+            raise ValueError(f"--lr_scheduler_kwargs takes num_decay_steps, of warmup_stable_decay; got {other}.")
+        first = self.final_ema_momentum if self.ema_momentum is None else self.ema_momentum
+        EMACallback(first, self.final_ema_momentum, self.schedule_stretch, self.ema_schedule, self.ema_anneal_ratio)
         self._left_out = [name for name in RATES if getattr(self, name) is None]
         self.settle_rates()
 

@@ -171,7 +171,9 @@ class CheckpointCallback(TrainerCallback):
         kept = set(marked[-self.save_total_limit :])
         kept |= set([step for step in marked if not has_weights_only(checkpoints[step])][-1:])
         if state.best_model_checkpoint is not None:
-            kept |= {step for step, path in checkpoints.items() if path == Path(state.best_model_checkpoint)}
+            # by its name: the folder of the run may have been another one before a resume
+            best = Path(state.best_model_checkpoint).name
+            kept |= {step for step, path in checkpoints.items() if path.name == best}
         if self.last_step_before_decay is not None:
             kept |= set([step for step in marked if step <= self.last_step_before_decay][-1:])
         if collapsed := collapsed_evaluations(state):
@@ -201,7 +203,7 @@ def explain_failed_save(trainer: Trainer) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch, safetensors and Python each raise their own
         output_dir, unfinished = trainer.args.output_dir, _checkpoint_folder(trainer.args, trainer.state)
-        if not unfinished.is_dir() or find_damage(unfinished) is None:
+        if not unfinished.is_dir() or is_marked(unfinished):
             raise
         free = shutil.disk_usage(output_dir).free
         intact = [path.name for path in list_checkpoints(output_dir).values() if find_damage(path) is None]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import CheckpointCallback, count_steps, explain_failed_save, is_finished
 from .publishing import HubPublisher
@@ -44,7 +45,9 @@ def train(
         logger.info(f"{checkpoint} is the end of training already")
         load_state(trainer, checkpoint)
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        weights = type(trainer.model).from_pretrained(best or checkpoint, dtype=torch.float32).state_dict()
+        # beside the last one, wherever the folder of the run has been moved to
+        folder = checkpoint if best is None else Path(checkpoint).with_name(Path(best).name)
+        weights = type(trainer.model).from_pretrained(folder, dtype=torch.float32).state_dict()
         trainer.model.load_state_dict(weights)  # before it is wrapped or sharded, which an evaluation does
         return {}
     stop_on_signal = StopOnSignalCallback()
@@ -59,10 +62,12 @@ def train(
     finally:
         stop_on_signal.restore_handlers()
     if stop_on_signal.signal_number is not None:
-        logger.warning(
-            f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {trainer.state.global_step}, "
-            "with a checkpoint. Start again with --resume_from_checkpoint last."
-        )
+        step = trainer.state.global_step
+        advice = "with a checkpoint. Start again with --resume_from_checkpoint last."
+        if trainer.args.save_only_model:
+            folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            advice = f"with its weights. Start a new run from them with --model_name_or_path {folder}."
+        logger.warning(f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {step}, {advice}")
         sys.exit(128 + stop_on_signal.signal_number)
     trainer.save_state()
     return metrics

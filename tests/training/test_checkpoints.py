@@ -119,6 +119,10 @@ def test_a_failed_save_is_explained(tmp_path, error):
     mark_complete(unfinished)
     with pytest.raises(error, match="^unrelated$"), explain_failed_save(trainer):
         raise error("unrelated")
+    (unfinished / "optimizer.pt").unlink()  # of --save_only_model
+    mark_complete(unfinished)
+    with pytest.raises(error, match="^unrelated$"), explain_failed_save(trainer):
+        raise error("unrelated")
 
 
 WEIGHTS = ("model.safetensors", "trainer_state.json")  # what --save_only_model leaves
@@ -263,7 +267,7 @@ def test_rotation_keeps_the_best_and_the_last_from_before_a_collapse(tmp_path):
     healthy = {"eval_target_std": 0.5, "eval_cosine": 0.9, "eval_mean_target_cosine": 0.5}
     history = [{**healthy, "step": 40}, {**healthy, "step": 70, "eval_cosine": 0.4}, {**healthy, "step": 90}]
     history[2]["eval_target_std"] = 0.01
-    best = str(tmp_path / "checkpoint-20")
+    best = "where/it/was/before/checkpoint-20"  # the folder was moved
     call("on_save", args, callback, global_step=100, log_history=history, best_model_checkpoint=best)
     assert list(list_checkpoints(tmp_path)) == [20, 60, 100]
     history.append({**healthy, "step": 100})  # recovered

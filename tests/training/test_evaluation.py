@@ -96,6 +96,18 @@ def test_results_name_the_step_of_the_best_weights(inputs, tmp_path, monkeypatch
     assert results["eval_loss"] == pytest.approx(max(losses.values()), abs=1e-6)
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_figures_wherever_it_lies(inputs, tmp_path, monkeypatch):
+    best = {**STEPS, "load_best_model_at_end": True, "greater_is_better": True, "save_steps": 1}
+    run(monkeypatch, arguments(inputs, tmp_path / "out", **best))
+    results, weights = (contents(tmp_path / "out")[name] for name in ("all_results.json", "model.safetensors"))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run(monkeypatch, arguments(inputs, tmp_path / "moved", **best, resume_from_checkpoint="last"))
+    again = contents(tmp_path / "moved")
+    assert again["model.safetensors"] == weights
+    before, now = json.loads(results), json.loads(again["all_results.json"])
+    assert before.keys() <= now.keys() and before["train_loss"] == now["train_loss"]
+
+
 # --- The loss and the masks ------------------------------------------------------------------------------------------
 
 

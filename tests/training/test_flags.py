@@ -409,6 +409,11 @@ def test_bf16_warns_where_the_processor_knows_no_bfloat16(kind, tmp_path, monkey
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches must stay false"),
         ({"learning_rate": 1e-5, "start_lr": 2e-4}, "start_lr must be between 0 and the learning rate"),
         ({"learning_rate": 1e-5, "final_lr": 2e-5}, "final_lr must be between 0 and the learning rate"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "--lr_scheduler_kwargs takes num_decay_steps"),
+        ({"ema_schedule": "steps"}, "schedule must be one of linear, cosine, got 'steps'"),
+        ({"ema_momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
+        ({"collapse_patience": 0}, "collapse_patience must be at least 1, got 0"),
+        ({"do_train": False, "do_eval": False}, "leave nothing to do"),
     ],
 )
 def test_values_that_are_refused(tmp_path, given, message):

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from reporting import finished_or_run, new_figure, save_figure
 from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_seed
 
+import tjepa.layers_tjepa
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.documents import DataArguments, load_documents
 from tjepa.corpus.segments import SegmentCollator, cut_into_segments
@@ -42,6 +44,7 @@ from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, rag
 from tjepa.downstream.probe import ProbeTask, embed_task, groups_of_rows, probe_embedded_task, probe_tasks_with_tfidf
 from tjepa.downstream.run_probing import load_tasks
 from tjepa.downstream.sentence_scores import why_it_cannot_score
+from tjepa.layers_tjepa import PackedViews
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import moment_sums, rank_share
@@ -73,6 +76,10 @@ class Recipe:
         views_per_document: of T-JEPA, how many of the strategies each document gets; `None`: all.
         mask_ratio: of MLM, the share of tokens that is predicted (80% masked, 10% random, 10% kept, as in BERT).
         final_mask_ratio: of MLM, what that share goes to, linearly, by the last step; `None`: it stays.
+        causal_first: of MLM, the share of its steps, at the start, in which each token is told from those before it
+            (arXiv 2605.12438).
+        causal_mixed: of MLM, the share of such steps among all others (GPT-BERT, arXiv 2410.24159, mixes both).
+        muon: of MLM, whether torch's Muon trains the matrices of the layers, beside AdamW for the rest.
         segment_length: documents are cut into segments of at most so many tokens, each encoded by itself.
         permute_segments: of T-JEPA, each segment's label is that of another hidden one of its document (a control).
         static_labels: of T-JEPA, labels are the first encoder's embeddings of the hidden tokens (a control).
@@ -89,6 +96,9 @@ class Recipe:
     views_per_document: int | None = None
     mask_ratio: float = 0.15
     final_mask_ratio: float | None = None
+    causal_first: float = 0.0
+    causal_mixed: float = 0.0
+    muon: bool = False
     segment_length: int | None = None
     permute_segments: bool = False
     static_labels: bool = False
@@ -218,12 +228,20 @@ def permute_labels(segments: dict) -> None:
     segments["label_indices"] = segments["label_indices"][following]
 
 
+class CausalViews(PackedViews):
+    """Packed texts in which a token sees itself and those before it."""
+
+    def masks(self, window: int | None) -> list[torch.Tensor]:
+        return [torch.ones(length, length, dtype=torch.bool).tril() for _, length, _ in self.groups]
+
+
 class MLM:
     def __init__(self, recipe: Recipe, config: TJEPAConfig, args: PretrainingArguments, tokenizer):
         self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mask_ratio)
         self.recipe = recipe
         self.model = TJEPAForMaskedLM(config).train()
         self.encoder = self.model.encoder
+        self.is_causal = recipe.causal_first > 0.0
 
     def start_from(self, start: TJEPAForMaskedLM) -> None:
         self.model.load_state_dict(start.state_dict())
@@ -235,14 +253,20 @@ class MLM:
         documents = sorted(documents, key=len)  # equal shapes side by side
         lengths = np.array([len(document) for document in documents])
         input_ids = torch.from_numpy(np.concatenate(documents)).long()
-        input_ids, labels = self.collator.torch_mask_tokens(input_ids, torch.zeros_like(input_ids))
+        ends = np.cumsum(lengths) - 1
+        if self.is_causal:
+            labels = input_ids.roll(-1)
+            labels[ends] = -100
+        else:
+            input_ids, labels = self.collator.torch_mask_tokens(input_ids, torch.zeros_like(input_ids))
         positions = torch.from_numpy(ragged_arange(lengths))
         views = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
         inputs = send_to_device((input_ids, positions, views, labels), self.model.device)
         input_ids, positions, views, labels = inputs
-        states = self.model.encoder(
-            input_ids[None], position_ids=positions[None], view_ids=views[None]
-        ).last_hidden_state[0]
+        with mock.patch.object(tjepa.layers_tjepa, "PackedViews", CausalViews if self.is_causal else PackedViews):
+            states = self.model.encoder(
+                input_ids[None], position_ids=positions[None], view_ids=views[None]
+            ).last_hidden_state[0]
         is_masked = labels >= 0
         logits = self.model.token_head(states[is_masked], self.model.decoder.weight)
         return F.cross_entropy(logits.float(), labels[is_masked])
@@ -251,6 +275,9 @@ class MLM:
         first, last = self.recipe.mask_ratio, self.recipe.final_mask_ratio
         if last is not None:
             self.collator.mlm_probability = first + (last - first) * (step + 1) / num_steps
+        following, mixed = step + 1, self.recipe.causal_mixed
+        is_mixed_in = int((following + 1) * mixed) > int(following * mixed)
+        self.is_causal = following / num_steps < self.recipe.causal_first or is_mixed_in
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -271,6 +298,18 @@ def draw_batches(documents: list[np.ndarray], batch_size: int, seed: int) -> Ite
         for start in range(0, len(order) - batch_size + 1, batch_size):
             indices = order[start : start + batch_size]
             yield [{"input_ids": documents[i], "document_index": int(i), "epoch": epoch} for i in indices]
+
+
+def split_off_muon(
+    optimizer: torch.optim.Optimizer, layers: torch.nn.Module, args: PretrainingArguments
+) -> torch.optim.Muon:
+    """Takes the matrices of the layers out of AdamW's first group; at the same rate Muon's steps are of like size."""
+    matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
+    taken, group = set(map(id, matrices)), optimizer.param_groups[0]
+    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+    return torch.optim.Muon(
+        matrices, args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
 
 
 @dataclass
@@ -301,23 +340,26 @@ class Training:
     def __iter__(self) -> Iterator[dict[str, float]]:
         """CPU seconds, document tokens and loss of each step."""
         args, model = self.args, self.objective.model
-        optimizer = create_optimizer(model, args)
+        optimizers = [create_optimizer(model, args)]
+        if self.recipe.muon:
+            optimizers.insert(0, split_off_muon(optimizers[0], model.encoder.layers, args))
         warmup_steps = args.get_warmup_steps(self.num_steps)
-        scheduler = WarmupThenDecay(
-            optimizer, self.num_steps, warmup_steps, args.start_lr, args.final_lr, args.schedule_stretch
-        )
+        schedule = (self.num_steps, warmup_steps, args.start_lr, args.final_lr, args.schedule_stretch)
+        schedulers = [WarmupThenDecay(optimizer, *schedule) for optimizer in optimizers]
         weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.schedule_stretch)
         batches = draw_batches(self.documents, args.per_device_train_batch_size, self.seed)
         for step, examples in zip(range(self.num_steps), batches, strict=False):
             start = time.process_time()
-            optimizer.param_groups[0]["weight_decay"] = weight_decay.at(step, self.num_steps)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["weight_decay"] = weight_decay.at(step, self.num_steps)
             loss = self.objective.loss(examples)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
             self.objective.after_step(step, self.num_steps)
-            optimizer.zero_grad()
+            model.zero_grad()
             seconds = time.process_time() - start
             yield {"seconds": seconds, "tokens": sum(len(e["input_ids"]) for e in examples), "loss": loss.item()}
 

@@ -163,6 +163,55 @@ def test_the_masking_rate_of_mlm_falls(learning_curve, tokenizer):
     assert rates == pytest.approx([0.3, 0.2, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("values", "causal"),
+    [({"causal_first": 0.5}, [1, 1, 1, 0, 0, 0]), ({"causal_mixed": 1 / 3}, [0, 0, 1, 0, 0, 1])],
+)
+def test_causal_steps_of_mlm(learning_curve, tokenizer, values, causal):
+    """In them a token's state and its prediction of the next one know nothing of what follows."""
+    mlm = objective(learning_curve, tokenizer, objective="mlm", **values)
+    is_causal = []
+    for step in range(6):
+        is_causal.append(int(mlm.is_causal))
+        mlm.after_step(step, 6)
+    assert is_causal == causal
+    mlm.is_causal = True
+    first, *others = sorted((example["input_ids"] for example in examples(tokenizer)), key=len)
+    changed = np.append(first[:-1], (first[-1] + 1) % len(tokenizer))
+    states = [causal_states(learning_curve, mlm, document) for document in (first, changed, *others)]
+    torch.testing.assert_close(states[0][:-1], states[1][:-1], rtol=0, atol=1e-6)
+    logits = mlm.model.token_head(
+        torch.cat([states[0][:-1], *(of[:-1] for of in states[2:])]), mlm.model.decoder.weight
+    )
+    following = np.concatenate([document[1:] for document in (first, *others)])
+    expected = F.cross_entropy(logits, torch.from_numpy(following))
+    torch.testing.assert_close(mlm.loss(examples(tokenizer)), expected, rtol=1e-5, atol=1e-5)
+
+
+def causal_states(learning_curve, mlm, document: np.ndarray) -> torch.Tensor:
+    places = torch.arange(len(document))[None]
+    layers, views = learning_curve.tjepa.layers_tjepa, learning_curve.CausalViews
+    with learning_curve.mock.patch.object(layers, "PackedViews", views):
+        output = mlm.encoder(torch.as_tensor(document)[None], position_ids=places, view_ids=torch.zeros_like(places))
+    return output.last_hidden_state[0]
+
+
+def test_muon_trains_the_matrices_of_the_layers(learning_curve, tokenizer):
+    values = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "per_device_train_batch_size": 4}
+    recipe = learning_curve.Recipe.from_dict("muon", {**values, "objective": "mlm", "muon": True})
+    documents = [np.array(ids) for ids in tokenizer([sentence(index) for index in range(12)])["input_ids"]]
+    training = learning_curve.Training(recipe, documents, tokenizer, seed=0, num_steps=2)
+    model = training.objective.model
+    optimizer = learning_curve.create_optimizer(model, training.args)
+    muon = learning_curve.split_off_muon(optimizer, model.encoder.layers, training.args)
+    of_muon, others = ({id(p) for g in opt.param_groups for p in g["params"]} for opt in (muon, optimizer))
+    assert of_muon == {id(p) for p in model.encoder.layers.parameters() if p.ndim == 2} and not of_muon & others
+    assert of_muon | others == {id(p) for p in model.parameters()}
+    before = [p.clone() for p in model.parameters()]
+    assert len([step["loss"] for step in training]) == 2
+    assert all(not torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True) if p.ndim == 2)
+
+
 def test_the_control_is_the_recipe_without_its_tjepa_loss(learning_curve, tokenizer):
     weights = {"variance_covariance_weight": 1.0, "token_prediction_weight": 0.5}
     control = objective(learning_curve, tokenizer, **weights, jepa_weight=0.0)

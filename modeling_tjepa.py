@@ -113,9 +113,9 @@ class TJEPAPreTrainedModel(TJEPAModule):
                     " one further hand it to TJEPAForPreTraining.from_encoder, or run `tjepa pretrain` on the folder."
                 )
         wants_info = kwargs.pop("output_loading_info", False)
-        has_choice = hasattr(cls, "encoder_weights")
-        if has_choice:
-            renaming = {rf"^{encoder}_encoder\.": cls.encoder_weights, **(kwargs.pop("key_mapping", None) or {})}
+        has_choice = not issubclass(cls, TJEPAForPreTraining)
+        if has_choice:  # of an encoder alone the prefix is dropped afterwards
+            renaming = {rf"^{encoder}_encoder\.": "encoder.", **(kwargs.pop("key_mapping", None) or {})}
             kwargs["key_mapping"] = renaming
         elif encoder != "target":
             raise ValueError(f"{cls.__name__} holds both encoders: leave out encoder={encoder!r}.")
@@ -158,7 +158,6 @@ class TJEPAModel(TJEPAPreTrainedModel):
     the target encoder, with `encoder="context"` the context encoder; on the folder of a head, the head's encoder.
     """
 
-    encoder_weights = "encoder."  # what the chosen encoder's weights are called before the prefix is dropped
     _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
 
     def __init__(self, config: TJEPAConfig):
@@ -668,7 +667,6 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
     folder, and from their own.
     """
 
-    encoder_weights = "encoder."
     _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
     output_class: type[ModelOutput]
 

@@ -192,7 +192,13 @@ def encoding_parameters(
 def drop_and_count(
     encoded: Dataset, desc: str, seen_hashes: set[int] | None = None, columns: tuple[str, ...] = ("input_ids",)
 ) -> tuple[Dataset, DocumentCounts]:
-    """The `columns` of the rows that are kept, and the counts of all; see `tokenize_documents`."""
+    """
+    The `columns` of the rows that are kept, and the counts of all; errors as in `tokenize_documents`.
+
+    Args:
+        seen_hashes: if given, documents whose text, or what truncation leaves of it, is in it as a hash are dropped as
+            duplicates, and the hashes of all are added: one set for several splits.
+    """
     names = [name for name in ENCODED_FEATURES if name != "input_ids"]
     rows = encoded.select_columns(names).with_format("numpy")[:]
     if seen_hashes is not None:
@@ -228,7 +234,6 @@ def tokenize_documents(
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
     desc: str,
-    seen_hashes: set[int] | None = None,
 ) -> tuple[Dataset, DocumentCounts]:
     """Tokenizes documents without special tokens, drops those that cannot be used and cuts those that are too long.
 
@@ -237,8 +242,6 @@ def tokenize_documents(
         tokenizer (`PreTrainedTokenizerBase`): Any tokenizer of transformers.
         args (`DataArguments`): `max_length`, `min_tokens` and `long_documents`; workers and cache.
         desc (`str`): What the split is called in the progress bar and in errors.
-        seen_hashes (`set[int]`, *optional*): If given, documents whose text, or what truncation leaves of it, is in
-            it as a hash are dropped as duplicates, and the hashes of all are added; pass one set for several splits.
 
     Returns:
         `tuple`: The dataset, whose only column `input_ids` holds int32 token ids, and its `DocumentCounts`. An
@@ -250,7 +253,7 @@ def tokenize_documents(
     encoded = encode_documents(dataset, tokenizer, args, desc)
     if isinstance(encoded, IterableDataset):
         encoded = Dataset.from_list(list(encoded), features=ENCODED_FEATURES)
-    tokenized, counts = drop_and_count(encoded, desc, seen_hashes)
+    tokenized, counts = drop_and_count(encoded, desc)
     warn_of_loss(counts, args, desc)
     return tokenized, counts
 

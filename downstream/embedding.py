@@ -84,9 +84,7 @@ class Embedder:
         return self.embed_tokens(encoded, batch_size)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return (
-            encode_texts(self.model, self.tokenizer, list(texts), self.max_length)["input_ids"] if len(texts) else []
-        )
+        return encode_texts(self.model, self.tokenizer, list(texts), self.max_length)["input_ids"]
 
     @torch.inference_mode()
     def embed_tokens(self, encoded: Sequence[list[int]], batch_size: int = 64) -> Tensor:
@@ -196,7 +194,6 @@ def embed_texts(
     max_length: int,
     batch_size: int = 64,
     add_special_tokens: bool | None = None,
-    pooling: Literal["mean", "first"] = "mean",
 ) -> Tensor:
     """
     One vector per text: the mean of the last hidden state over the text's tokens.
@@ -210,7 +207,6 @@ def embed_texts(
         batch_size: texts per forward.
         add_special_tokens: whether the tokenizer adds its own, which are tokens like any other in the mean. Default:
             as in the encoder's pretraining, see `reads_special_tokens`.
-        pooling: `"first"` takes the state of the first token alone.
 
     Returns:
         float32 `[num_texts, hidden_size]` on the CPU, in the order of `texts`.
@@ -218,11 +214,9 @@ def embed_texts(
     Raises:
         ValueError: a text, or `texts` itself, is empty: the mean over no tokens does not exist.
     """
-    if not len(texts):
-        raise ValueError("`texts` is empty; embed_texts needs at least one text.")
     encoded = encode_texts(model, tokenizer, list(texts), max_length, add_special_tokens)["input_ids"]
     check_tokens(texts, encoded)
-    return embed_tokens(model, encoded, batch_size, pooling)
+    return embed_tokens(model, encoded, batch_size)
 
 
 def check_tokens(texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
@@ -243,7 +237,10 @@ def embed_tokens(
     batch_size: int = 64,
     pooling: Literal["mean", "first"] = "mean",
 ) -> Tensor:
-    """What `embed_texts` makes of texts that are tokenized already, each of at least one token."""
+    """
+    What `embed_texts` makes of texts that are tokenized already, each of at least one token. The `pooling` `"first"`
+    takes the state of the first token alone.
+    """
     features, order = [], []
 
     def pool(indices: list[int], hidden: Tensor, lengths: Tensor) -> None:
@@ -331,7 +328,9 @@ _readers: WeakKeyDictionary = WeakKeyDictionary()  # of tokenizers, made once
 def encode_texts(
     model: torch.nn.Module, tokenizer, texts: list[str], max_length: int, add_special_tokens: bool | None = None
 ) -> BatchEncoding:
-    """Token ids of texts, in which nothing is read as a special token."""
+    """Token ids of texts, in which nothing is read as a special token; of none, if there is none."""
+    if not texts:
+        return BatchEncoding({"input_ids": []})
     if add_special_tokens is None:
         add_special_tokens = reads_special_tokens(model.config)
     made_of = (len(tokenizer), str(tokenizer.special_tokens_map))

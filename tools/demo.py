@@ -35,7 +35,7 @@ from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
 from ..training.publishing import published_files
 from ..training.setup import hide_what_loading_says
 from .fill import Gapped, guess_tokens, load_for_filling, tokens_around
-from .lookup import Lookup, split_into_words, words_of_tokens
+from .lookup import Lookup, owners_of_tokens, split_into_words
 from .report import group_pieces, split_into_tokens, token_kinds
 from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
 
@@ -138,7 +138,7 @@ class Demo:
         tokens, _ = self.read(text)
         ids, pieces = zip(*tokens, strict=True)
         words = split_into_words("".join(pieces))
-        owners = words_of_tokens(pieces, words)
+        owners = owners_of_tokens(pieces, words)
         hidden = sorted(hidden.intersection(owners))
         if not hidden:
             raise ValueError("Choose a word to hide: click it.")

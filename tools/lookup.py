@@ -37,7 +37,7 @@ def split_into_words(text: str) -> list[tuple[str, bool]]:
     return [piece for piece in [*pieces, (text[end:], False)] if piece[0]]
 
 
-def words_of_tokens(tokens: list[str], words: list[tuple[str, bool]]) -> list[int]:
+def owners_of_tokens(tokens: list[str], words: list[tuple[str, bool]]) -> list[int]:
     """
     Of each token the index into `words` of what its first character, white space aside, belongs to.
 
@@ -83,7 +83,7 @@ class Lookup:
         labels, kept, offset = torch.cat(labels), [], 0
         for ids, pieces, label in documents:
             words = split_into_words("".join(pieces))
-            owners = words_of_tokens(pieces, words)
+            owners = owners_of_tokens(pieces, words)
             for index, owner in enumerate(owners):
                 if words[owner][1] and owner not in owners[:index]:
                     kept.append(offset + len(before) + index)

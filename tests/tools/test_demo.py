@@ -24,7 +24,7 @@ from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, Mas
 from tjepa.tools import demo as demo_tool
 from tjepa.tools.demo import HIDDEN, LEFT_OUT, NEXT_HIDDEN, Demo, describe_strategy
 from tjepa.tools.fill import Gapped, guess_tokens
-from tjepa.tools.lookup import label_tokens, split_into_words, words_of_tokens
+from tjepa.tools.lookup import label_tokens, owners_of_tokens, split_into_words
 from tjepa.tools.search import SearchIndex, open_index
 
 
@@ -107,7 +107,7 @@ def test_words_cover_the_text_and_tokens_find_theirs():
     assert "".join(piece for piece, _ in words) == text
     assert [piece for piece, is_word in words if is_word] == ["Don't", "(", "ever", ")", "🦊", "stop", "."]
     tokens = ["Do", "n't", " ", " (", "ever)", "\n", "🦊", "", "", " st", "op."]
-    owners = ["".join(words[owner][0] for owner in [owner]) for owner in words_of_tokens(tokens, words)]
+    owners = ["".join(words[owner][0] for owner in [owner]) for owner in owners_of_tokens(tokens, words)]
     assert owners == ["Don't", "Don't", "  ", "(", "ever", "\n", "🦊", "🦊", "🦊", "stop", "stop"]
 
 

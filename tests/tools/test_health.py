@@ -132,7 +132,8 @@ def test_without_a_folder_it_is_the_newest_run(command, tool, tmp_path, monkeypa
     with pytest.raises(FileNotFoundError, match="tjepa pretrain"):
         tool.main()
     (tmp_path / "runs/mine").mkdir(parents=True)
-    (tmp_path / "runs/mine/model.safetensors").touch()
+    for name in ("model.safetensors", "run.json"):
+        (tmp_path / "runs/mine" / name).touch()
     asked_for = []
     monkeypatch.setattr(tool, "read_run" if tool is health else "write_report", asked_for.append)
     monkeypatch.setattr(health, "diagnose", lambda run: [])

@@ -156,16 +156,18 @@ def test_labels_colour_the_map(tmp_path):
     assert svg.count(">class ") == pictures.MAX_CLASSES and ">others<" in svg
 
 
-def test_a_failure_is_a_warning(inputs, tmp_path, monkeypatch, with_reports, caplog):
+@pytest.mark.parametrize(
+    ("module", "function", "what"),
+    [(pictures, "as_svg", "The report"), (run_pretraining, "texts_to_keep", "The run's record")],
+)
+def test_a_failure_is_a_warning(inputs, tmp_path, monkeypatch, with_reports, caplog, module, function, what):
     def fail(*args):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(pictures, "as_svg", fail)
-    monkeypatch.setattr(run_pretraining, "texts_to_keep", fail)
+    monkeypatch.setattr(module, function, fail)
     run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=2))
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    for what in ("The run's record", "The report"):
-        assert f"{what} could not be written (RuntimeError: no ink)" in caplog.text
+    assert f"{what} could not be written (RuntimeError: no ink)" in caplog.text
 
 
 def test_what_is_not_a_run(tmp_path, monkeypatch, capsys):

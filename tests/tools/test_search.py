@@ -178,6 +178,7 @@ def test_the_command_answers_from_the_newest_run(folder, tmp_path, docstrings, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(folder / "pretraining")
+    (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
     monkeypatch.setenv("COLUMNS", "120")
     run(monkeypatch, "The hen falls.", "--tfidf", "--num_results", "1")
     out = capsys.readouterr().out

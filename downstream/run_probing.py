@@ -203,14 +203,22 @@ def load_tasks(
 
 
 def find_files(folder: str) -> dict[str, dict[str, Path]]:
-    """The data sets of a folder: name -> split -> file, from file names such as sst2-train.jsonl."""
+    """
+    The data sets of a folder: name -> split -> file, from file names such as sst2-train.jsonl.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if a split is there in two formats.
+    """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"--data_dir {folder} is not a folder.")
     files = {}
     for path in sorted(Path(folder).iterdir()):
         name, _, split = path.stem.rpartition("-")
         if name and split in SPLITS and path.suffix in FILE_FORMATS:
-            files.setdefault(name, {})[split] = path
+            if other := files.setdefault(name, {}).get(split):
+                raise ValueError(f"--data_dir {folder} has {name}-{split} twice: {other.name} and {path.name}.")
+            files[name][split] = path
     return files
 
 

@@ -263,6 +263,10 @@ def test_sources_that_are_refused(data, tmp_path):
         load_tasks(None, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_tasks(None, str(tmp_path / "none"))
+    for name in ("t-train.csv", "t-train.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="has t-train twice: t-train.csv and t-train.jsonl"):
+        load_tasks(None, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no such data set.*'kinds', 'pairs', 'words'"):
         load_tasks(["other"], str(data))
     with pytest.raises(FileNotFoundError, match="there is no such file"):

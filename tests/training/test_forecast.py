@@ -10,8 +10,15 @@ from tjepa.training import forecast
 from tjepa.training.trainer import TJEPATrainer
 
 
-@pytest.mark.parametrize("eval_steps", [100, 0.25])
-def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys, eval_steps):
+@pytest.mark.parametrize(
+    ("evaluations", "number"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 100}, "5 evaluations"),
+        ({"eval_strategy": "steps", "eval_steps": 0.25}, "5 evaluations"),
+        ({"eval_strategy": "no"}, "1 evaluation,"),  # the one at the end
+    ],
+)
+def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys, evaluations, number):
     """60 rows in batches of 8 for 400 steps, each of which takes at least 10 ms."""
     batches = []
     step = TJEPATrainer.training_step
@@ -22,7 +29,7 @@ def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys, eval_ste
         return step(trainer, model, batch, *args, **kwargs)
 
     monkeypatch.setattr(TJEPATrainer, "training_step", slow_step)
-    settings = {"max_steps": 400, "eval_strategy": "steps", "eval_steps": eval_steps}
+    settings = {"max_steps": 400, **evaluations}
     out = tmp_path / "out"
     started = time.perf_counter()
     run(monkeypatch, [*arguments(inputs, out, **settings), "--forecast", "--push_to_hub", "--report_to=tensorboard"])
@@ -30,7 +37,7 @@ def test_what_the_run_would_take(inputs, tmp_path, monkeypatch, capsys, eval_ste
     said = capsys.readouterr().out
     assert len(batches) == forecast.NUM_FIRST_STEPS + forecast.NUM_STEPS and not out.exists()
 
-    steps, per_step = re.search(r"(\S+) steps of (\S+) s, \S+ tokens/s, \S+ of it for 5 evaluations", said).groups()
+    steps, per_step = re.search(rf"(\S+) steps of (\S+) s, \S+ tokens/s, \S+ of it for {number}", said).groups()
     assert steps == "400" and 0.01 < float(per_step) < seconds
     used, there_is = map(float, re.search(r"memory +(\S+) GB of (\S+) GB", said).groups())
     assert 0.2 < used < there_is

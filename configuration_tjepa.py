@@ -67,7 +67,8 @@ class TJEPAConfig(PreTrainedConfig):
             How another encoder is fed: `"packed"`, without padding, `"padded"`, one view per row, or `"auto"`: packed
             where it gives the same states, which is measured when a run starts.
         mask_token_id (`int`, *optional*):
-            Stands in hidden places where another encoder is fed padded rows. No state depends on it.
+            Stands in hidden places with `predictor_type="in_place"`, and where another encoder is fed padded rows, of
+            which no state depends on it.
         special_token_ids (`list[int]`, *optional*):
             Tokens that another encoder's tokenizer puts around a text; denoising leaves them as they are.
         vocab_size (`int`, defaults to 32000):

@@ -179,10 +179,8 @@ def encode_padded(
     is_visible = torch.zeros(shape, dtype=torch.long, device=input_ids.device)
     padded_ids[rows, position_ids], is_visible[rows, position_ids] = input_ids, 1
     is_visible[:, 0] |= is_visible.sum(dim=1) == 0  # a row without a view: no softmax may be empty
-    wants_more = num_layers > 1
-    outputs = encoder(
-        input_ids=padded_ids, attention_mask=is_visible, output_hidden_states=wants_more, return_dict=True
-    )
+    inputs = {"input_ids": padded_ids, "attention_mask": is_visible}
+    outputs = encoder(**inputs, output_hidden_states=num_layers > 1, return_dict=True)
     return [states[rows, position_ids] for states in last_layers(outputs, num_layers)]
 
 
@@ -221,28 +219,17 @@ def encode(
         For each of the last `num_layers` blocks its output, `[rows * row_length, hidden_size]`; what it has at padding
         means nothing.
     """
-    wants_more = num_layers > 1
-    if traits is None:
-        views = {"view_ids": view_ids, "groups": groups}
-        outputs = encoder(
-            input_ids, position_ids=position_ids, output_hidden_states=wants_more, return_dict=True, **views
-        )
-        return [states.flatten(0, 1) for states in last_layers(outputs, num_layers)]
-    input_ids, position_ids = input_ids.long(), position_ids.long()
-    if traits.is_packed:
-        views = PackedViews.from_ids(view_ids) if groups is None else PackedViews.from_groups(groups)
-        views.positions, views.longest = position_ids.flatten(), longest
-        position_ids = position_ids + traits.position_offset
-        outputs = encoder(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            packed_views=views,
-            output_hidden_states=wants_more,
-            return_dict=True,
-        )
+    if traits is None or traits.is_packed:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "view_ids": view_ids, "groups": groups}
+        if traits is not None:
+            views = PackedViews.from_ids(view_ids) if groups is None else PackedViews.from_groups(groups)
+            views.positions, views.longest = position_ids.long().flatten(), longest
+            position_ids = position_ids.long() + traits.position_offset
+            inputs = {"input_ids": input_ids.long(), "position_ids": position_ids, "packed_views": views}
+        outputs = encoder(**inputs, output_hidden_states=num_layers > 1, return_dict=True)
         return [states.flatten(0, 1) for states in last_layers(outputs, num_layers)]
 
-    input_ids, position_ids, view_ids = (ids.flatten() for ids in (input_ids, position_ids, view_ids.long()))
+    input_ids, position_ids, view_ids = (ids.long().flatten() for ids in (input_ids, position_ids, view_ids))
     layers = None
     for views in view_lengths.argsort().tensor_split(NUM_CHUNKS):  # rows of like length together: little padding
         row_of_view = view_ids.new_full((len(view_lengths) + 1,), -1)  # the last one is that of padding

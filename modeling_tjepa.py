@@ -130,14 +130,13 @@ class TJEPAPreTrainedModel(TJEPAModule):
                     f"{name} has no context encoder: only folders of TJEPAForPreTraining have one. Leave out "
                     "encoder='context' to load the encoder that is there."
                 )
-        cls._complete(model, info, name)
+        model._complete(info, name)
         return (model, info) if wants_info else model  # type: ignore[return-value]  # as transformers declares it
 
-    @classmethod
-    def _complete(cls, model: "TJEPAPreTrainedModel", info: dict, name: str) -> None:
+    def _complete(self, info: dict, name: str) -> None:
         """Refuses a folder that has no weights of the encoder: what came of it would be random."""
-        weights = model.base_model.state_dict()
-        prefix = "" if model.base_model is model else f"{cls.base_model_prefix}."
+        weights = self.base_model.state_dict()
+        prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
         if {prefix + key for key in weights} <= set(info["missing_keys"]):
             raise ValueError(f"{name} has none of the weights of a T-JEPA encoder.")
 
@@ -352,24 +351,23 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             self.train(self.training)
         return self.encoder_traits
 
-    @classmethod
-    def _complete(cls, model: "TJEPAForPreTraining", info: dict, name: str) -> None:
+    def _complete(self, info: dict, name: str) -> None:
         """From the folder of an encoder both encoders start equal to it, as untrained ones do. A head is refused."""
         missing = set(info["missing_keys"])
         context, target = (
-            {f"{part}.{key}" for key in getattr(model, part).state_dict()}
+            {f"{part}.{key}" for key in getattr(self, part).state_dict()}
             for part in ("context_encoder", "target_encoder")
         )
         if not context <= missing:
             return
         if target <= missing:
             raise ValueError(
-                f"{name} has no weights that {cls.__name__} could go on with. If it holds a head with its encoder, "
-                'save the encoder by itself: python -c "from transformers import AutoModel; AutoModel.from_pretrained('
-                f"'{name}', trust_remote_code=True).save_pretrained('{name}-encoder')\"; then pretrain with "
-                f"--model_name_or_path {name}-encoder --tokenizer_name {name}."
+                f"{name} has no weights that {type(self).__name__} could go on with. If it holds a head with its "
+                'encoder, save the encoder by itself: python -c "from transformers import AutoModel; AutoModel.'
+                f"from_pretrained('{name}', trust_remote_code=True).save_pretrained('{name}-encoder')\"; then "
+                f"pretrain with --model_name_or_path {name}-encoder --tokenizer_name {name}."
             )
-        model.context_encoder.load_state_dict(model.target_encoder.state_dict())
+        self.context_encoder.load_state_dict(self.target_encoder.state_dict())
         info["missing_keys"] = type(info["missing_keys"])(missing - context)
         logger.warning(f"{name} holds one encoder: the context encoder starts equal to it.")
 

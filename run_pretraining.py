@@ -20,14 +20,14 @@ import copy
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import datasets
-import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.hf_argparser import HfArg
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.arguments import parse_arguments
@@ -40,7 +40,7 @@ from tjepa.corpus.strategies import load_masking_strategies
 from tjepa.corpus.tokenization import DocumentCounts, StreamTokenizer, warn_of_loss
 from tjepa.corpus.tokenizers import HubArguments, load_tokenizer, special_tokens_around, without_special_tokens
 from tjepa.corpus.train_tokenizer import train_tokenizer
-from tjepa.data_collator_tjepa import DataCollatorForTJEPA
+from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.tools.health import closing_lines
@@ -53,14 +53,15 @@ from tjepa.training.loading import check_resumed, load_pretraining_config, load_
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.model_folder import (
-    PRETRAINING_FOLDER,
     exported_encoder,
     find_sentence_modules,
     name_of_exported,
+    pretraining_folder,
     save_model_folder,
 )
 from tjepa.training.publishing import create_publisher
 from tjepa.training.record import (
+    RESULTS_FILE,
     RunRecorder,
     describe_run,
     earlier_results,
@@ -81,65 +82,54 @@ QUICKSTART_CONFIG = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 @dataclass
 class ModelArguments(HubArguments):
-    model_name_or_path: str | None = field(
+    model_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Pretraining folder, or any text encoder of transformers, here or on the Hub, to start from. "
-            "Default: from scratch."
-        },
+        help="Pretraining folder, or any text encoder of transformers, here or on the Hub, to start from. "
+        "Default: from scratch.",
     )
-    config_name: str | None = field(
+    config_name: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Configuration to train from scratch, if not the default one; also of another text encoder of "
-            "transformers."
-        },
+        help="Configuration to train from scratch, if not the default one; also of another text encoder of "
+        "transformers.",
     )
-    config_overrides: str | None = field(
+    config_overrides: str | None = HfArg(
+        default=None, help="Overrides of the configuration, added to a YAML file's: hidden_size=128,use_bias=false"
+    )
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Tokenizer on the Hub or in a folder. Default: that of the model or the data."
+    )
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={"help": "Overrides of the configuration, added to a YAML file's: hidden_size=128,use_bias=false"},
+        help="sdpa, flex_attention, eager, ... Default: sdpa; for our own architecture on a GPU flex_attention.",
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer on the Hub or in a folder. Default: that of the model or the data."}
-    )
-    attn_implementation: str | None = field(
+    encoder_input: Literal["auto", "packed", "padded"] | None = HfArg(
         default=None,
-        metadata={"help": "sdpa, flex_attention, eager, ... Default: flex_attention on a GPU, sdpa elsewhere."},
+        help="How an encoder of another architecture is fed. Default: packed where that gives the same states "
+        "as padded, which is measured.",
     )
-    encoder_input: Literal["auto", "packed", "padded"] | None = field(
-        default=None,
-        metadata={
-            "help": "How an encoder of another architecture is fed. Default: packed where that gives the same states "
-            "as padded, which is measured."
-        },
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of model_name_or_path."})
-    model_license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of model_name_or_path.")
+    model_license: str = HfArg(default="apache-2.0", help="Licence of the weights, for the model card.")
 
 
 @dataclass
 class MaskingArguments:
-    masking_strategies: str = field(
-        default="ul2", metadata={"help": "Preset (ul2), or a YAML or JSON file with a list of masking strategies."}
+    masking_strategies: str = HfArg(
+        default="ul2",
+        help=f"Preset ({', '.join(MASKING_PRESETS)}), or a YAML or JSON file with a list of masking strategies.",
     )
-    mask_recurring_targets: bool = field(
-        default=False, metadata={"help": "Hide other occurrences of a target block's tokens from the context."}
+    mask_recurring_targets: bool = HfArg(
+        default=False, help="Hide other occurrences of a target block's tokens from the context."
     )
-    views_per_document: int | None = field(
-        default=None, metadata={"help": "Draw so many strategies for each document. Default: all of them."}
+    views_per_document: int | None = HfArg(
+        default=None, help="Draw so many strategies for each document. Default: all of them."
     )
-    segment_length: int | None = field(
+    segment_length: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Cut documents into segments of at most so many tokens, each encoded by itself; with "
-            "--config_overrides segment_weight=0.3, which predicts hidden ones from the others."
-        },
+        help="Cut documents into segments of at most so many tokens, each encoded by itself; with "
+        "--config_overrides segment_weight=0.3, which predicts hidden ones from the others.",
     )
-    row_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens per packed row. Default: one row without padding; with flex_attention by the batch."
-        },
+    row_length: int | None = HfArg(
+        default=None, help="Tokens per packed row. Default: one row without padding; with flex_attention by the batch."
     )
 
 
@@ -242,7 +232,8 @@ def main():
         collator.row_length = "auto"
 
     # Training
-    trainer = create_trainer(model, training_args, collator, datasets_by_split, tokenizer)
+    train_dataset, eval_dataset = (datasets_by_split.get(split) for split in ("train", "validation"))
+    trainer = TJEPATrainer(model, training_args, collator, train_dataset, eval_dataset, tokenizer)
     if comparison is not None and report_args.probe_file is not None:
         trainer.judge_encoder = lambda: probe_encoder(trainer, comparison, tokenizer, data_args.max_length)
     if forecast is not None:
@@ -292,7 +283,7 @@ def main():
         pictures = {}
 
         def save_results():
-            save_figures("all_results.json", results, training_args)
+            save_figures(RESULTS_FILE, results, training_args)
             write_pretraining_card(
                 training_args,
                 trainer.state,
@@ -413,9 +404,7 @@ def find_weights_to_evaluate(
     name = model_args.model_name_or_path
     folder = Path(name or training_args.output_dir)
     if training_args.resume_from_checkpoint is None and (name is not None or (folder / "config.json").is_file()):
-        # the root of another architecture's folder is the encoder alone
-        pretraining = folder / PRETRAINING_FOLDER
-        return str(pretraining) if (pretraining / "config.json").is_file() else name or training_args.output_dir
+        return str(pretraining_folder(folder))
     raise FileNotFoundError(
         f"--do_train False evaluates a trained model, and {training_args.output_dir} holds none. Name one with "
         "--model_name_or_path, a checkpoint with --resume_from_checkpoint, or the --output_dir of a run."
@@ -461,23 +450,6 @@ def create_comparison(
             f"{data_args.validation_flags}, or --report_before_after false."
         )
     return BeforeAfter(held_out_texts(documents["validation"], data_args.text_column_name, tokenizer), args.probe_file)
-
-
-def create_trainer(
-    model: TJEPAForPreTraining,
-    args: PretrainingArguments,
-    collator: DataCollatorForTJEPA,
-    splits: dict[str, torch.utils.data.Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-) -> TJEPATrainer:
-    return TJEPATrainer(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=splits.get("train"),
-        eval_dataset=splits.get("validation"),
-        processing_class=tokenizer,
-    )
 
 
 def probe_encoder(trainer: TJEPATrainer, comparison: BeforeAfter, tokenizer, max_length: int) -> dict[str, float]:

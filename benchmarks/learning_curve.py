@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from unittest import mock
@@ -46,7 +47,6 @@ from tjepa.downstream.run_probing import load_tasks
 from tjepa.downstream.sentence_scores import why_it_cannot_score
 from tjepa.layers_tjepa import PackedViews
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.ema import EMACallback
 from tjepa.training.health import moment_sums, rank_share
 from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
 
@@ -177,9 +177,7 @@ class TJEPA:
         self.collator.fit_to(config)
         self.model = TJEPAForPreTraining(config).train()
         self.recipe = recipe
-        self.ema = EMACallback(
-            args.ema_momentum, args.final_ema_momentum, args.schedule_stretch, args.ema_schedule, args.ema_anneal_ratio
-        )
+        self.ema = args.create_ema()
         self.encoder = getattr(self.model, f"{recipe.encoder}_encoder")
 
     def start_from(self, start: TJEPAForMaskedLM) -> None:
@@ -578,7 +576,8 @@ def main():
             runs.setdefault(name, []).append(finished_checkpoints(f"{name}-seed{seed}", settings, run))
 
     (args.output_dir / "result.json").write_text(json.dumps({"recipes": recipes, "runs": runs}, indent=2) + "\n")
-    plot(runs, tasks, args.output_dir / "learning_curve.png")
+    if find_spec("matplotlib"):  # machines with a GPU may lack it
+        plot(runs, tasks, args.output_dir / "learning_curve.png")
     print("\nLast checkpoints, mean over seeds ± their standard deviation")
     for name, of_seeds in runs.items():
         scores = [100 * checkpoints[-1]["score"] for checkpoints in of_seeds]

@@ -58,13 +58,7 @@ class Report:
 
 
 def make_config(size: dict, attention: str) -> TJEPAConfig:
-    layers, width = size["num_hidden_layers"], size["hidden_size"]
-    predictor = {
-        "predictor_num_hidden_layers": layers,
-        "predictor_hidden_size": width,
-        "predictor_num_attention_heads": size["num_attention_heads"],
-    }
-    config = TJEPAConfig(**{"vocab_size": VOCAB_SIZE, "max_position_embeddings": 16384, **predictor, **size})
+    config = TJEPAConfig(**{"vocab_size": VOCAB_SIZE, "max_position_embeddings": 16384, **size})
     config._attn_implementation = attention
     return config
 

@@ -3,12 +3,14 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 UNFINISHED = ".unfinished-"
+SECONDS_TO_WRITE = 3600  # no file takes longer
 
 
 def flush(path: str | Path) -> None:
@@ -28,12 +30,13 @@ def files_in(folder: Path) -> list[Path]:
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """
     A temporary folder whose files move into `folder` when all of them have been written: each file there is the old
-    one or the new one, never half of one. Files of other names stay. For one process at a time.
+    one or the new one, never half of one. Files of other names stay.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed here
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed here, not of one that is writing
+        if time.time() - leftover.stat().st_mtime > SECONDS_TO_WRITE:
+            shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
         yield Path(unfinished)
         files = files_in(Path(unfinished))

@@ -63,6 +63,13 @@ def answer_early(command: str) -> None:
                 raise ValueError(f"--{name} {value} is neither a file nor one of the presets {', '.join(allowed)}.")
 
 
+def available_cores() -> int:
+    """The CPU cores that this process may use: what taskset, a container's cpuset or SLURM left of the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(allotted)) if allotted.isdecimal() and int(allotted) else cores
+
+
 def wants_help(arguments: Iterable[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
 
@@ -138,10 +145,17 @@ def read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
         raise ValueError(f"{path} must consist of lines `name: value`, but holds {type(values).__name__}.")
     for name in values:
         if name not in allowed:
-            close = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = _did_you_mean(repr(name), list(map(repr, allowed)))
             raise ValueError(f"{path} has the unknown key {name!r}.{hint} --help lists the arguments.")
     return values
+
+
+def at_least_one(text: str) -> int:
+    """A type for argparse: how many of something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; it must be at least 1")
+    return number
 
 
 # ---- the outermost frame of a command ----

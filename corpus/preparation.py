@@ -57,7 +57,7 @@ def settle_with_preparation(folder: str | None, given: dict[str, Any], defaults:
     return {name: value if given[name] is None else given[name] for name, value in fallback.items()}
 
 
-def check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Refuses a tokenizer whose ids mean other tokens than those of the prepared folder. Further tokens may follow.
 

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, DatasetDict, Features, Value
 
+from .command_line import available_cores
 from .files import generate
 
 
@@ -68,7 +68,7 @@ def read_docstrings() -> Iterator[dict]:
     paths = [path for path, *_ in files]
     seen = set()
     # Not multiprocessing.Pool: it ends its workers by SIGTERM, which a worker forked during training survives.
-    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(files) // FILES_PER_PROCESS))) as pool:
+    with ProcessPoolExecutor(max(1, min(available_cores(), len(files) // FILES_PER_PROCESS))) as pool:
         texts_of_files = pool.map(docstrings_of_file, paths, chunksize=50)
         for (*_, label, is_validation), texts in zip(files, texts_of_files, strict=True):
             for text in texts:

@@ -14,6 +14,7 @@ from ..data_collator_tjepa import (
 
 
 SHORTEST_SEGMENT = 4  # tokens: halves of a document that is one token too long still have two
+EVERY_SECOND = MaskingStrategy(1, max_target_mask_ratio=0.5)  # segment is hidden, at random
 SEGMENTS = 2**32  # the random stream of hidden segments, beside those of masking strategies
 
 
@@ -36,17 +37,14 @@ class SegmentCollator(DataCollatorForTJEPA):
 
     Args:
         segment_length (`int`): the most tokens that a segment has.
-        segment_strategy (`MaskingStrategy`, *optional*): which are hidden, counted in segments; by default every
-            second at random.
         kwargs: as of [`DataCollatorForTJEPA`].
     """
 
-    def __init__(self, *args, segment_length: int, segment_strategy: MaskingStrategy | None = None, **kwargs):
+    def __init__(self, *args, segment_length: int, **kwargs):
         super().__init__(*args, **kwargs)
         if segment_length < SHORTEST_SEGMENT:
             raise ValueError(f"segment_length must be at least {SHORTEST_SEGMENT} tokens, got {segment_length}.")
         self.segment_length = segment_length
-        self.segment_strategy = segment_strategy or MaskingStrategy(1, max_target_mask_ratio=0.5)
 
     def collate(self, documents: list[np.ndarray], keys: np.ndarray) -> dict[str, torch.Tensor]:
         pieces, counts = cut_into_segments(documents, self.segment_length)
@@ -54,6 +52,6 @@ class SegmentCollator(DataCollatorForTJEPA):
         numbers = np.split(np.arange(counts.sum()), np.cumsum(counts)[:-1])
         has_several = np.flatnonzero(counts >= 2)
         longer = [numbers[document] for document in has_several]
-        views = draw_views(longer, hash_keys(keys[has_several], SEGMENTS), [self.segment_strategy])
+        views = draw_views(longer, hash_keys(keys[has_several], SEGMENTS), [EVERY_SECOND])
         row_length = None if self.row_length is None else "auto"
         return {**batch, "segments": pack_batch(longer, views, 1, row_length)}

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DataArguments
-from .preparation import check_tokenizer
+from .preparation import check_vocabulary
 from .streams import DocumentDataset, DocumentStream
 from .tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
 
@@ -33,7 +33,7 @@ def tokenize_splits(
         training_args (`TrainingArguments`, with `shuffle_buffer_size`): Who reads a stream, and in which order.
 
     Raises:
-        ValueError: As `tokenize_documents` and `check_tokenizer`, or if rows that were tokenized before are too long.
+        ValueError: As `tokenize_documents` and `check_vocabulary`, or if rows that were tokenized before are too long.
     """
     splits, counts = {}, {}
     for split, dataset in documents.items():
@@ -54,7 +54,7 @@ def check_token_ids(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, desc: str
 ) -> None:
     """Raises a `ValueError` if rows tokenized before are not this tokenizer's, or longer than `max_length`."""
-    check_tokenizer(args.dataset_name, tokenizer)
+    check_vocabulary(args.dataset_name, tokenizer)
     column = dataset.data.column("input_ids")
     longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() or 0
     if longest > args.max_length:

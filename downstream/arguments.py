@@ -17,7 +17,7 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 @dataclass(kw_only=True)
 class ModelArguments(HubArguments):
     model_name_or_path: str = HfArg(
-        help="The encoder to start from, on the Hub or in a folder: one that run_pretraining.py wrote, one of an "
+        help="The encoder to start from, on the Hub or in a folder: one that `tjepa pretrain` wrote, one of an "
         "encoder or of a fine-tuned model, or another encoder of transformers."
     )
     tokenizer_name: str | None = HfArg(default=None, help="The tokenizer, if it is not that of the model.")

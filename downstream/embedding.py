@@ -247,6 +247,8 @@ def embed_tokens(
         if pooling == "first":
             vectors = hidden[lengths.cumsum(0) - lengths]
         else:
+            if hidden.device.type == "mps":  # has no kernel for it
+                hidden, lengths = hidden.cpu(), lengths.cpu()
             vectors = torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)
         features.append(vectors.cpu())  # [batch, hidden]
         order.extend(indices)
@@ -326,9 +328,14 @@ _readers: WeakKeyDictionary = WeakKeyDictionary()  # of tokenizers, made once
 
 
 def encode_texts(
-    model: torch.nn.Module, tokenizer, texts: list[str], max_length: int, add_special_tokens: bool | None = None
+    model: torch.nn.Module,
+    tokenizer,
+    texts: list[str],
+    max_length: int,
+    add_special_tokens: bool | None = None,
+    **options,
 ) -> BatchEncoding:
-    """Token ids of texts, in which nothing is read as a special token; of none, if there is none."""
+    """Token ids of texts, in which nothing is read as a special token; `options` are those of the tokenizer's call."""
     if not texts:
         return BatchEncoding({"input_ids": []})
     if add_special_tokens is None:
@@ -337,7 +344,8 @@ def encode_texts(
     if tokenizer not in _readers or _readers[tokenizer][0] != made_of:  # it takes seconds for a large vocabulary
         _readers[tokenizer] = (made_of, text_reader(tokenizer))
     reader = _readers[tokenizer][1]
-    return reader(texts, truncation=True, max_length=max_length, add_special_tokens=add_special_tokens)
+    options |= {"truncation": True, "max_length": max_length, "add_special_tokens": add_special_tokens}
+    return reader(texts, **options)
 
 
 def _for_hidden_states(model: torch.nn.Module, encoded: Sequence[list[int]], batch_size: int, use: Callable) -> None:

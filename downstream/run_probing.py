@@ -19,7 +19,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,8 +111,6 @@ class ProbingArguments(HubArguments):
 
 def main():
     (args,) = parse_arguments(ProbingArguments, description=__doc__)
-    if args.plot and find_spec("matplotlib") is None:  # before the work that would be lost
-        raise ImportError("--plot needs matplotlib: pip install matplotlib")
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     hide_what_loading_says()
@@ -215,7 +212,7 @@ def find_files(folder: str) -> dict[str, dict[str, Path]]:
     files = {}
     for path in sorted(Path(folder).iterdir()):
         name, _, split = path.stem.rpartition("-")
-        if name and split in SPLITS and path.suffix in FILE_FORMATS:
+        if name and split in SPLITS and FILE_FORMATS.get(path.suffix, "text") != "text":
             if other := files.setdefault(name, {}).get(split):
                 raise ValueError(f"--data_dir {folder} has {name}-{split} twice: {other.name} and {path.name}.")
             files[name][split] = path
@@ -475,13 +472,14 @@ def probe_encoder(
 
 
 def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, add_special_tokens: bool) -> None:
+    reader = text_reader(tokenizer)
     for task in tasks:
         texts = []
         for columns in task.splits.values():
             texts += [" ".join(words) for words in columns.get("tokens", [])]
             for column in ("text", "sentence1", "sentence2", "sentences", "segments", "good", "bad"):
                 texts += flatten(columns.get(column, []))
-        encoded = text_reader(tokenizer)(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        encoded = reader(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         if num_cut := sum(len(ids) > max_length for ids in encoded):
             logger.info(f"  {task.name}: {num_cut:,} of {len(texts):,} texts are longer and cut")
 

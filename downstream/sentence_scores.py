@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..corpus.tokenizers import text_reader
 from ..data_collator_tjepa import Views, pack_batch, ragged_arange
 from ..modeling_tjepa import TJEPAForMaskedLM, TJEPAForPreTraining
-from .embedding import frozen, reads_special_tokens
+from .embedding import encode_texts, frozen
 
 
 def why_it_cannot_score(model: torch.nn.Module, tokenizer) -> str | None:
@@ -62,15 +62,8 @@ def score_texts(
     """
     if lack := why_it_cannot_score(model, tokenizer):
         raise ValueError(f"{type(model).__name__} cannot score texts: {lack}.")
-    if add_special_tokens is None:
-        add_special_tokens = reads_special_tokens(model.config)
-    encoded = text_reader(tokenizer)(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        add_special_tokens=add_special_tokens,
-        return_special_tokens_mask=True,
-    )
+    options = {"return_special_tokens_mask": True}
+    encoded = encode_texts(model, tokenizer, list(texts), max_length, add_special_tokens, **options)
     documents = [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
     for text, document in zip(texts, documents, strict=True):
         if len(document) < 2:
@@ -123,8 +116,7 @@ def _predict_at_slots(
     batch = pack_batch([row.numpy() for row in documents], views, num_strategies=1)
     view_of_slot = batch["prediction_view_ids"].flatten()[batch["slot_indices"]]
     device = next(model.parameters()).device
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    logits = model.token_head(model(**batch).predictions, model.get_input_embeddings().weight)
+    logits = model.token_head(model(**send_to_device(batch, device)).predictions, model.get_input_embeddings().weight)
     return logits[view_of_slot.argsort().to(device)]
 
 

@@ -295,7 +295,7 @@ class WordTask(Task):
                 if not isinstance(example, list):
                     raise ValueError(
                         f"The column {column!r} of the {split} split holds {example!r}; it must hold lists, one entry "
-                        "for each word. tjepa.downstream.run_classification is for texts that have one label."
+                        "for each word. `tjepa classify` is for texts that have one label."
                     )
 
     # ---- rows ----

@@ -13,8 +13,8 @@ from transformers import Trainer
 from tjepa import TJEPAConfig, TJEPAForPreTraining, run_pretraining
 from tjepa.corpus.streams import DocumentDataset
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-from tjepa.run_pretraining import create_trainer
 from tjepa.training.arguments import PretrainingArguments
+from tjepa.training.trainer import TJEPATrainer
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -100,4 +100,4 @@ def make_trainer(tmp_path, config_options=None, collator=None, **arguments) -> T
     args = PretrainingArguments(output_dir=str(tmp_path), **{**defaults, **arguments})
     model = TJEPAForPreTraining(make_tiny_config(**(config_options or {})))
     collator = collator or DataCollatorForTJEPA()
-    return create_trainer(model, args, collator, {"train": make_dataset(), "validation": make_dataset(8)}, None)
+    return TJEPATrainer(model, args, collator, make_dataset(), make_dataset(8))

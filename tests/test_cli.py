@@ -16,12 +16,12 @@ from transformers import TrainingArguments
 from helpers import REPOSITORY
 from tjepa import cli, run_pretraining
 from tjepa.corpus.arguments import parse_arguments
-from tjepa.corpus.command_line import CONFIGS, FLAG_TABLE, answer_early, find_config, start
+from tjepa.corpus.command_line import CONFIGS, FLAG_TABLE, answer_early, available_cores, find_config, start
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.prepare_dataset import PreparationArguments
 from tjepa.run_pretraining import QUICKSTART_CONFIG, MaskingArguments, ModelArguments
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.setup import available_cores, use_all_cores
+from tjepa.training.setup import use_all_cores
 
 
 def run(monkeypatch, *arguments):

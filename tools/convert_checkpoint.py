@@ -17,6 +17,7 @@ import torch
 from ..configuration_tjepa import TJEPAConfig
 from ..corpus.command_line import start
 from ..modeling_tjepa import TJEPAForPreTraining
+from ..training.model_folder import STRATEGIES_FILE
 
 
 TENSOR_NAMES = [  # reference -> ours, applied in this order
@@ -141,7 +142,7 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
     strategy_file = reference_folder / "target_masking_strategies.json"
     if strategy_file.is_file():
         strategies = convert_strategies(json.loads(strategy_file.read_text()))
-        (output_folder / "masking_strategies.json").write_text(json.dumps(strategies, indent=2) + "\n")
+        (output_folder / STRATEGIES_FILE).write_text(json.dumps(strategies, indent=2) + "\n")
     return model
 
 

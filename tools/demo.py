@@ -31,7 +31,7 @@ from ..corpus.paths import find_newest_run
 from ..corpus.strategies import load_masking_strategies
 from ..corpus.tokenizers import text_reader
 from ..data_collator_tjepa import MASKING_PRESETS, MaskingStrategy, draw_views, hash_keys
-from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
+from ..training.model_folder import STRATEGIES_FILE, pretraining_folder
 from ..training.publishing import published_files
 from ..training.setup import hide_what_loading_says
 from .fill import Gapped, guess_tokens, load_for_filling, tokens_around
@@ -39,8 +39,6 @@ from .lookup import Lookup, owners_of_tokens, split_into_words
 from .report import group_pieces, split_into_tokens, token_kinds
 from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
 
-
-logger = logging.getLogger(__name__)
 
 HIDDEN, NEXT_HIDDEN, LEFT_OUT = "hidden", "hidden, the next block", "left out of the context"
 COLOURS = {HIDDEN: "#2a6f97", NEXT_HIDDEN: "#7fb7d6", LEFT_OUT: "#b5b5b5"}
@@ -193,8 +191,8 @@ class Demo:
 
 def name_strategies(name: str) -> dict[str, MaskingStrategy]:
     """The masking strategies that may be chosen, the run's own first, by what they do."""
-    places = (Path(name) / STRATEGIES_FILE, Path(name) / PRETRAINING_FOLDER / STRATEGIES_FILE)
-    own = [strategy for path in places if path.is_file() for strategy in load_masking_strategies(path)]
+    path = pretraining_folder(name) / STRATEGIES_FILE
+    own = load_masking_strategies(path) if path.is_file() else []
     named = {f"{describe_strategy(strategy)} (this run's)": strategy for strategy in own}
     for preset, strategies in MASKING_PRESETS.items():
         named |= {f"{describe_strategy(s)} ({preset})": s for s in strategies if s not in own}

@@ -23,7 +23,7 @@ from datasets.utils import tqdm
 from pyarrow import parquet
 
 from ..corpus.atomic_writes import replacing_files
-from ..corpus.command_line import start
+from ..corpus.command_line import at_least_one, start
 from ..corpus.faults import find_fault
 from ..corpus.files import find_paths, load_files
 from ..corpus.paths import find_newest_run
@@ -176,9 +176,9 @@ def main():
     parser.add_argument("--text_column_name", default="text", help="the column that holds the texts")
     parser.add_argument("--id_column_name", help="the column that holds the ids; default: numbers of rows, from 0 up")
     parser.add_argument(
-        "--max_length", type=int, help="tokens of a text that are read; default: as the model, at most 512"
+        "--max_length", type=at_least_one, help="tokens of a text that are read; default: as the model, at most 512"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="texts per forward")
+    parser.add_argument("--batch_size", type=at_least_one, default=64, help="texts per forward")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the encoder; bfloat16 is for GPUs")
     parser.add_argument("--cache_dir", help="where the cache of datasets is")
     args = parser.parse_args()

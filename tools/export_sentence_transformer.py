@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_folder
-from ..corpus.command_line import start
+from ..corpus.command_line import at_least_one, start
 from ..corpus.documents import SourceArguments, load_documents
 from ..corpus.files import load_files
 from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, without_special_tokens
@@ -33,6 +33,7 @@ from ..downstream.before_after import held_out_texts
 from ..downstream.embedding import as_text_only, read_sentence_modules
 from ..downstream.whitening import fit_text_whitening
 from ..training.loading import load_config
+from ..training.record import earlier_results
 
 
 ONNX_FILE = "onnx/model.onnx"
@@ -210,11 +211,8 @@ def read_whitening_texts(
         return
     flag = "Pass --whitening_file with texts such as you will embed, or --no_whitening."
     folder = Path(model_name_or_path)
-    for path in (folder / "all_results.json", folder.parent / "all_results.json"):  # of a checkpoint
-        source = json.loads(path.read_text()).get("source") if path.is_file() else None
-        if source is not None:
-            break
-    else:
+    source = earlier_results(folder).get("source") or earlier_results(folder.parent).get("source")  # of a checkpoint
+    if source is None:
         raise ValueError(f"{model_name_or_path} does not say which texts it was trained on. {flag}")
     args = SourceArguments(**source)
     try:
@@ -257,7 +255,7 @@ def main():
     parser.add_argument("model_name_or_path", help="T-JEPA folder or Hub name")
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="of a pretraining folder")
-    parser.add_argument("--max_length", type=int, help="tokens of a text that are read")
+    parser.add_argument("--max_length", type=at_least_one, help="tokens of a text that are read")
     add_whitening_flags(parser)
     parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx as well, for ONNX Runtime")
     parser.add_argument("--no_normalize", action="store_true", help="leave the embeddings' length as it is")

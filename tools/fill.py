@@ -8,18 +8,17 @@ token in the encoder's input: as in pretraining. The token head turns each predi
 
 import argparse
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..corpus.command_line import start
+from ..corpus.command_line import at_least_one, start
 from ..corpus.paths import find_newest_run
 from ..corpus.tokenizers import load_tokenizer, special_tokens_around, text_reader
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.loading import load_config
-from ..training.model_folder import PRETRAINING_FOLDER
+from ..training.model_folder import pretraining_folder
 from ..training.setup import hide_what_loading_says
 
 
@@ -46,8 +45,7 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
     Raises:
         FileNotFoundError, ValueError: as `load_config` and `load_tokenizer`; if it holds no predictor.
     """
-    folder = Path(name) / PRETRAINING_FOLDER
-    name = str(folder) if (folder / "config.json").is_file() else name
+    name = str(pretraining_folder(name))
     config = load_config(name, flag=flag)
     tokenizer = load_tokenizer(name, flag)
     if config.model_type != "tjepa":
@@ -123,10 +121,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("text", help='with [N] where N tokens are to be guessed: "The [3] sat on the mat"')
     parser.add_argument("--model", help="folder or Hub name of a run's model; default: the newest under runs/")
-    parser.add_argument("--num_results", type=int, default=5, help="guesses for each token (default: 5)")
+    parser.add_argument("--num_results", type=at_least_one, default=5, help="guesses for each token (default: 5)")
     args = parser.parse_args()
-    if args.num_results < 1:
-        raise ValueError(f"--num_results is {args.num_results}; it must be at least 1.")
     hide_what_loading_says()
     name = args.model or str(find_newest_run())
     model, tokenizer = load_for_filling(name)

@@ -11,7 +11,6 @@ arrived. The weights of step N are those of the tag `step-N`, whose commits are 
 """
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,8 +39,6 @@ from .export_sentence_transformer import (
     whitening_texts,
 )
 
-
-logger = logging.getLogger(__name__)
 
 ONNX_FILES = [ONNX_FILE, f"{ONNX_FILE}.data"]  # the second one of a model over 2 GB, which ONNX needs
 BRANCH = "checkpoints"
@@ -130,8 +127,7 @@ def stage_checkpoint(checkpoint: Path, staging: Path, folder: Path) -> dict[str,
     if load_config(str(checkpoint), flag="checkpoint").encoder is None:
         return files
     model = TJEPAForPreTraining.from_pretrained(checkpoint)
-    encoders = {"target": model.target_encoder, "context": model.context_encoder}
-    encoders[read_run(folder).exported].save_pretrained(staging)
+    getattr(model, f"{read_run(folder).exported}_encoder").save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     modules = {name: folder / name for name in sentence_files(folder)}
     inside = {f"{PRETRAINING_FOLDER}/{name}": path for name, path in files.items()}

@@ -8,7 +8,6 @@ encoders. The pictures for the model card lie in `pictures/`; texts are in the p
 """
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import groupby, islice
@@ -43,8 +42,6 @@ from ..training.setup import hide_what_loading_says
 from . import pictures
 from .health import add_folder_argument, diagnose, summarise
 
-
-logger = logging.getLogger(__name__)
 
 REPORT_FILE, PICTURES_FOLDER = "report.html", "pictures"
 MAX_TEXTS, MAX_CHARS = 300, 2000  # that a run keeps for its report
@@ -258,7 +255,7 @@ def embed_with_both(run: Run, place: Path | None) -> tuple[dict[str, np.ndarray]
 
 def trained_encoder(run: Run, place: Path, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     model = TJEPAForPreTraining.from_pretrained(place, dtype=torch.float32)
-    return model.context_encoder if run.exported == "context" else model.target_encoder
+    return getattr(model, f"{run.exported}_encoder")
 
 
 def untrained_encoder(run: Run, place: Path, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:

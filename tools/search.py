@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
-from ..corpus.command_line import start
+from ..corpus.command_line import at_least_one, start
 from ..corpus.faults import KEPT
 from ..corpus.files import FAULT_COLUMN, load_files
 from ..corpus.paths import find_newest_run
@@ -281,11 +281,9 @@ def main():
     parser.add_argument("query", nargs="?", help="default: one query in each line of the standard input")
     parser.add_argument("--model", help="folder or Hub name of an encoder; default: the newest run under runs/")
     add_text_flags(parser)
-    parser.add_argument("--num_results", type=int, default=5, help="answers to a query (default: 5)")
+    parser.add_argument("--num_results", type=at_least_one, default=5, help="answers to a query (default: 5)")
     parser.add_argument("--tfidf", action="store_true", help="show beside it what counting words finds")
     args = parser.parse_args()
-    if args.num_results < 1:
-        raise ValueError(f"--num_results is {args.num_results}; it must be at least 1.")
     if args.query is not None and not args.query.strip():
         raise ValueError("The query is empty: what should be found?")
     logging.basicConfig(format="%(message)s")

@@ -8,7 +8,6 @@ words. Afterwards `tjepa fill` and `predict_tokens` work on the folder, which pr
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,21 +18,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
-from ..corpus.command_line import start
+from ..corpus.command_line import at_least_one, start
 from ..corpus.private import initialise
 from ..corpus.quickstart import load_quickstart_documents
 from ..corpus.strategies import load_masking_strategies
-from ..corpus.tokenizers import special_tokens_around, text_reader
+from ..corpus.tokenizers import text_reader
 from ..data_collator_tjepa import DataCollatorForTJEPA
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..predictors_tjepa import TJEPATokenHead
 from ..training.model_folder import STRATEGIES_FILE
 from ..training.setup import hide_what_loading_says
-from .fill import load_for_filling
+from .fill import load_for_filling, tokens_around
 from .search import load_passages
-
-
-logger = logging.getLogger(__name__)
 
 
 BATCH_SIZE = 16  # documents
@@ -124,11 +120,9 @@ def main():
         "--file", help="texts, as for tjepa search; default: the docstrings of the libraries that are installed here"
     )
     parser.add_argument("--text_column_name", default="text", help="the column of --file that holds the texts")
-    parser.add_argument("--num_steps", type=int, default=300, help="of 16 texts each (default: 300)")
+    parser.add_argument("--num_steps", type=at_least_one, default=300, help="of 16 texts each (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the head, and of what is read when (default: 0)")
     args = parser.parse_args()
-    if args.num_steps < 1:
-        raise ValueError(f"--num_steps is {args.num_steps}; it must be at least 1.")
     hide_what_loading_says()
     if not Path(args.folder).is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder; the token head is saved in that of the model.")
@@ -140,9 +134,8 @@ def main():
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
     collator.fit_to(model.config)
     max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    if model.config.encoder is not None:
-        collator.special_tokens = special_tokens_around(tokenizer)
-        max_length -= tokenizer.num_special_tokens_to_add()
+    collator.special_tokens = tokens_around(model, tokenizer)
+    max_length -= sum(map(len, collator.special_tokens))
     if args.file is None:
         texts = load_quickstart_documents()["train"]["text"][:]
     else:

@@ -152,8 +152,7 @@ class PretrainingArguments(TrainingArguments):
             )
         if other := sorted(set(self.lr_scheduler_kwargs or {}) - {"num_decay_steps"}):
             raise ValueError(f"--lr_scheduler_kwargs takes num_decay_steps, of warmup_stable_decay; got {other}.")
-        first = self.final_ema_momentum if self.ema_momentum is None else self.ema_momentum
-        EMACallback(first, self.final_ema_momentum, self.schedule_stretch, self.ema_schedule, self.ema_anneal_ratio)
+        self.create_ema()  # which refuses what cannot be
         self._left_out = [name for name in RATES if getattr(self, name) is None]
         self.settle_rates()
 
@@ -191,6 +190,12 @@ class PretrainingArguments(TrainingArguments):
                     f"{getattr(self, name)} with --learning_rate {self.learning_rate}. Lower --{name}, or leave it "
                     "out: then it follows the learning rate."
                 )
+
+    def create_ema(self) -> EMACallback:
+        """Where the number of steps decides its first momentum, `TJEPATrainer.create_scheduler` sets it later."""
+        last = self.final_ema_momentum
+        first = last if self.ema_momentum is None else self.ema_momentum
+        return EMACallback(first, last, self.schedule_stretch, self.ema_schedule, self.ema_anneal_ratio)
 
 
 def whole_batches(config: AcceleratorConfig | dict | str | None) -> dict:

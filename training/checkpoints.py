@@ -275,6 +275,6 @@ def count_steps(trainer: Trainer) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
-def is_finished(trainer: Trainer, checkpoint: str) -> bool:
+def is_finished(checkpoint: str, num_steps: int) -> bool:
     """Whether a checkpoint lies at the last step. (The Trainer would do another step from there.)"""
-    return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= count_steps(trainer)
+    return TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step >= num_steps

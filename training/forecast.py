@@ -15,7 +15,7 @@ from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
-from .loop import count_steps
+from .checkpoints import count_steps
 from .progress import as_time, short
 
 

@@ -232,8 +232,6 @@ class HealthMonitor:
     patience: int = COLLAPSE_PATIENCE
 
     def __post_init__(self):
-        if self.patience < 1:
-            raise ValueError(f"collapse_patience counts evaluations and must be at least 1, got {self.patience}.")
         self.verdict: str | None = None  # of the latest evaluation
         self.must_stop = False
         self.step_statistics: PretrainingStatistics | None = None  # of the current step, if it is going to be logged

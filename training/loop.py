@@ -33,15 +33,16 @@ def train(
         OSError: if a checkpoint could not be written.
         ValueError: if the checkpoint's run had another number of steps, and it is not said what the schedules do then.
     """
+    num_steps = None if checkpoint is None else count_steps(trainer)
     if checkpoint is not None:
-        checkpoint, schedule_start, note = plan_extension(trainer.args, checkpoint, count_steps(trainer))
+        checkpoint, schedule_start, note = plan_extension(trainer.args, checkpoint, num_steps)
         if note is not None:
             logger.info(note)
         if schedule_start is not None:
             trainer.new_schedule_start = schedule_start
     if publisher is not None:
         publisher.create_repository()
-    if checkpoint is not None and is_finished(trainer, checkpoint):
+    if checkpoint is not None and is_finished(checkpoint, num_steps):
         logger.info(f"{checkpoint} is the end of training already")
         load_state(trainer, checkpoint)
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None

@@ -57,9 +57,15 @@ def save_model_folder(
         shutil.rmtree(Path(args.output_dir) / PRETRAINING_FOLDER, ignore_errors=True)
 
 
+def pretraining_folder(name: str | Path) -> Path:
+    """Where what pretraining goes on from is in the folder of a run: of another architecture one folder below."""
+    inner = Path(name) / PRETRAINING_FOLDER
+    return inner if (inner / "config.json").is_file() else Path(name)
+
+
 def exported_encoder(model: TJEPAForPreTraining, args: PretrainingArguments) -> PreTrainedModel:
     """The encoder that is the product of a run: the one of our own architecture that `AutoModel` loads, too."""
-    return {"target": model.target_encoder, "context": model.context_encoder}[name_of_exported(model.config, args)]
+    return getattr(model, f"{name_of_exported(model.config, args)}_encoder")
 
 
 def name_of_exported(config: TJEPAConfig, args: PretrainingArguments) -> str:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.files import without_query
 from ..corpus.paths import RUN_FILE
-from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE
+from .health import in_float64
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            # of a run that was here before: this one has not ended
+            (Path(args.output_dir) / RESULTS_FILE).unlink(missing_ok=True)
             with suppressing_errors("The run's record"), replacing_files(args.output_dir) as folder:
                 # of a resumed run the lines up to its checkpoint
                 lines = [json.dumps(entry) + "\n" for entry in state.log_history]
@@ -123,7 +125,7 @@ def log_changes(folder: Path, facts: dict[str, Any]) -> None:
 def fingerprint(model: torch.nn.Module) -> float:
     """A number that tells whether two models have the same weights: the sum of their squares."""
     with torch.no_grad():
-        return sum(parameter.double().square().sum().item() for parameter in model.parameters())
+        return sum(in_float64(parameter).square().sum().item() for parameter in model.parameters())
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -199,9 +201,6 @@ def read_run(folder: str | Path) -> Run:
     known = {item.name for item in fields(Run)}
     facts = {name: value for name, value in facts.items() if name in known}
     run = Run(folder, _read_log(folder / LOG_FILE), results, **facts)
-    if not run.strategies:
-        for path in (folder / STRATEGIES_FILE, folder / PRETRAINING_FOLDER / STRATEGIES_FILE):
-            run.strategies = run.strategies or _read_json(path) or []
     run.documents = results.get("documents") or run.documents  # those of a stream are known at the end
     return run
 

@@ -1,7 +1,6 @@
 """How a run goes on from a checkpoint: what the Trainer forgets between two starts, and what a schedule does when the
 run has another number of steps than before."""
 
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +11,6 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .checkpoints import find_damage, list_checkpoints
-
-
-logger = logging.getLogger(__name__)
 
 
 STATE_KEY = "ResumeState"  # in trainer_state.json, under `stateful_callbacks`

@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from ..corpus.command_line import available_cores
+
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +63,6 @@ def check_number_of_processes(args: TrainingArguments) -> None:
         )
     if args.world_size > 1:
         logger.info(f"{args.world_size} processes")
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use: what taskset, a container's cpuset or SLURM left of the machine's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(allotted)) if allotted.isdecimal() and int(allotted) else cores
 
 
 def use_all_cores(args: TrainingArguments) -> None:

@@ -39,7 +39,7 @@ MIN_STEPS_TO_JUDGE = 20
 class EpochCallback(TrainerCallback):
     """
     Tells the dataset which epoch it is, so that every epoch draws new masks. (accelerate does so itself on one
-    process, but not through the batch sampler of several.)
+    process, but not through the batch sampler of several.) Before the first one it keeps what FSDP2 would take away.
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -138,10 +138,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self._given_optimizer, self._given_scheduler = self.optimizer, self.lr_scheduler
         self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
         if self.ema is None:
-            last = args.final_ema_momentum
-            first = last if args.ema_momentum is None else args.ema_momentum  # see create_scheduler
-            schedule = (args.schedule_stretch, args.ema_schedule, args.ema_anneal_ratio)
-            self.ema = EMACallback(first, last, *schedule)
+            self.ema = args.create_ema()
             self.add_callback(self.ema)
         self.weight_decay = WeightDecayCallback(args.weight_decay, args.final_weight_decay, args.schedule_stretch)
         self.resume_state = ResumeStateCallback(self)

@@ -82,7 +82,6 @@ def models(tmp_path_factory, data):
 
 
 def test_script(models, data, tmp_path, monkeypatch, capsys, caplog):
-    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     arguments = ["--model_name_or_path", models / "ours", models / "bert", "--data_dir", data, "--num_seeds", 2]
     arguments += ["--output", tmp_path / "new" / "out.json", "--plot", tmp_path / "out.png", "--max_length", 10]
     monkeypatch.setattr(sys, "argv", ["run_probing.py", "--token=hf_secret", *map(str, arguments)])
@@ -289,13 +288,6 @@ def test_lengths_and_names(models):
     assert choose_max_length("ours", ours, tokenizer, 17) == 17  # rotary positions do not end
     assert short_names(["runs/a", "runs/b"]) == ["a", "b"]
     assert short_names(["runs/a", "other/a"]) == ["runs/a", "other/a"]
-
-
-def test_a_missing_package_is_named_before_the_work(monkeypatch, models, data):
-    monkeypatch.setattr(run_probing, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["probe", "--model_name_or_path", str(models / "ours"), "--plot", "out.png"])
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        run_probing.main()
 
 
 def test_tfidf_uses_the_same_held_out_tenths(data):

@@ -199,7 +199,7 @@ def test_without_a_query_each_line_of_the_input_is_one(model, texts, monkeypatch
     ("arguments", "message"),
     [
         ([" "], "The query is empty"),
-        (["fox", "--num_results", "0"], "--num_results is 0; it must be at least 1"),
+        (["fox", "--num_results", "0"], "argument --num_results: 0; it must be at least 1"),
         (["fox", "--file", "missing.txt"], "--file: no file 'missing.txt'"),
         (["fox", "--file", "TEXTS", "--text_column_name", "body"], "has no column 'body'"),
         (["fox", "--file", "EMPTY"], "holds no text that could be found"),

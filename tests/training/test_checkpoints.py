@@ -327,12 +327,13 @@ def test_what_a_link_points_to_is_replaced(tmp_path):
 def test_files_are_replaced_as_a_whole(tmp_path):
     (tmp_path / "model.safetensors").write_text("old")
     (tmp_path / ".unfinished-of-a-killed-run").mkdir()
+    os.utime(tmp_path / ".unfinished-of-a-killed-run", (0, 0))
     with pytest.raises(OSError), replacing_files(tmp_path) as folder:
         (folder / "model.safetensors").write_text("half of the n")
         raise OSError
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_text() == "old"
-    with replacing_files(tmp_path) as folder:
+    with replacing_files(tmp_path) as folder, replacing_files(tmp_path):  # another process at the same time
         (folder / "model.safetensors").write_text("new")
     assert (tmp_path / "model.safetensors").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 

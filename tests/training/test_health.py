@@ -102,11 +102,6 @@ def test_predictions_may_come_from_below():
     assert verdicts([-0.2, -0.15], max_steps=1000, first_step=0) == [True, False]  # step 0: what was not trained
 
 
-def test_patience_must_be_positive(tiny_config):
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        HealthMonitor(["s"], tiny_config, patience=0)
-
-
 def test_the_script_says_it_in_the_card_and_by_its_exit_code(inputs, tmp_path, monkeypatch):  # noqa: F811
     """So high a learning rate that the predictions never beat the mean target."""
     flags = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 30, "learning_rate": 1.0, "start_lr": 1.0}

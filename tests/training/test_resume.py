@@ -14,8 +14,9 @@ from helpers import make_examples, make_tiny_config
 from tjepa import TJEPAForPreTraining
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
-from tjepa.run_pretraining import PretrainingArguments, create_trainer
+from tjepa.run_pretraining import PretrainingArguments
 from tjepa.training.checkpoints import CheckpointCallback, is_finished
+from tjepa.training.trainer import TJEPATrainer
 
 
 NUM_EVAL_DOCUMENTS = 5  # one batch, and no training batch has as many
@@ -56,8 +57,8 @@ def run(folder: Path, resume=None, streaming=False, train_dataset=None, stop_aft
     model = TJEPAForPreTraining(make_tiny_config(hidden_dropout_prob=dropout, attention_dropout=dropout))
     collator = RecordingCollator()
     train_dataset = train_dataset or (make_stream() if streaming else DocumentDataset(make_dataset()))
-    splits = {"train": train_dataset, "validation": DocumentDataset(make_dataset(NUM_EVAL_DOCUMENTS))}
-    trainer = create_trainer(model, args, collator, splits, None)
+    eval_dataset = DocumentDataset(make_dataset(NUM_EVAL_DOCUMENTS))
+    trainer = TJEPATrainer(model, args, collator, train_dataset, eval_dataset)
     trainer.add_callback(CheckpointCallback())
     if stop_after is not None:
         trainer.callback_handler.callbacks.insert(0, StopAfter(stop_after))
@@ -151,8 +152,8 @@ def test_evaluation_changes_nothing(tmp_path):
 
 def test_the_last_checkpoint_is_the_end(tmp_path):
     """The Trainer itself would do one more step from a checkpoint at max_steps in the middle of an epoch."""
-    trainer = run(tmp_path, max_steps=4)
-    assert is_finished(trainer, tmp_path / "checkpoint-4") and not is_finished(trainer, tmp_path / "checkpoint-2")
+    run(tmp_path, max_steps=4)
+    assert is_finished(tmp_path / "checkpoint-4", 4) and not is_finished(tmp_path / "checkpoint-2", 4)
 
 
 # --- Streams ---------------------------------------------------------------------------------------------------------

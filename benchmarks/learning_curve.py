@@ -350,7 +350,8 @@ class Training:
             start = time.process_time()
             for optimizer in optimizers:
                 optimizer.param_groups[0]["weight_decay"] = weight_decay.at(step, self.num_steps)
-            loss = self.objective.loss(examples)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = self.objective.loss(examples)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):

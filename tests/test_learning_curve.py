@@ -196,6 +196,22 @@ def causal_states(learning_curve, mlm, document: np.ndarray) -> torch.Tensor:
     return output.last_hidden_state[0]
 
 
+def test_bf16_is_autocast(learning_curve, tokenizer):
+    documents = [np.array(ids) for ids in tokenizer([sentence(index) for index in range(12)])["input_ids"]]
+    losses = []
+    for bf16 in (False, True):
+        values = {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "per_device_train_batch_size": 4,
+        }
+        recipe = learning_curve.Recipe.from_dict("x", {**values, "token_prediction_weight": 1.0, "bf16": bf16})
+        training = learning_curve.Training(recipe, documents, tokenizer, seed=0, num_steps=2)
+        losses.append([step["loss"] for step in training])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_muon_trains_the_matrices_of_the_layers(learning_curve, tokenizer):
     values = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "per_device_train_batch_size": 4}
     recipe = learning_curve.Recipe.from_dict("muon", {**values, "objective": "mlm", "muon": True})

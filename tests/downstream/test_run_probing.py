@@ -262,6 +262,8 @@ def test_sources_that_are_refused(data, tmp_path):
         load_tasks(None, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_tasks(None, str(tmp_path / "none"))
+    (tmp_path / "notes-test.txt").write_text("no columns")
+    assert find_files(str(tmp_path)) == {}
     for name in ("t-train.csv", "t-train.jsonl"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match="has t-train twice: t-train.csv and t-train.jsonl"):

@@ -105,7 +105,7 @@ def test_the_newest_run_and_numbers_of_rows_are_the_defaults(model, texts, tmp_p
     check(found["embedding"], tjepa.embed(model, texts))
 
 
-def test_what_it_refuses(model, texts, tmp_path, monkeypatch):
+def test_what_it_refuses(model, texts, tmp_path, monkeypatch, capsys):
     file = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     out = tmp_path / "out"
     command = [file, "--output", out, "--model", model]
@@ -115,6 +115,10 @@ def test_what_it_refuses(model, texts, tmp_path, monkeypatch):
         run(monkeypatch, *command, "--id_column_name", "key")
     with pytest.raises(FileNotFoundError, match="--model .*nowhere"):
         run(monkeypatch, file, "--output", out, "--model", tmp_path / "nowhere")
+    for flag in ("--batch_size", "--max_length"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *command, flag, "0")
+        assert f"argument {flag}: 0; it must be at least 1" in capsys.readouterr().err
     assert not out.exists()
     run(monkeypatch, *command)
     with pytest.raises(ValueError, match=r"vectors of another max_length \(32; now 4\): choose another --output"):

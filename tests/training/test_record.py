@@ -48,6 +48,16 @@ def test_the_log_file_is_the_log_after_a_resume_too(inputs, tmp_path, monkeypatc
     assert len(facts["texts"]) == 8 and facts["settings"]["max_length"] == 64
 
 
+def test_a_run_over_a_finished_one_has_not_ended(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(monkeypatch, arguments(inputs, out, max_steps=1))
+    assert read_run(out).has_ended
+    with monkeypatch.context() as patch, pytest.raises(InjectedError):
+        Fault("optimizer", "exception", step=3).install(patch)
+        run(patch, arguments(inputs, out, overwrite_output_dir=True))
+    assert not read_run(out).has_ended and not read_run(out).results
+
+
 def test_secrets_stay_out():
     facts = describe_run(
         [DataArguments(train_file="https://me:key@host/a.txt?key=1"), HubArguments(token="hf_secret")], seed=1

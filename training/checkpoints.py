@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..corpus.atomic_writes import files_in, flush, replacing_files
+from ..corpus.atomic_writes import UNFINISHED, files_in, flush, replacing_files
 from .health import collapsed_evaluations
 
 
@@ -100,7 +100,7 @@ def mark_complete(checkpoint: Path) -> None:
     """Brings every file of a checkpoint to the disk, then writes the mark."""
     remove_mark(checkpoint)
     with replacing_files(checkpoint) as folder:
-        files = [path for path in files_in(checkpoint) if folder not in path.parents]
+        files = [path for path in files_in(checkpoint) if UNFINISHED not in path.relative_to(checkpoint).parts[0]]
         for path in files:
             flush(path)
         sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}

@@ -75,6 +75,14 @@ def test_last_starts_anew_where_nothing_is_complete(tmp_path):
     assert find_checkpoint(args) is None
 
 
+def test_what_a_killed_process_left_is_no_part_of_a_checkpoint(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 2, mark=False)
+    (checkpoint / ".unfinished-x").mkdir()
+    (checkpoint / ".unfinished-x" / "checkpoint_complete.json").touch()
+    mark_complete(checkpoint)
+    assert not [name for name in json.loads((checkpoint / MARK).read_text())["files"] if "unfinished" in name]
+
+
 def test_a_checkpoint_that_is_named(tmp_path):
     plain = make_checkpoint(tmp_path, 2, mark=False)  # as the plain Trainer leaves it
     assert find_checkpoint(PretrainingArguments(resume_from_checkpoint=str(plain))) == str(plain)

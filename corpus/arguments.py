@@ -7,6 +7,7 @@ same flag, no flag may be abbreviated, and the help shows this project's own fla
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from types import UnionType
@@ -163,5 +164,6 @@ def _own_fields(dataclass_type: type) -> set[str]:
 
 
 def _title(dataclass_type: type) -> str:
-    """`ModelArguments` -> `model`."""
-    return dataclass_type.__name__.removesuffix("Arguments").lower() or "arguments"
+    """`BeforeAfterArguments` -> `before after`."""
+    words = re.findall("[A-Z][a-z]*", dataclass_type.__name__.removesuffix("Arguments"))
+    return " ".join(words).lower() or "arguments"

@@ -53,7 +53,8 @@ class SourceArguments:
     """Where documents come from."""
 
     dataset_name: str | None = HfArg(
-        default=None, help="A dataset on the Hub, or a local folder that `tjepa prepare` wrote."
+        default=None,
+        help="A dataset on the Hub, or a local folder: of files or, to pretrain on, one that `tjepa prepare` wrote.",
     )
     dataset_config_name: str | None = HfArg(
         default=None, help="The configuration of the Hub dataset, where it has several."

@@ -56,6 +56,10 @@ class DataArguments(SourceArguments):
         help="Percentage of the train rows, drawn at random with a fixed seed, that becomes the validation split "
         "where there is none. 0: no validation split.",
     )
+    max_train_samples: int | None = HfArg(
+        default=None, help="Use at most so many train rows, drawn at random with a fixed seed. Default: all."
+    )
+    max_eval_samples: int | None = HfArg(default=None, help="The same for the validation rows. Default: all.")
     label_column: str | None = HfArg(default=None, help="The column of the labels. Default: one of the usual names.")
     max_length: int | None = HfArg(
         default=None, help="Texts are cut off after so many tokens. Default: what model and tokenizer were made for."

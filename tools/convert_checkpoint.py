@@ -148,8 +148,8 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("reference_folder", type=Path)
-    parser.add_argument("output_folder", type=Path)
+    parser.add_argument("reference_folder", type=Path, help="of the original code: three .pt files and their configs")
+    parser.add_argument("output_folder", type=Path, help="the folder to write")
     args = parser.parse_args()
     model = convert_checkpoint(args.reference_folder, args.output_folder)
     print(f"Wrote {args.output_folder}: {model.num_parameters():,} parameters, all tensors accounted for.")

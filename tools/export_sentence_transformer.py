@@ -253,7 +253,7 @@ def whitening_texts(args: argparse.Namespace, model_name_or_path: str) -> Iterat
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("model_name_or_path", help="T-JEPA folder or Hub name")
-    parser.add_argument("output_folder", type=Path)
+    parser.add_argument("output_folder", type=Path, help="the folder to write; new or empty")
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="of a pretraining folder")
     parser.add_argument("--max_length", type=at_least_one, help="tokens of a text that are read")
     add_whitening_flags(parser)

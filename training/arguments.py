@@ -3,9 +3,10 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -56,10 +57,10 @@ class PretrainingArguments(TrainingArguments):
     final_lr: float | None = HfArg(
         default=None, help="Learning rate at the end. Default: a thousandth of the highest one."
     )
-    lr_scheduler_type: SchedulerType | str = HfArg(
+    lr_scheduler_type: Literal[*LR_SCHEDULES] = HfArg(
         default="cosine",
-        help="How the learning rate gets there after the warm-up: cosine, linear, constant or "
-        "warmup_stable_decay, which has --lr_scheduler_kwargs '{\"num_decay_steps\": 100}' (default: a tenth).",
+        help="How the learning rate gets there after the warm-up. For warmup_stable_decay --lr_scheduler_kwargs "
+        "'{\"num_decay_steps\": 100}' says how long it decays, in place of a tenth of the steps.",
     )
     weight_decay: float = HfArg(default=0.04, help="Weight decay of matrices at the start.")
     final_weight_decay: float = HfArg(default=0.4, help="Weight decay of matrices at the end.")
@@ -114,8 +115,10 @@ class PretrainingArguments(TrainingArguments):
         help="Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
         "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'.",
     )
-    logging_nan_inf_filter: bool = HfArg(default=False, help="A non-finite loss stops the run instead.")
-    ddp_find_unused_parameters: bool | None = HfArg(default=False, help="Every parameter is used.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Must stay false: a non-finite loss ends the run.")
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="May stay false: every parameter gets a gradient."
+    )
 
     def __post_init__(self):
         check_flags(self, "pretraining")

@@ -157,7 +157,7 @@ def write_pretraining_card(
         max_length=max_length,
         base_model=None if encoder is None or Path(encoder.name_or_path).exists() else encoder.name_or_path or None,
         summary=f"A text encoder{f' ({encoder.model_type})' if encoder else ''} pretrained with T-JEPA: it learned to "
-        "predict the representations of hidden text rather than the hidden words. "
+        f"predict the representations of hidden text{' and its words' if config.token_prediction_weight else ''}. "
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide, vocabulary {config.vocab_size}.",
         auto_class="AutoModel",
         loaded=f"the {name_of_exported(config, args)} encoder",
@@ -181,6 +181,8 @@ def write_pretraining_card(
             "SIGReg weight": config.sigreg_weight,
             "token prediction weight": config.token_prediction_weight,
             "denoising weight": f"{config.denoising_weight} (ratio {config.denoising_ratio})",
+            "segment weight": config.segment_weight,
+            "pooled weight": config.pooled_weight,
             "predictor": config.predictor_type,
             "masking strategies": ", ".join(strategy.name for strategy in strategies),
         },

@@ -30,8 +30,9 @@ def test_it_opens_in_colab_and_installs_first(notebook):
 
 def test_it_runs(notebook, inputs, tmp_path, monkeypatch):
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    flags = f"--train_file {inputs}/train.jsonl --tokenizer_name {inputs}/tokenizer --max_steps 2 --max_length 64"
-    flags += f" --config_overrides {TINY},token_prediction_weight=1.0 --do_eval False --save_strategy no"
+    flags = f"configs/default.yaml --train_file {inputs}/train.jsonl --tokenizer_name {inputs}/tokenizer"
+    flags += f" --max_steps 2 --max_length 64 --config_overrides {TINY} --do_eval False --eval_strategy no"
+    flags += " --save_strategy no"
     parameters.source = f"FLAGS, TEXTS = {flags!r}, {str(inputs / 'train.jsonl')!r}"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     script = tmp_path / "tjepa"  # the one that an installation makes

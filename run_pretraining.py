@@ -404,7 +404,7 @@ def find_weights_to_evaluate(
     name = model_args.model_name_or_path
     folder = Path(name or training_args.output_dir)
     if training_args.resume_from_checkpoint is None and (name is not None or (folder / "config.json").is_file()):
-        return str(pretraining_folder(folder))
+        return pretraining_folder(name or training_args.output_dir)
     raise FileNotFoundError(
         f"--do_train False evaluates a trained model, and {training_args.output_dir} holds none. Name one with "
         "--model_name_or_path, a checkpoint with --resume_from_checkpoint, or the --output_dir of a run."

@@ -78,7 +78,9 @@ def test_denoising_leaves_hidden_places(make_model):
     model = make_model(**IN_PLACE, denoising_weight=1.0, denoising_ratio=1.0, attn_implementation="eager").train()
     batch = DataCollatorForTJEPA(SINGLE, in_place=True)(make_examples(LENGTHS))
     seen = []
-    model.context_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten()))
+    model.context_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].flatten()), with_kwargs=True
+    )
     output = model(**batch)
     hidden = batch["hidden_indices"].long()
     assert 0.6 < (seen[0][hidden] == 3).float().mean() < 0.95  # 0.8, as without denoising

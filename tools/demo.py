@@ -191,7 +191,7 @@ class Demo:
 
 def name_strategies(name: str) -> dict[str, MaskingStrategy]:
     """The masking strategies that may be chosen, the run's own first, by what they do."""
-    path = pretraining_folder(name) / STRATEGIES_FILE
+    path = Path(pretraining_folder(name)) / STRATEGIES_FILE
     own = load_masking_strategies(path) if path.is_file() else []
     named = {f"{describe_strategy(strategy)} (this run's)": strategy for strategy in own}
     for preset, strategies in MASKING_PRESETS.items():

@@ -45,7 +45,7 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
     Raises:
         FileNotFoundError, ValueError: as `load_config` and `load_tokenizer`; if it holds no predictor.
     """
-    name = str(pretraining_folder(name))
+    name = pretraining_folder(name)
     config = load_config(name, flag=flag)
     tokenizer = load_tokenizer(name, flag)
     if config.model_type != "tjepa":

@@ -57,10 +57,10 @@ def save_model_folder(
         shutil.rmtree(Path(args.output_dir) / PRETRAINING_FOLDER, ignore_errors=True)
 
 
-def pretraining_folder(name: str | Path) -> Path:
+def pretraining_folder(name: str) -> str:
     """Where what pretraining goes on from is in the folder of a run: of another architecture one folder below."""
     inner = Path(name) / PRETRAINING_FOLDER
-    return inner if (inner / "config.json").is_file() else Path(name)
+    return str(inner) if (inner / "config.json").is_file() else name
 
 
 def exported_encoder(model: TJEPAForPreTraining, args: PretrainingArguments) -> PreTrainedModel:

@@ -112,7 +112,7 @@ def test_no_module_is_on_both_sides_and_both_sides_have_some(site_folder, tmp_pa
 def test_the_result_depends_on_nothing_but_the_files(site_folder, tmp_path, monkeypatch):
     first = rows(load_quickstart_documents(str(tmp_path / "one")))
     monkeypatch.setattr(quickstart, "FILES_PER_PROCESS", 20)
-    monkeypatch.setattr(quickstart.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(quickstart, "available_cores", lambda: 2)
     moved = tmp_path / "moved"
     shutil.copytree(site_folder, moved)
     monkeypatch.syspath_prepend(str(moved))

@@ -173,7 +173,7 @@ def test_bad_rows_and_long_sentences_are_counted(folder, tmp_path, monkeypatch, 
     ("train", "test", "message"),
     [
         ([{"tokens": ["a"], "tags": ["O"]}], None, r"one class only, \['O'\]"),
-        ([{"tokens": "a b", "tags": ["O", "X"]}], None, "must hold lists.*run_classification"),
+        ([{"tokens": "a b", "tags": ["O", "X"]}], None, "must hold lists.*tjepa classify"),
         ([{"text": "a b", "tags": ["O", "X"]}], None, "--text_column.*none of the usual names"),
         ([{"tokens": ["a", "b"], "tags": ["O", "X"]}], [{"tokens": ["a"], "tags": ["1"]}], r"has labels.*\['1'\]"),
         (

@@ -175,7 +175,7 @@ def test_the_command_shows_the_text_and_guesses_for_each_hidden_token(text, save
         ({}, ["fill", "the [3] fox"], "predicts no tokens. Fit a token head"),
         ({"token_prediction_weight": 1.0}, ["fill", "the fox"], "Write [3] where"),
         ({"token_prediction_weight": 1.0}, ["train-decoder"], "has learned to predict tokens"),
-        ({}, ["train-decoder", "--num_steps", "0"], "--num_steps is 0"),
+        ({}, ["train-decoder", "--num_steps", "0"], "argument --num_steps: 0; it must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(overrides, arguments, message, save, monkeypatch, capsys):

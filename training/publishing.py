@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
@@ -160,15 +159,9 @@ def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
 
     Raises:
         PermissionError: if the Hub does not give it.
-        ConnectionError: if it cannot be reached.
     """
     try:
         yield
-    except httpx.TransportError as error:
-        raise ConnectionError(
-            f"The Hub cannot be reached to ask for access to {repo_id}: {error}. Try again, or publish later, without "
-            "--push_to_hub now."
-        ) from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise PermissionError(
             f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as {flag}, or log "

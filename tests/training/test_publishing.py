@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pyarrow
 import pytest
 from encoder_folders import make_folder
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from pyarrow import parquet
 from safetensors.torch import load
 
@@ -254,16 +253,6 @@ def test_a_token_for_reading_shows_before_the_data(inputs, tmp_path, monkeypatch
         hub.token_role = "fineGrained"  # for which repositories is not said: creating it will tell
         with pytest.raises(FileNotFoundError):
             run(monkeypatch, arguments(inputs, tmp_path / "out", hub_token=TOKEN, report_to="none", **values))
-
-
-def test_a_hub_that_cannot_be_reached_is_an_error_in_one_line(inputs, tmp_path, monkeypatch):
-    def refuse(self):
-        raise httpx.ConnectError("connection refused")
-
-    monkeypatch.setattr(HfApi, "whoami", refuse)
-    values = {"push_to_hub": True, "hub_model_id": "owner/name", "hub_token": TOKEN, "report_to": "none"}
-    with pytest.raises(ConnectionError, match="cannot be reached to ask for access to owner/name: connection refused"):
-        run(monkeypatch, arguments(inputs, tmp_path / "out", **values))
 
 
 def test_a_wrong_token_shows_before_the_data_and_wrong_data_leave_no_repository(inputs, tmp_path, monkeypatch):

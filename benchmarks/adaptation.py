@@ -18,7 +18,6 @@ so the same command goes on where it was stopped. A text is judged by its first 
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -35,6 +34,7 @@ from rivals import RIVALS, train_rival
 from transformers import AutoModel, AutoTokenizer
 
 from tjepa import cli, run_pretraining
+from tjepa.corpus.atomic_writes import replacing_files
 from tjepa.corpus.documents import draw
 from tjepa.corpus.quickstart import load_quickstart_documents
 from tjepa.downstream.before_after import halves, reciprocal_ranks
@@ -100,9 +100,8 @@ def train_and_judge(name: str, flags: list[str], seed: int, judge: "Judge", args
     train_file = args.output_dir / "train.jsonl"
     documents = load_quickstart_documents()["train"].select_columns("text")
     if not train_file.is_file():
-        unfinished = train_file.with_suffix(f".{os.getpid()}")
-        documents.to_json(unfinished)
-        os.replace(unfinished, train_file)
+        with replacing_files(args.output_dir) as unfinished:
+            documents.to_json(unfinished / train_file.name)
 
     def train(folder: Path, num_steps: int) -> float:
         if name not in RIVALS:

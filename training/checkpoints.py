@@ -150,14 +150,14 @@ class CheckpointCallback(TrainerCallback):
         may_save = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
         if (control.should_save or may_save) and state.is_world_process_zero:
             # a checkpoint that is being overwritten is not complete, whatever it was before
-            remove_mark(_checkpoint_folder(args, state))
+            remove_mark(checkpoint_folder(args, state))
 
     on_epoch_end = on_evaluate = _unmark
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         PartialState().wait_for_everyone()  # until every process has written its part
         if state.is_world_process_zero:
-            mark_complete(_checkpoint_folder(args, state))
+            mark_complete(checkpoint_folder(args, state))
             self._rotate(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -184,7 +184,8 @@ class CheckpointCallback(TrainerCallback):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the checkpoint of the present step lies, or would."""
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
@@ -202,7 +203,7 @@ def explain_failed_save(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch, safetensors and Python each raise their own
-        output_dir, unfinished = trainer.args.output_dir, _checkpoint_folder(trainer.args, trainer.state)
+        output_dir, unfinished = trainer.args.output_dir, checkpoint_folder(trainer.args, trainer.state)
         if not unfinished.is_dir() or is_marked(unfinished):
             raise
         free = shutil.disk_usage(output_dir).free

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import CheckpointCallback, count_steps, explain_failed_save, is_finished
+from .checkpoints import CheckpointCallback, checkpoint_folder, count_steps, explain_failed_save, is_finished
 from .publishing import HubPublisher
 from .resuming import plan_extension
 from .signals import StopOnSignalCallback
@@ -66,7 +65,7 @@ def train(
         step = trainer.state.global_step
         advice = "with a checkpoint. Start again with --resume_from_checkpoint last."
         if trainer.args.save_only_model:
-            folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            folder = checkpoint_folder(trainer.args, trainer.state)
             advice = f"with its weights. Start a new run from them with --model_name_or_path {folder}."
         logger.warning(f"Stopped by {signal.Signals(stop_on_signal.signal_number).name} after step {step}, {advice}")
         sys.exit(128 + stop_on_signal.signal_number)

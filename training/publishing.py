@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, v
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .checkpoints import checkpoint_folder
 from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
 
 
@@ -75,7 +76,7 @@ class HubPublisher(TrainerCallback):
         if self.job is not None and not self.job.done() and not args.hub_always_push:
             logger.info(f"Step {state.global_step} is not pushed: the push before it still runs.")
             return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoint = checkpoint_folder(args, state)
         copy = tempfile.TemporaryDirectory()  # the Trainer may delete the checkpoint while it is read
         try:
             shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)

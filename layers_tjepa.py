@@ -28,6 +28,7 @@ from .configuration_tjepa import TJEPAConfig
 
 
 PACKED_ATTENTION = "tjepa_packed"  # the name under which transformers knows `packed_attention_forward`
+VARLEN_ATTENTION = "tjepa_varlen"  # and `varlen_attention_forward`
 
 
 def within_window(positions: torch.Tensor, window: int) -> torch.Tensor:
@@ -184,8 +185,51 @@ def packed_mask(*args, attention_mask: torch.Tensor | None = None, use_vmap: boo
     return sdpa_mask(*args, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs)
 
 
+def varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Attention within the views of packed rows by their lengths, with the flash attention kernels that torch (2.10 or
+    newer) has for NVIDIA GPUs, in bfloat16 or float16. Elsewhere, and for rows that are not packed, what `sdpa` gives.
+
+    Args:
+        query, key, value (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`): one for every entry.
+        attention_mask: of rows that are not packed, as `sdpa` takes it.
+        cu_seq_lens_q, max_length_q: of `flash_attention_kwargs`.
+
+    Returns:
+        `torch.FloatTensor` of shape `[rows, row_length, heads, head_dim]`, and `None` for the weights.
+    """
+    if cu_seq_lens_q is None:
+        return packed_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
+    if query.device.type != "cuda" or query.dtype == torch.float32 or dropout > 0.0:
+        views = torch.repeat_interleave(cu_seq_lens_q.diff())
+        views = PackedViews.from_ids(views)
+        return packed_attention_forward(module, query, key, value, None, dropout=dropout, packed_views=views, **kwargs)
+    from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch that will do
+
+    flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    output = varlen_attn(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return output.unflatten(0, (query.shape[0], -1)), None
+
+
 AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
+AttentionInterface.register(VARLEN_ATTENTION, varlen_attention_forward)
+AttentionMaskInterface.register(VARLEN_ATTENTION, sdpa_mask)
+
+
+def attends_by_lengths(config: TJEPAConfig) -> bool:
+    """Whether packed rows need no mask, but `flash_attention_kwargs`."""
+    return config._attn_implementation == VARLEN_ATTENTION or is_flash_attention_requested(config)
 
 
 def packed_attention_mask(
@@ -206,7 +250,7 @@ def packed_attention_mask(
     `query_indices` only these entries of the (only) row have a query: all target slots, ascending. `groups` are those
     of [`PackedViews`] where they are known and there is no padding; else they are found.
     """
-    if is_flash_attention_requested(config):
+    if attends_by_lengths(config):
         if block_ids is None:
             return None
         raise ValueError(

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, find_adapter_config_file, logging
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tjepa import WEIGHTS, TJEPAConfig
@@ -47,6 +47,7 @@ from .layers_tjepa import (
     TJEPALayerNorm,
     TJEPAModule,
     TJEPARotaryEmbedding,
+    attends_by_lengths,
     flash_attention_kwargs,
     packed_attention_mask,
 )
@@ -220,7 +221,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
 
         if view_ids is not None:
             attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids, groups=groups)
-            if is_flash_attention_requested(self.config):
+            if attends_by_lengths(self.config):
                 kwargs.update(flash_attention_kwargs(view_ids))
         else:
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)

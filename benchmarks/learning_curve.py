@@ -45,7 +45,7 @@ from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy, rag
 from tjepa.downstream.probe import ProbeTask, embed_task, groups_of_rows, probe_embedded_task, probe_tasks_with_tfidf
 from tjepa.downstream.run_probing import load_tasks
 from tjepa.downstream.sentence_scores import why_it_cannot_score
-from tjepa.layers_tjepa import PackedViews
+from tjepa.layers_tjepa import VARLEN_ATTENTION, PackedViews
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.health import moment_sums, rank_share
 from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
@@ -330,6 +330,8 @@ class Training:
             mask_token_id=self.tokenizer.mask_token_id,
             **self.recipe.config,
         )
+        if torch.cuda.is_available():
+            config._attn_implementation = VARLEN_ATTENTION
         self.objective = OBJECTIVES[self.recipe.objective](self.recipe, config, self.args, self.tokenizer)
         self.objective.model.to("cuda" if torch.cuda.is_available() else "cpu")
         if self.start is not None:

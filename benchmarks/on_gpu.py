@@ -23,11 +23,10 @@ import torch
 from flops import stack_flops, useful_flops
 from reporting import DATA
 from torch.nn import functional as F
-from transformers.utils import is_flash_attn_2_available
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-from tjepa.layers_tjepa import compile_layers
+from tjepa.layers_tjepa import VARLEN_ATTENTION, compile_layers
 
 
 VOCAB_SIZE = 32000
@@ -40,6 +39,7 @@ SIZES = {  # encoder and predictor
     "tiny": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "rotary_dim": 8, "vocab_size": 120},
 }
 WAYS = ("layers", "no")  # of compiling
+GPU_ATTENTIONS = (VARLEN_ATTENTION, "flex_attention")  # the first one in the encoders, the second in the predictor, too
 BOUNDS = {"float32": {"loss": 1e-4, "direction": 0.9999}, "bfloat16": {"loss": 2e-2, "direction": 0.99}}
 TOKENS_AT_100_TIMES = 1.1e7  # at 384 x 6, of 13.5 times the FLOPs of the page's 128 x 4, which saw 1.5e6
 
@@ -107,10 +107,7 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
 
     def build(attention: str) -> TJEPAForPreTraining:
         torch.manual_seed(0)
-        model = TJEPAForPreTraining(make_config(size, "eager" if attention == "flash_attention_2" else attention))
-        if attention == "flash_attention_2":
-            model.set_attn_implementation(attention)
-        return model.to(args.device)
+        return TJEPAForPreTraining(make_config(size, attention)).to(args.device)
 
     reference = build("eager")
     parameters = [parameter for parameter in reference.parameters() if parameter.requires_grad]
@@ -120,18 +117,19 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
     ways = [
         ("flex_attention", "no"),
         ("flex_attention", "layers"),
+        (VARLEN_ATTENTION, "no"),
+        (VARLEN_ATTENTION, "layers"),
         ("sdpa", "no"),
         ("eager", "no"),
         ("eager", "layers"),
-        ("flash_attention_2", "no"),
     ]
     for (attention, way), dtype in itertools.product(ways, BOUNDS):
         what = {"attention": attention, "compiled": way, "dtype": dtype}
-        if attention == "flash_attention_2" and (dtype == "float32" or not is_flash_attn_2_available()):
-            report.add(**what, skipped="its kernels are not installed, or take no float32")
+        if attention == VARLEN_ATTENTION and dtype == "float32":
+            report.add(**what, skipped="flash attention takes no float32")
             continue
-        if attention == "flex_attention" and args.device.type != "cuda":
-            report.add(**what, skipped="torch has no backward of flex_attention on the CPU")
+        if attention in GPU_ATTENTIONS and args.device.type != "cuda":
+            report.add(**what, skipped=f"torch has no {attention} on the CPU, or not its backward")
             continue
         try:
             model = build(attention)
@@ -206,10 +204,14 @@ def measure_speed(args: argparse.Namespace, report: Report) -> None:
     """The pretraining step. The row length that says most comes first, should time run out."""
     size = SIZES["tiny" if args.tiny else args.piece]
     documents = draw_documents(size, *((300, 40, 96) if args.tiny else (8192, 400, 1024)))
+    first, *others = attentions_of(args.device)
     row_lengths = (96,) if args.tiny else (4096, 1024, 16384)
-    for row_length, way in itertools.product(row_lengths, WAYS):
+    runs = [(row_lengths[0], first, way) for way in WAYS]
+    runs += [(row_lengths[0], attention, WAYS[0]) for attention in others]
+    runs += [(row_length, first, WAYS[0]) for row_length in row_lengths[1:]]
+    for row_length, attention, way in runs:
         torch.manual_seed(0)
-        model = TJEPAForPreTraining(make_config(size, attention_of(args.device))).to(args.device).train()
+        model = TJEPAForPreTraining(make_config(size, attention)).to(args.device).train()
         batch = make_batch(documents, row_length, args.device)
         if way == "layers":
             compile_for(args.device, model)
@@ -219,8 +221,8 @@ def measure_speed(args: argparse.Namespace, report: Report) -> None:
             args.device,
             lambda m=model: m.update_target_encoder(0.99),
         )
-        what = {"model": "pretraining", "row_length": row_length, "compiled": way}
-        has_profile = way == WAYS[0] and row_length == row_lengths[0]
+        what = {"model": "pretraining", "row_length": row_length, "attention": attention, "compiled": way}
+        has_profile = (row_length, attention, way) == runs[0]
         measure(what, step, documents, useful_flops(model.config, batch), has_profile, args, report)
         del model, step, batch
 
@@ -228,19 +230,19 @@ def measure_speed(args: argparse.Namespace, report: Report) -> None:
 def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
     """Masked language modelling, a third of the tokens predicted, logits at these only."""
     size = SIZES["tiny" if args.tiny else args.piece]
-    config = make_config(size, attention_of(args.device))
-    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (24576, 400, 1024)))
+    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (49152, 400, 1024)))
     batch = make_batch(documents, 192 if args.tiny else 4096, args.device)
     input_ids, positions, views = (batch[name] for name in ("input_ids", "position_ids", "document_ids"))
     picked = torch.randperm(input_ids.numel(), device=args.device)[: input_ids.numel() // 3]
     labels = input_ids.flatten()[picked].long()
     lengths = torch.tensor([len(document) for document in documents]).double()
+    config = make_config(size, "eager")
     d, sizes = config.hidden_size, (config.hidden_size, config.intermediate_size, config.num_hidden_layers)
     head = 2 * d * (d + config.vocab_size) * len(labels)
     flops = 3 * (stack_flops(lengths.sum(), lengths.square().sum(), *sizes) + head)
-    for way in WAYS:
+    for attention, way in itertools.product(attentions_of(args.device), WAYS):
         torch.manual_seed(0)
-        model = TJEPAForMaskedLM(config).to(args.device).train()
+        model = TJEPAForMaskedLM(make_config(size, attention)).to(args.device).train()
         if way == "layers":
             compile_for(args.device, model)
 
@@ -249,13 +251,14 @@ def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
             return F.cross_entropy(model.token_head(states[picked], model.decoder.weight).float(), labels)
 
         what = {"model": "encoder alone (MLM)", "parameters": sum(p.numel() for p in model.parameters())}
-        what |= {"row_length": input_ids.shape[1], "compiled": way}
+        what |= {"row_length": input_ids.shape[1], "attention": attention, "compiled": way}
         step = make_step(model, loss, args.device, lambda: None)
-        measure(what, step, documents, flops, way == WAYS[0], args, report)
+        has_profile = attention == attentions_of(args.device)[0] and way == WAYS[0]
+        measure(what, step, documents, flops, has_profile, args, report)
 
 
-def attention_of(device: torch.device) -> str:
-    return "flex_attention" if device.type == "cuda" else "eager"
+def attentions_of(device: torch.device) -> tuple[str, ...]:
+    return GPU_ATTENTIONS if device.type == "cuda" else ("eager",)
 
 
 def measure(
@@ -303,7 +306,7 @@ def compare_learning(args: argparse.Namespace, report: Report) -> None:
         return
     out = args.output_dir / "learning"
     train = ["--train_file", str(DATA / ("books-validation.parquet" if args.tiny else "books-train.parquet"))]
-    larger = "hidden_size=384,num_hidden_layers=6,num_attention_heads=6,per_device_train_batch_size=128"
+    larger = "hidden_size=384,num_hidden_layers=6,num_attention_heads=6,per_device_train_batch_size=128,bf16=true"
     larger = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,rotary_dim=8" if args.tiny else larger
     prepared, cli = str(out / "books64"), [sys.executable, "-m", "tjepa.cli"]
     tokenizer = ["--vocab_size", "300" if args.tiny else "4096", "--output_dir", str(out / "tokenizer")]

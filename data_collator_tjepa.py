@@ -421,12 +421,21 @@ def pack_rows(lengths: np.ndarray, row_length: RowLength, order: np.ndarray) -> 
     return starts, (num_rows, row_length)
 
 
-def group_equal_shapes(num_contexts: np.ndarray, num_slots: np.ndarray) -> list[tuple[int, int, int]]:
-    """int [num_sequences] each, in the order of the row -> (number of neighbours of equal shape, contexts, slots)."""
-    shapes = np.stack([num_contexts, num_slots], axis=1)
-    starts = np.flatnonzero(np.diff(shapes, axis=0, prepend=-1).any(axis=1))
-    sizes = np.diff(starts, append=len(shapes))
-    return [(size, *shape) for size, shape in zip(sizes.tolist(), shapes[starts].tolist(), strict=True)]
+def group_equal_shapes(
+    starts: np.ndarray, num_contexts: np.ndarray, num_slots: np.ndarray, shape: tuple[int, int]
+) -> list[tuple[int, int, int]]:
+    """
+    int [num_sequences] each, where sequences start in rows of this shape and what they have -> (number of neighbours
+    of equal shape, contexts, slots). Padding counts as sequences, none longer than the longest of the others.
+    """
+    order, ones, lengths = np.argsort(starts, kind="stable"), np.ones_like(starts), num_contexts + num_slots
+    gaps, longest = np.diff(starts[order], append=math.prod(shape)) - lengths[order], lengths.max(initial=1)
+    padding = [gaps // longest, longest * ones, 0 * ones, ones, gaps % longest, 0 * ones]
+    runs = np.stack([ones, num_contexts[order], num_slots[order], *padding], axis=1).reshape(-1, 3)
+    runs = runs[runs[:, 0] * runs[:, 1:].sum(axis=1) > 0]
+    changes = np.flatnonzero(np.diff(runs[:, 1:], axis=0, prepend=-1).any(axis=1))
+    sizes = np.add.reduceat(runs[:, 0], changes) if len(runs) else changes
+    return [(size, *of_one) for size, of_one in zip(sizes.tolist(), runs[changes, 1:].tolist(), strict=True)]
 
 
 def pack_batch(
@@ -451,14 +460,11 @@ def pack_batch(
     context_starts, context_shape = pack_rows(num_contexts, row_length, view_order)
     prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, row_length, view_order)
 
-    view_groups = None  # where there is padding; plain integers, in what nobody moves to a device
-    if row_length is None and documents:
-        contexts, slots = num_contexts[view_order], num_slots[view_order]
-        view_groups = SimpleNamespace(
-            documents=group_equal_shapes(lengths[document_order], 0 * lengths),
-            contexts=group_equal_shapes(contexts, 0 * slots),
-            predictions=group_equal_shapes(contexts, slots),
-        )
+    view_groups = SimpleNamespace(  # plain integers, in what nobody moves to a device
+        documents=group_equal_shapes(document_starts, lengths, 0 * lengths, document_shape),
+        contexts=group_equal_shapes(context_starts, num_contexts, 0 * num_contexts, context_shape),
+        predictions=group_equal_shapes(prediction_starts, num_contexts, num_slots, prediction_shape),
+    )
 
     token_position = ragged_arange(lengths)
     token_place = np.repeat(document_starts, lengths) + token_position  # index in stream 1
@@ -495,7 +501,7 @@ def pack_batch(
         "slots_per_strategy": torch.from_numpy(np.bincount(slot_strategy, minlength=num_strategies)),
         **({"hidden_indices": torch.from_numpy(hidden_place[in_order].astype(np.int32))} if in_place else {}),
         "tokens_per_document": torch.from_numpy(lengths.astype(np.int32)),
-        "view_groups": view_groups,
+        "view_groups": view_groups if documents else None,
     }
 
 

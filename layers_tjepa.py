@@ -8,6 +8,7 @@ the attention `tjepa_packed`, so that other encoders of transformers take packed
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from rotary_embedding_torch import RotaryEmbedding
@@ -211,8 +212,7 @@ def varlen_attention_forward(
     if cu_seq_lens_q is None:
         return packed_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
     if query.device.type != "cuda" or query.dtype == torch.float32 or dropout > 0.0:
-        views = torch.repeat_interleave(cu_seq_lens_q.diff())
-        views = PackedViews.from_ids(views)
+        views = PackedViews.from_ids(torch.repeat_interleave(cu_seq_lens_q.diff()))
         return packed_attention_forward(module, query, key, value, None, dropout=dropout, packed_views=views, **kwargs)
     from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch that will do
 
@@ -225,6 +225,20 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
 AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
 AttentionInterface.register(VARLEN_ATTENTION, varlen_attention_forward)
 AttentionMaskInterface.register(VARLEN_ATTENTION, sdpa_mask)
+
+
+def has_varlen_kernel(config: TJEPAConfig) -> bool:
+    """Whether the GPU of this machine has a kernel for `varlen_attention_forward` in 16 bits."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return (
+        find_spec("torch.nn.attention.varlen") is not None
+        and torch.version.cuda is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and config.attention_probs_dropout_prob == 0.0
+    )
 
 
 def attends_by_lengths(config: TJEPAConfig) -> bool:
@@ -248,7 +262,7 @@ def packed_attention_mask(
     Padding (negative view) attends to padding only, so that no softmax is empty; nobody reads what it computes. Flash
     attention has no mask: there the lengths of the views say it all, see `flash_attention_kwargs`. With
     `query_indices` only these entries of the (only) row have a query: all target slots, ascending. `groups` are those
-    of [`PackedViews`] where they are known and there is no padding; else they are found.
+    of [`PackedViews`] where they are known; else they are found.
     """
     if attends_by_lengths(config):
         if block_ids is None:
@@ -290,11 +304,18 @@ def packed_attention_mask(
     )
 
 
-def flash_attention_kwargs(view_ids: torch.Tensor) -> dict:
-    """Where each view starts in the flattened rows, as transformers hands it to flash attention's varlen kernels."""
-    view_lengths = torch.unique_consecutive(view_ids.flatten(), return_counts=True)[1]
-    starts = F.pad(view_lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = view_ids.shape[1]  # a bound is enough, and needs no value from the device
+def flash_attention_kwargs(view_ids: torch.Tensor, groups: list[tuple[int, int, int]] | None = None) -> dict:
+    """
+    Where each view starts in the flattened rows, as transformers hands it to flash attention's varlen kernels. Without
+    the `groups` of [`PackedViews`] the host waits for the device.
+    """
+    if groups is None:
+        view_lengths = torch.unique_consecutive(view_ids.flatten(), return_counts=True)[1]
+    else:
+        numbers, contexts, slots = torch.tensor(groups).T
+        view_lengths = (contexts + slots).repeat_interleave(numbers)
+    starts = F.pad(view_lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(view_ids.device, non_blocking=True)
+    longest = -(-int(view_lengths.max()) // 128) * 128  # a block of the kernels: compiled layers see few lengths
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -468,6 +489,7 @@ class TJEPALayerNorm(nn.LayerNorm):
 class TJEPALayer(GradientCheckpointingLayer):
     """Pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
 
+    compiles_alone = True
     attention_class = TJEPAAttention
 
     def __init__(self, config: TJEPAConfig):
@@ -491,12 +513,16 @@ class TJEPALayer(GradientCheckpointingLayer):
 
 
 def compile_layers(model: nn.Module, **settings) -> None:
-    """`torch.compile` with these settings for each kind of layer by itself, in place: what `--torch_compile` does."""
+    """
+    `torch.compile` with these settings for each kind of layer by itself, and for the token head, in place: what
+    `--torch_compile` does.
+    """
     # encoders and predictor, training and evaluation share the code of a layer, and torch's limit of 8 variants of it;
     # over the limit it runs uncompiled. (`recompile_limit` is the name from torch 2.7 on, this one is known to all.)
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-    for layer in (module for module in model.modules() if isinstance(module, TJEPALayer)):
-        layer.compile(**settings)
+    for module in model.modules():
+        if getattr(module, "compiles_alone", False):
+            module.compile(**settings)
 
 
 class TJEPAModule(PreTrainedModel):

@@ -12,7 +12,6 @@ from typing import Literal, Self
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -203,7 +202,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
                 between neighbouring sequences, also across rows; negative ids are padding.
             groups (`list[tuple[int, int, int]]`, *optional*):
                 What `view_ids` say, for the host: of neighbouring sequences of equal length their number, that length
-                and 0. Only for rows without padding; without it the SDPA backend waits for the device to find it.
+                and 0; padding is sequences, too. Without it some backends wait for the device to find it.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` [batch, length, hidden_size], after the final LayerNorm.
@@ -222,7 +221,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
         if view_ids is not None:
             attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids, groups=groups)
             if attends_by_lengths(self.config):
-                kwargs.update(flash_attention_kwargs(view_ids))
+                kwargs.update(flash_attention_kwargs(view_ids, groups))
         else:
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
 
@@ -234,6 +233,11 @@ class TJEPAModel(TJEPAPreTrainedModel):
 
 
 # --- Pretraining -----------------------------------------------------------------------------------------------------
+
+
+def groups_of(view_groups: object | None, stream: str) -> list[tuple[int, int, int]] | None:
+    """The groups of a stream; without them a graph of the whole model serves more than one batch."""
+    return None if torch.compiler.is_compiling() else getattr(view_groups, stream, None)
 
 
 PREDICTORS = {"boundary": TJEPABoundaryPredictor, "in_place": TJEPAInPlacePredictor}  # others: TJEPAPredictor
@@ -462,11 +466,6 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         self.train(was_training)
         return slot_states, predictions
 
-    def _token_losses(self, states: torch.Tensor, token_ids: torch.LongTensor) -> torch.Tensor:
-        """Cross entropy of the token head: states [n, hidden_size], token_ids [n] -> [n]."""
-        logits = self.token_head(states, self.get_input_embeddings().weight)
-        return F.cross_entropy(logits.float(), token_ids.long(), reduction="none")
-
     @can_return_tuple
     def forward(
         self,
@@ -523,8 +522,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 For `pooled_weight`: what is hidden of each view as a text of its own, in a stream like the first whose
                 document ids are the views', with its groups; and `view_documents`, the document of each view.
             view_groups (`SimpleNamespace`, *optional*):
-                The groups of equal views in each stream, `documents`, `contexts` and `predictions`, as plain integers:
-                with them the host never waits for the device. Only for rows without padding.
+                The groups of equal views in each stream, `documents`, `contexts` and `predictions`, as plain integers
+                (padding is views, too): with them the host never waits for the device.
             sum_over_processes (`Callable`, *optional*):
                 Where the batch is spread over processes, what sums a tensor over them, differentiably: the
                 variance/covariance term and SIGReg take their moments over the whole batch.
@@ -535,7 +534,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         if traits is not None and not traits.is_packed:
             view_lengths = lengths_of_views(document_ids, context_indices, context_view_ids)
 
-        document_groups = getattr(view_groups, "documents", None)
+        document_groups = groups_of(view_groups, "documents")
         with torch.no_grad():
             documents = (input_ids, position_ids, document_ids)
             labels, target_states = make_labels(
@@ -545,7 +544,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 if hidden_parts is None:
                     raise ValueError("pooled_weight needs more of a batch: call collator.fit_to(model.config) first.")
                 parts = [hidden_parts[name] for name in ("input_ids", "position_ids", "document_ids")]
-                part_groups = getattr(hidden_parts["view_groups"], "documents", None)
+                part_groups = groups_of(hidden_parts["view_groups"], "documents")
                 (part_states,) = encode_documents(self.target_encoder, self.config, traits, *parts, part_groups)
 
         context_input_ids = visible_input_ids = flat_input_ids[context_indices]
@@ -560,7 +559,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             visible_input_ids = hide_in_place(visible_input_ids, hidden_indices, self.config, self.training)
             is_visible = is_token.index_fill(0, hidden_indices.long(), False)
         contexts = (visible_input_ids, position_ids.flatten()[context_indices], context_view_ids)
-        context_groups, longest = getattr(view_groups, "contexts", None), longest_document(document_groups)
+        context_groups = groups_of(view_groups, "contexts")
+        longest = None if traits is None else longest_document(document_groups)
         (context_states,) = encode(
             self.context_encoder, self.config, traits, *contexts, context_groups, view_lengths, longest
         )
@@ -570,7 +570,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             predictions = self.predictor(slot_states)
         else:
             stream = (prediction_indices, prediction_position_ids, prediction_view_ids, prediction_block_ids)
-            groups = getattr(view_groups, "predictions", None)
+            groups = groups_of(view_groups, "predictions")
             predictions = slot_states = self.predictor(context_states, *stream, slot_indices, groups)
 
         loss_per_slot = distance_to_labels(self.config, predictions.float(), labels)
@@ -587,14 +587,15 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             output.variance_covariance_loss = variance_covariance_loss(context_states, is_token, sum_over_processes)
         if self.config.sigreg_weight > 0:
             output.sigreg_loss = sigreg_loss(context_states, is_token, sum_over_processes)
+        embedding_weight = self.get_input_embeddings().weight
         if self.config.token_prediction_weight > 0:
-            token_losses = self._token_losses(slot_states, flat_input_ids[label_indices])
+            token_losses = self.token_head(slot_states, embedding_weight, flat_input_ids[label_indices])
             output.token_prediction_loss, output.token_loss_per_strategy = mean_over_strategies(
                 token_losses, slot_strategy_ids, slots_per_strategy
             )
         if denoises:
             picked_ids = context_input_ids.flatten()[picked]
-            token_losses = self._token_losses(context_states[picked], picked_ids)
+            token_losses = self.token_head(context_states[picked], embedding_weight, picked_ids)
             is_counted = is_visible[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
         flat_document_ids = document_ids.flatten()
@@ -612,7 +613,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             numbers = segments["input_ids"].flatten().long()
             visible = pooled[numbers[segments["context_indices"].flatten()]]
             stream = (segments[f"prediction_{name}"] for name in ("indices", "position_ids", "view_ids", "block_ids"))
-            groups = getattr(segments["view_groups"], "predictions", None)
+            groups = groups_of(segments["view_groups"], "predictions")
             guesses = self.segment_predictor(visible, *stream, segments["slot_indices"], groups)
             answers = numbers[segments["label_indices"]]
             centred = keys - keys.mean(dim=0)  # what all segments have in common would leave little to tell them by

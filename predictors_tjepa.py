@@ -229,6 +229,8 @@ class TJEPABoundaryPredictor(TJEPAInPlacePredictor):
 class TJEPATokenHead(nn.Module):
     """From hidden states to logits over the vocabulary: linear, GELU, LayerNorm, the tied input embedding, a bias."""
 
+    compiles_alone = True
+
     def __init__(self, config: TJEPAConfig, embedding_width: int | None = None):
         """`embedding_width`: of an encoder whose embedding is not as wide as its states (ELECTRA, ALBERT)."""
         super().__init__()
@@ -237,9 +239,17 @@ class TJEPATokenHead(nn.Module):
         self.norm = TJEPALayerNorm(config, width)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor) -> torch.Tensor:
-        """hidden_states [..., hidden_size], embedding_weight [vocab_size, hidden_size] -> logits [..., vocab_size]."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden_states))), embedding_weight, self.bias)
+    def forward(
+        self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor, token_ids: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """
+        hidden_states [..., hidden_size], embedding_weight [vocab_size, hidden_size] -> logits [..., vocab_size]; with
+        token_ids [n] for hidden_states [n, hidden_size] -> the cross entropy of each, float32 [n].
+        """
+        logits = F.linear(self.norm(F.gelu(self.dense(hidden_states))), embedding_weight, self.bias)
+        if token_ids is None:
+            return logits
+        return F.cross_entropy(logits.float(), token_ids.long(), reduction="none")
 
     def reset_own_parameters(self) -> None:
         init.zeros_(self.bias)

@@ -26,7 +26,7 @@ from typing import Literal
 
 import datasets
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.hf_argparser import HfArg
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -43,6 +43,7 @@ from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
+from tjepa.layers_tjepa import VARLEN_ATTENTION, has_varlen_kernel
 from tjepa.tools.health import closing_lines
 from tjepa.tools.report import ReportCallback, texts_to_keep, write_report
 from tjepa.tools.search import build_docstring_index
@@ -100,7 +101,8 @@ class ModelArguments(HubArguments):
     )
     attn_implementation: str | None = HfArg(
         default=None,
-        help="sdpa, flex_attention, eager, ... Default: sdpa; for our own architecture on a GPU flex_attention.",
+        help=f"sdpa, flex_attention, {VARLEN_ATTENTION}, eager, ... Default: sdpa; for our own architecture on a GPU "
+        f"flex_attention, and with --bf16 or --fp16 {VARLEN_ATTENTION}, in which the predictor takes flex_attention.",
     )
     encoder_input: Literal["auto", "packed", "padded"] | None = HfArg(
         default=None,
@@ -176,7 +178,7 @@ def main():
     if attention == "sdpa" and training_args.torch_compile:
         raise ValueError(
             "--torch_compile with sdpa attention would compile anew for every batch, whose groups of equal views "
-            "differ. Leave it out; on a GPU it goes with flex_attention, which a run takes there by itself."
+            "differ. Leave it out; on a GPU it goes with the attention that a run takes there by itself."
         )
     collator.fit_to(config)
     if (config.segment_weight > 0) != (masking_args.segment_length is not None):
@@ -228,7 +230,8 @@ def main():
         datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Views and batches
-    if collator.row_length is None and get_attention(model.config) == "flex_attention":
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if collator.row_length is None and any(get_attention(part.config) == "flex_attention" for part in parts):
         collator.row_length = "auto"
 
     # Training
@@ -330,8 +333,10 @@ def read_documents(
 
 
 def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:
-    """flex_attention on a GPU; beside another encoder sdpa, because packed rows of equal views suit both."""
-    return "flex_attention" if args.device.type == "cuda" and config.encoder is None else "sdpa"
+    """What is fastest on a GPU; beside another encoder sdpa, because packed rows of equal views suit both."""
+    if args.device.type != "cuda" or config.encoder is not None:
+        return "sdpa"
+    return VARLEN_ATTENTION if (args.bf16 or args.fp16) and has_varlen_kernel(config) else "flex_attention"
 
 
 def create_collator(

@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.generic import is_flash_attention_requested
 
 from ..corpus.private import get_attention
 from ..corpus.tokenizers import load_tokenizer, text_reader
 from ..encoders_tjepa import encode, encoder_class, measure_packing
-from ..layers_tjepa import PACKED_ATTENTION
+from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION, attends_by_lengths, has_varlen_kernel
 from ..modeling_tjepa import TJEPAModel
 from ..training.loading import load_config
 from ..training.model_folder import find_sentence_modules
@@ -382,9 +381,15 @@ _traits: WeakKeyDictionary = WeakKeyDictionary()  # of encoders that are not our
 
 
 def takes_packed_rows(model: torch.nn.Module) -> bool:
-    """Whether an encoder has the same states in packed rows: ours does, and of others it is measured, once."""
-    if isinstance(model, TJEPAModel):  # with other backends the mask of a packed row would be a square
-        return get_attention(model.config) == "sdpa" or is_flash_attention_requested(model.config)
+    """
+    Whether an encoder is fed packed rows: where it has the same states there (ours does, and of others it is measured,
+    once), and where these are the faster way. On a GPU a call for each length costs more than the padding.
+    """
+    is_ours = isinstance(model, TJEPAModel)
+    if next(model.parameters()).is_cuda:
+        return is_ours and model.dtype != torch.float32 and has_varlen_kernel(model.config)
+    if is_ours:  # with other backends the mask of a packed row would be a square
+        return get_attention(model.config) == "sdpa" or attends_by_lengths(model.config)
     if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
         return False
     if model not in _traits:
@@ -407,13 +412,13 @@ def padded_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
 def packed_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
     """The same with all texts in one row, one behind the other; those of equal length are to be neighbours."""
     row, groups = pack_into_row(rows, next(model.parameters()).device)
-    traits = _traits.get(model)
-    if traits is None:
-        return encode(model, model.config, None, *row, groups)[0]
-    attention = get_attention(model.config)
-    model.set_attn_implementation(PACKED_ATTENTION)
+    traits, attention = _traits.get(model), get_attention(model.config)
+    if traits is not None:
+        model.set_attn_implementation(PACKED_ATTENTION)
+    elif row[0].is_cuda:
+        model.set_attn_implementation(VARLEN_ATTENTION)
     try:
-        return encode(model, None, traits, *row, groups, longest=max(map(len, rows)))[0]
+        return encode(model, model.config, traits, *row, groups, longest=max(map(len, rows)))[0]
     finally:
         model.set_attn_implementation(attention)
 

@@ -34,9 +34,11 @@ def test_local_attention_is_by_position():
 
 
 def test_flash_attention_is_told_where_views_start():
-    settings = flash_attention_kwargs(torch.tensor([[3, 3, 5], [5, 5, -1]]))
-    assert settings["cu_seq_lens_q"].tolist() == settings["cu_seq_lens_k"].tolist() == [0, 2, 5, 6]
-    assert settings["cu_seq_lens_q"].dtype == torch.int32
+    views = torch.tensor([[3, 3, 5], [5, 5, -1]])
+    for settings in (flash_attention_kwargs(views), flash_attention_kwargs(views, [(1, 2, 0), (1, 1, 2), (1, 1, 0)])):
+        assert settings["cu_seq_lens_q"].tolist() == settings["cu_seq_lens_k"].tolist() == [0, 2, 5, 6]
+        assert settings["cu_seq_lens_q"].dtype == torch.int32
+        assert settings["max_length_q"] == settings["max_length_k"] == 128  # at least 3, in steps of a block
 
 
 def test_attention_dropout_is_for_training_only():

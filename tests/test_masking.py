@@ -9,10 +9,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from helpers import make_examples
 from tjepa.corpus.strategies import load_masking_strategies
 from tjepa.corpus.streams import DocumentDataset
 from tjepa.data_collator_tjepa import (
@@ -491,3 +493,24 @@ def test_collator_errors():
         DataCollatorForTJEPA(views_per_document=8)
     with pytest.raises(ValueError, match="row_length=16"):
         DataCollatorForTJEPA(row_length=16)([{"input_ids": list(range(20)), "document_index": 0, "epoch": 0}])
+
+
+@pytest.mark.parametrize("row_length", [None, 90, "auto"])
+def test_groups_say_what_the_ids_say(row_length):
+    """Run after run, in every stream; padding is cut into runs that are no longer than a text."""
+    batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([40, 23, 7, 64, 2, 23, 23]))
+    streams = {"documents": "document_ids", "contexts": "context_view_ids", "predictions": "prediction_view_ids"}
+    for name, ids in streams.items():
+        ids, groups = batch[ids].flatten(), getattr(batch["view_groups"], name)
+        lengths = torch.tensor([context + slots for views, context, slots in groups for _ in range(views)])
+        assert lengths.sum() == len(ids)
+        runs = [run.unique().tolist() for run in ids.split(lengths.tolist())]
+        assert all(len(run) == 1 for run in runs)
+        texts = [run[0] for run in runs if run[0] >= 0]
+        assert len(texts) == len(set(texts)) == len(ids[ids >= 0].unique())
+        is_padding = torch.tensor([run[0] < 0 for run in runs])
+        assert lengths[is_padding].max() <= lengths[~is_padding].max() if is_padding.any() else row_length is None
+        if name == "predictions":
+            slots = [slots for views, _, slots in groups for _ in range(views)]
+            blocks = batch["prediction_block_ids"].flatten().split(lengths.tolist())
+            assert slots == [int((block > 0).sum()) for block in blocks]

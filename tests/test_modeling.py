@@ -19,7 +19,7 @@ from tjepa.data_collator_tjepa import (
     hash_keys,
     pack_batch,
 )
-from tjepa.layers_tjepa import compile_layers, packed_attention_mask
+from tjepa.layers_tjepa import VARLEN_ATTENTION, compile_layers, packed_attention_mask
 from tjepa.losses_tjepa import variance_covariance_loss
 
 
@@ -223,29 +223,82 @@ def test_layers_of_many_models_stay_compiled(make_model, batch):
     assert counter.frame_count > 8
 
 
-def test_flash_attention_gets_the_views_lengths(monkeypatch):
-    """The kernel needs a GPU; a stand-in for its varlen form shows that it is handed the right views."""
+@torch.library.custom_op("tjepa_tests::varlen", mutates_args={})
+def varlen_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """On the CPU what torch's kernel computes on a GPU: states [num_entries, heads, head_dim], starts [views + 1]."""
+    assert 0 < starts.diff().max() <= longest and starts[-1] == len(query)
+    outputs = []
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        q, k, v = (states[start:end].transpose(0, 1) for states in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+    return torch.cat(outputs)
 
-    def varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, scaling, **kwargs):
-        assert attention_mask is None and cu_seq_lens_q.diff().max() <= max_length_q
-        flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [rows * length, heads, dim]
-        outputs = []
-        for start, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
-            q, k, v = (states[start:end].transpose(0, 1) for states in flat)
-            outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1))
-        return torch.cat(outputs).view(query.shape[0], -1, *flat[0].shape[1:]), None
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", varlen_attention)
+@varlen_kernel.register_fake
+def _(query, key, value, starts, longest):
+    return torch.empty_like(query)
+
+
+@pytest.fixture
+def has_kernel(monkeypatch):
+    """The kernel needs a GPU; a stand-in shows that it is handed the right views."""
+
+    def forward(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, **kwargs):
+        assert attention_mask is None
+        flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+        output = varlen_kernel(*flat, cu_seq_lens_q, max_length_q)
+        return output.unflatten(0, (query.shape[0], -1)), None
+
+    for name in ("flash_attention_2", VARLEN_ATTENTION):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, forward)
+
+
+@pytest.mark.parametrize("attn_implementation", ["flash_attention_2", VARLEN_ATTENTION])
+@pytest.mark.parametrize("knows_groups", [True, False])
+def test_attention_by_lengths_gets_the_views(has_kernel, attn_implementation, knows_groups):
     batch = DataCollatorForTJEPA(row_length=70)(make_examples([40, 23, 7, 64, 2]))
     torch.manual_seed(0)
     model = TJEPAModel(make_tiny_config()).eval()
     inputs = {"position_ids": batch["position_ids"], "view_ids": batch["document_ids"]}
+    inputs["groups"] = batch["view_groups"].documents if knows_groups else None
     expected = model(batch["input_ids"], **inputs)[0]
-    model.config._attn_implementation_internal = "flash_attention_2"
+    model.config._attn_implementation_internal = attn_implementation
     is_token = batch["document_ids"] >= 0
     close(model(batch["input_ids"], **inputs)[0][is_token], expected[is_token])
     with pytest.raises(ValueError, match="target blocks"):
         packed_attention_mask(model.config, expected, batch["document_ids"], batch["document_ids"])
+
+
+@pytest.mark.parametrize("row_length", [None, 96])
+@pytest.mark.parametrize("predictor_type", ["self_attention", "boundary"])
+def test_without_its_kernel_attention_by_lengths_is_that_of_sdpa(make_model, row_length, predictor_type):
+    batch = DataCollatorForTJEPA(row_length=row_length)(make_examples([40, 23, 7, 64, 2]))
+    options = {"num_attention_heads": 2, "predictor_num_attention_heads": 1, "predictor_type": predictor_type}
+    expected, model = make_model(**options), make_model(attn_implementation=VARLEN_ATTENTION, **options)
+    if predictor_type == "self_attention":
+        assert model.predictor.config._attn_implementation == "flex_attention"
+        model.predictor.config._attn_implementation = "sdpa"  # flex_attention has no backward on the CPU
+    expected, actual = gradients(expected, batch), gradients(model, batch)
+    for name, gradient in actual.items():
+        close(gradient, expected[name])
+
+
+def test_layers_with_attention_by_lengths_do_not_compile_for_every_batch(make_model, has_kernel):
+    """The number of texts, and the longest of them, change without compiling again."""
+    torch._dynamo.reset()
+    options = {"num_attention_heads": 2, "predictor_type": "boundary", "token_prediction_weight": 1.0}
+    expected, model = make_model(**options), make_model(attn_implementation=VARLEN_ATTENTION, **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_layers(model, backend=counter)
+    collator, num_frames = DataCollatorForTJEPA(), []
+    for step, num_more in enumerate([0, 1, 6, 9, 3, 15, 2]):
+        batch = collator(make_examples([40, 23, 7, 64 + 100 * (step % 3)] + [30] * num_more, seed=step))
+        with torch.no_grad():  # the stand-in has no backward
+            close(model(**batch).loss, expected(**batch).loss)
+        num_frames.append(counter.frame_count)
+    assert num_frames[3] == num_frames[-1] <= 6
 
 
 def test_gradient_checkpointing_changes_nothing(make_model, batch):

@@ -42,7 +42,7 @@ def test_equality_and_speed_without_datasets(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped: datasets and evaluate are not installed and not in wheels" in done.stdout
     paths = {(r["attention"], r["compiled"], r["dtype"]): r for r in results(out, "equality")}
-    assert len(paths) == 12
+    assert len(paths) == 14
     held = {path for path, figures in paths.items() if figures.get("holds")}
     ways = (("sdpa", "no"), ("eager", "no"), ("eager", "layers"))
     assert held == {(*way, dtype) for way in ways for dtype in ("float32", "bfloat16")}

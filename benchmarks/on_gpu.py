@@ -25,7 +25,7 @@ from reporting import DATA
 from torch.nn import functional as F
 
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
-from tjepa.data_collator_tjepa import DataCollatorForTJEPA
+from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA
 from tjepa.layers_tjepa import VARLEN_ATTENTION, compile_layers
 
 
@@ -34,9 +34,16 @@ CARD_RATES = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16,
 SIZES = {  # encoder and predictor
     "speed-384": {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 8},
     "speed-768": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
+    "recipe-768": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12},  # 110M parameters
     "encoder-768": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 18},  # 152M parameters
     "equality": {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2},
     "tiny": {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "rotary_dim": 8, "vocab_size": 120},
+}
+DEFAULT_RECIPE = {  # configs/default.yaml
+    "predictor_type": "boundary",
+    "token_prediction_weight": 1.0,
+    "denoising_weight": 0.3,
+    "variance_covariance_weight": 0.2,
 }
 WAYS = ("layers", "no")  # of compiling
 GPU_ATTENTIONS = (VARLEN_ATTENTION, "flex_attention")  # of the encoders; the predictor has the second one
@@ -72,9 +79,11 @@ def draw_documents(size: dict, num_tokens: int, median: int, longest: int) -> li
     return documents
 
 
-def make_batch(documents: list[np.ndarray], row_length: int, device: torch.device) -> dict:
+def make_batch(
+    documents: list[np.ndarray], row_length: int | None, device: torch.device, masking: str = "ul2"
+) -> dict:
     examples = [{"input_ids": ids, "document_index": i, "epoch": 0} for i, ids in enumerate(documents)]
-    batch = DataCollatorForTJEPA(row_length=row_length)(examples)
+    batch = DataCollatorForTJEPA(MASKING_PRESETS[masking], row_length=row_length)(examples)
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
@@ -209,22 +218,44 @@ def measure_speed(args: argparse.Namespace, report: Report) -> None:
     runs = [(row_lengths[0], first, way) for way in WAYS]
     runs += [(row_lengths[0], attention, WAYS[0]) for attention in others]
     runs += [(row_length, first, WAYS[0]) for row_length in row_lengths[1:]]
-    for row_length, attention, way in runs:
-        torch.manual_seed(0)
-        model = TJEPAForPreTraining(make_config(size, attention)).to(args.device).train()
+    for run in runs:
+        row_length, attention, way = run
         batch = make_batch(documents, row_length, args.device)
-        if way == "layers":
-            compile_for(args.device, model)
-        step = make_step(
-            model,
-            lambda model=model, batch=batch: model(**batch).loss,
-            args.device,
-            lambda m=model: m.update_target_encoder(0.99),
-        )
-        what = {"model": "pretraining", "row_length": row_length, "attention": attention, "compiled": way}
-        has_profile = (row_length, attention, way) == runs[0]
-        measure(what, step, documents, useful_flops(model.config, batch), has_profile, args, report)
-        del model, step, batch
+        config = make_config(size, attention)
+        what = {"model": "pretraining", "row_length": row_length, "attention": attention}
+        measure_step(config, batch, way, what, documents, useful_flops(config, batch), run == runs[0], args, report)
+
+
+def measure_recipe(args: argparse.Namespace, report: Report) -> None:
+    """The step of configs/default.yaml, in one row without padding."""
+    size = {**SIZES["tiny" if args.tiny else args.piece], **DEFAULT_RECIPE}
+    documents = draw_documents(size, *((300, 40, 96) if args.tiny else (16384, 200, 256)))
+    batch = make_batch(documents, None, args.device, "single_tokens")
+    attention = attentions_of(args.device)[0]
+    for way in WAYS:
+        what = {"model": "configs/default.yaml", "attention": attention}
+        config = make_config(size, attention)
+        measure_step(config, batch, way, what, documents, None, way == WAYS[0], args, report)
+
+
+def measure_step(
+    config: TJEPAConfig,
+    batch: dict,
+    way: str,
+    what: dict,
+    documents: list,
+    flops: float | None,
+    has_profile: bool,
+    args: argparse.Namespace,
+    report: Report,
+) -> None:
+    torch.manual_seed(0)
+    model = TJEPAForPreTraining(config).to(args.device).train()
+    if way == "layers":
+        compile_for(args.device, model)
+    what |= {"compiled": way, "parameters": sum(p.numel() for p in model.context_encoder.parameters())}
+    step = make_step(model, lambda: model(**batch).loss, args.device, lambda: model.update_target_encoder(0.99))
+    measure(what, step, documents, flops, has_profile, args, report)
 
 
 def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
@@ -267,7 +298,7 @@ def measure(
     what: dict,
     step: Callable,
     documents: list,
-    flops: float,
+    flops: float | None,
     has_profile: bool,
     args: argparse.Namespace,
     report: Report,
@@ -280,8 +311,10 @@ def measure(
     except Exception as error:
         report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
     else:
-        figures |= {"tokens_per_second": num_tokens / figures["seconds"], "mfu": flops / figures["seconds"] / rate}
-        report.add(**what, **figures, flops=flops, rate=rate)
+        figures["tokens_per_second"] = num_tokens / figures["seconds"]
+        if flops is not None:
+            figures |= {"mfu": flops / figures["seconds"] / rate, "flops": flops, "rate": rate}
+        report.add(**what, **figures)
         if has_profile:
             write_profile(step, args)
     torch._dynamo.reset()
@@ -340,6 +373,7 @@ PIECES = {
     "equality": check_equality,
     "speed-384": measure_speed,
     "speed-768": measure_speed,
+    "recipe-768": measure_recipe,
     "encoder-768": measure_encoder_alone,
     "learning": compare_learning,
 }

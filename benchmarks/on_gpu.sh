@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU has to show: half an hour on one H100 or H200, without a network, in pieces that can be started alone.
+# What a GPU has to show: 32 minutes on one H100 or H200, without a network, in pieces that can be started alone.
 #
 #   benchmarks/on_gpu.sh --download WHEELS [--python-version 3.12 ...]
 #                       once, with a network: the packages that such machines may lack; what follows is for pip
@@ -9,6 +9,7 @@
 # equality        6 min  flex, varlen, sdpa and compiled paths against eager, in float32 and bfloat16
 # speed-384       6 min  tokens/s, memory and MFU of 8+8 layers of 384, rows of 1,024, 4,096 and 16,384, with a profile
 # speed-768       8 min  the same of 12+12 layers of 768
+# recipe-768      2 min  the same of configs/default.yaml at 12 layers of 768, in one row
 # encoder-768     3 min  the same of an encoder of 152M parameters alone (MLM)
 # learning        7 min  docs/learning.md at 100 times its compute, MLM beside it; needs datasets and the data
 #
@@ -35,7 +36,7 @@ while (($#)); do
     case $1 in
         --wheels) WHEELS=${2:?on_gpu.sh: error: name the folder: --wheels WHEELS}; shift ;;
         --tiny) TINY=(--tiny) ;;
-        equality | speed-384 | speed-768 | encoder-768 | learning) PIECES+=("$1") ;;
+        equality | speed-384 | speed-768 | recipe-768 | encoder-768 | learning) PIECES+=("$1") ;;
         -*) echo "on_gpu.sh: error: there is no flag $1; see the head of $0" >&2; exit 2 ;;
         *)
             [[ -z $OUT ]] || { echo "on_gpu.sh: error: there is no piece $1; see the head of $0" >&2; exit 2; }
@@ -45,7 +46,7 @@ while (($#)); do
     shift
 done
 [[ -n $OUT ]] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2; }
-((${#PIECES[@]})) || PIECES=(equality speed-384 speed-768 encoder-768 learning)
+((${#PIECES[@]})) || PIECES=(equality speed-384 speed-768 recipe-768 encoder-768 learning)
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 
@@ -62,7 +63,13 @@ install() { # the packages of a list, of which the module named first cannot be 
 
 status=0
 for piece in "${PIECES[@]}"; do
-    case $piece in equality) limit=360 ;; speed-384) limit=360 ;; speed-768) limit=480 ;; encoder-768) limit=180 ;; learning) limit=420 ;; esac
+    case $piece in
+        equality | speed-384) limit=360 ;;
+        speed-768) limit=480 ;;
+        recipe-768) limit=120 ;;
+        encoder-768) limit=180 ;;
+        learning) limit=420 ;;
+    esac
     echo "== $piece (at most $limit s)"
     if ! install rotary_embedding_torch "${FOR_ALL[@]}"; then
         echo "on_gpu.sh: error: rotary-embedding-torch is not installed and not in $WHEELS; fill it where there is a" \

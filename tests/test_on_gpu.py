@@ -2,11 +2,13 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers import REPOSITORY, SHARED_FOLDER
 
@@ -47,12 +49,13 @@ def test_equality_and_speed_without_datasets(tmp_path):
     ways = (("sdpa", "no"), ("eager", "no"), ("eager", "layers"))
     assert held == {(*way, dtype) for way in ways for dtype in ("float32", "bfloat16")}
     assert all("skipped" in figures for path, figures in paths.items() if path not in held)
-    for piece, row_length in (("speed-384", 96), ("speed-768", 96), ("encoder-768", 192)):
-        assert [(r["row_length"], r["compiled"]) for r in results(out, piece)] == [
+    for piece, row_length in (("speed-384", 96), ("speed-768", 96), ("recipe-768", None), ("encoder-768", 192)):
+        assert [(r.get("row_length"), r["compiled"]) for r in results(out, piece)] == [
             (row_length, "layers"),
             (row_length, "no"),
         ]
-        assert all(r["tokens_per_second"] > 0 and 0 < r["mfu"] for r in results(out, piece))
+        assert all(r["tokens_per_second"] > 0 for r in results(out, piece))
+        assert piece == "recipe-768" or all(r["mfu"] > 0 for r in results(out, piece))
         assert "aten::" in (out / f"{piece}-profile.txt").read_text()
 
 
@@ -82,3 +85,13 @@ def test_wrong_arguments_are_said(tmp_path, arguments, message):
 def test_a_missing_package_names_the_command_that_fetches_it(tmp_path):
     done = run(tmp_path / "out", str(tmp_path / "out"), "--tiny", lacking=("rotary_embedding_torch",))
     assert done.returncode == 2 and "benchmarks/on_gpu.sh --download wheels" in done.stderr
+
+
+def test_the_recipe_is_the_one_of_the_config():
+    on_gpu = runpy.run_path(str(REPOSITORY / "benchmarks" / "on_gpu.py"))
+    config = yaml.safe_load((REPOSITORY / "configs" / "default.yaml").read_text())
+    overrides = [pair.split("=") for pair in config["config_overrides"].split(",")]
+    of_config = {name: yaml.safe_load(value) for name, value in overrides if name in on_gpu["DEFAULT_RECIPE"]}
+    assert of_config == on_gpu["DEFAULT_RECIPE"] and config["masking_strategies"] == "single_tokens"
+    sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
+    assert {name for name, _ in overrides} == sizes | set(of_config)

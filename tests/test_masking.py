@@ -510,6 +510,7 @@ def test_groups_say_what_the_ids_say(row_length):
         assert len(texts) == len(set(texts)) == len(ids[ids >= 0].unique())
         is_padding = torch.tensor([run[0] < 0 for run in runs])
         assert lengths[is_padding].max() <= lengths[~is_padding].max() if is_padding.any() else row_length is None
+        assert is_padding.sum() <= 2 * len(batch[streams[name]])  # rows
         if name == "predictions":
             slots = [slots for views, _, slots in groups for _ in range(views)]
             blocks = batch["prediction_block_ids"].flatten().split(lengths.tolist())

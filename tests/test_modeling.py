@@ -292,6 +292,7 @@ def test_layers_with_attention_by_lengths_do_not_compile_for_every_batch(make_mo
     expected, model = make_model(**options), make_model(attn_implementation=VARLEN_ATTENTION, **options)
     counter = CompileCounterWithBackend("aot_eager")
     compile_layers(model, backend=counter)
+    assert model.token_head._compiled_call_impl is not None
     collator, num_frames = DataCollatorForTJEPA(), []
     for step, num_more in enumerate([0, 1, 6, 9, 3, 15, 2]):
         batch = collator(make_examples([40, 23, 7, 64 + 100 * (step % 3)] + [30] * num_more, seed=step))

@@ -330,7 +330,7 @@ class Training:
             mask_token_id=self.tokenizer.mask_token_id,
             **self.recipe.config,
         )
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and self.args.bf16:
             config._attn_implementation = VARLEN_ATTENTION
         self.objective = OBJECTIVES[self.recipe.objective](self.recipe, config, self.args, self.tokenizer)
         self.objective.model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from fault_injection import Fault, InjectedError
 from helpers import REPOSITORY, TINY, arguments, make_texts, run, run_elsewhere
 from tjepa import run_pretraining
+from tjepa.layers_tjepa import VARLEN_ATTENTION
 from tjepa.tools import search
 from tjepa.training.loading import load_pretraining_config
 
@@ -232,9 +234,41 @@ def test_a_compiled_run_is_the_same_run(inputs, tmp_path):
     ):
         output_dir = tmp_path / name
         rows = {"attn_implementation": "eager", "row_length": 96}
+        rows["config_overrides"] = f"{TINY},token_prediction_weight=1.0"  # the token head compiles with its loss
         command = [sys.executable, str(REPOSITORY / "run_pretraining.py"), *arguments(inputs, output_dir, **rows)]
         subprocess.run([*command, *flags], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
         log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
         losses.append([line["loss"] for line in log if "loss" in line])
     assert len(losses[0]) == 4
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("predictor_type", ["boundary", "in_place"])
+def test_attention_by_lengths_runs_everywhere(inputs, tmp_path, monkeypatch, predictor_type):
+    """Without a GPU it is what sdpa computes."""
+    losses = []
+    for attention in ("sdpa", VARLEN_ATTENTION):
+        output_dir = tmp_path / attention
+        options = {"attn_implementation": attention, "config_overrides": f"{TINY},predictor_type={predictor_type}"}
+        run(monkeypatch, arguments(inputs, output_dir, max_steps=2, **options))
+        log = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+        losses.append([line["loss"] for line in log if "loss" in line])
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "has_kernel", "other", "expected"),
+    [
+        ("cpu", True, False, False, "sdpa"),
+        ("cuda", True, True, False, VARLEN_ATTENTION),
+        ("cuda", True, False, False, "flex_attention"),
+        ("cuda", False, True, False, "flex_attention"),
+        ("cuda", True, True, True, "sdpa"),
+    ],
+)
+def test_a_gpu_gets_its_fastest_attention(monkeypatch, device, bf16, has_kernel, other, expected):
+    monkeypatch.setattr(run_pretraining, "has_varlen_kernel", lambda config: has_kernel)
+    args = SimpleNamespace(device=torch.device(device), bf16=bf16, fp16=False)
+    config = SimpleNamespace(encoder=object() if other else None)
+    assert run_pretraining.choose_attention(config, args) == expected

@@ -160,6 +160,7 @@ def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
 
     Raises:
         PermissionError: if the Hub does not give it.
+        ConnectionError: if it cannot be reached.
     """
     try:
         yield
@@ -167,6 +168,13 @@ def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
         raise PermissionError(
             f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as {flag}, or log "
             "in with `hf auth login`. Nothing was uploaded."
+        ) from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP library, another one in every version of huggingface-hub
+        raise ConnectionError(
+            f"The Hub cannot be reached to ask for access to {repo_id}: {error}. Try again, or publish later. Nothing was "
+            "uploaded."
         ) from error
 
 

@@ -101,6 +101,16 @@ def messages(hub, repo_id: str = "owner/name") -> list[str]:
 # ---- run_pretraining.py --push_to_hub ----
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error_in_one_line(inputs, tmp_path):
+    """With the HTTP library that is installed: a port at which nobody listens."""
+    flags = {"push_to_hub": True, "hub_model_id": "owner/name", "hub_token": TOKEN, "report_to": "none"}
+    command = [sys.executable, "-m", "tjepa.run_pretraining", *arguments(inputs, tmp_path / "out", **flags)]
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert "The Hub cannot be reached to ask for access to owner/name" in done.stderr
+
+
 def test_pushed_by_the_script_and_loaded_elsewhere(hub, inputs, tmp_path):
     """Data, tokenizer and destination by their names on the Hub, the first two private."""
     output_dir = tmp_path / "run"

@@ -173,8 +173,8 @@ def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the HTTP library, another one in every version of huggingface-hub
         raise ConnectionError(
-            f"The Hub cannot be reached to ask for access to {repo_id}: {error}. Try again, or publish later. Nothing was "
-            "uploaded."
+            f"The Hub cannot be reached to ask for access to {repo_id}: {error}. Try again, or publish later. "
+            "Nothing was uploaded."
         ) from error
 
 

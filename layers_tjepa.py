@@ -192,14 +192,13 @@ def varlen_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Attention within the views of packed rows by their lengths, with the flash attention kernels that torch (2.10 or
-    newer) has for NVIDIA GPUs, in bfloat16 or float16. Elsewhere, and for rows that are not packed, what `sdpa` gives.
+    newer) has for NVIDIA GPUs, in bfloat16 or float16. Rows that are not packed are attended to as by `sdpa`.
 
     Args:
         query, key, value (`torch.FloatTensor` of shape `[rows, heads, row_length, head_dim]`): one for every entry.
@@ -210,10 +209,7 @@ def varlen_attention_forward(
         `torch.FloatTensor` of shape `[rows, row_length, heads, head_dim]`, and `None` for the weights.
     """
     if cu_seq_lens_q is None:
-        return packed_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
-    if query.device.type != "cuda" or query.dtype == torch.float32 or dropout > 0.0:
-        views = PackedViews.from_ids(torch.repeat_interleave(cu_seq_lens_q.diff()))
-        return packed_attention_forward(module, query, key, value, None, dropout=dropout, packed_views=views, **kwargs)
+        return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     from torch.nn.attention.varlen import varlen_attn  # newer than the oldest torch that will do
 
     flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
@@ -241,9 +237,14 @@ def has_varlen_kernel(config: TJEPAConfig) -> bool:
     )
 
 
-def attends_by_lengths(config: TJEPAConfig) -> bool:
-    """Whether packed rows need no mask, but `flash_attention_kwargs`."""
-    return config._attn_implementation == VARLEN_ATTENTION or is_flash_attention_requested(config)
+def attends_by_lengths(config: TJEPAConfig, hidden_states: torch.Tensor) -> bool:
+    """Whether packed rows of such states need no mask, but `flash_attention_kwargs`."""
+    if config._attn_implementation != VARLEN_ATTENTION:
+        return is_flash_attention_requested(config)
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return device == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_varlen_kernel(config)
 
 
 def packed_attention_mask(
@@ -264,14 +265,14 @@ def packed_attention_mask(
     `query_indices` only these entries of the (only) row have a query: all target slots, ascending. `groups` are those
     of [`PackedViews`] where they are known; else they are found.
     """
-    if attends_by_lengths(config):
+    if attends_by_lengths(config, hidden_states):
         if block_ids is None:
             return None
         raise ValueError(
             f"{config._attn_implementation} cannot keep target blocks apart, so the predictor needs another backend: "
             "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
         )
-    if config._attn_implementation == "sdpa":
+    if config._attn_implementation in ("sdpa", VARLEN_ATTENTION):
         if groups is not None:
             return PackedViews.from_groups(groups, block_ids)
         return PackedViews.from_ids(view_ids, block_ids)

@@ -220,7 +220,7 @@ class TJEPAModel(TJEPAPreTrainedModel):
 
         if view_ids is not None:
             attention_mask = packed_attention_mask(self.config, inputs_embeds, view_ids, groups=groups)
-            if attends_by_lengths(self.config):
+            if attends_by_lengths(self.config, inputs_embeds):
                 kwargs.update(flash_attention_kwargs(view_ids, groups))
         else:
             attention_mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
@@ -559,8 +559,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             visible_input_ids = hide_in_place(visible_input_ids, hidden_indices, self.config, self.training)
             is_visible = is_token.index_fill(0, hidden_indices.long(), False)
         contexts = (visible_input_ids, position_ids.flatten()[context_indices], context_view_ids)
-        context_groups = groups_of(view_groups, "contexts")
-        longest = None if traits is None else longest_document(document_groups)
+        context_groups, longest = groups_of(view_groups, "contexts"), longest_document(document_groups)
         (context_states,) = encode(
             self.context_encoder, self.config, traits, *contexts, context_groups, view_lengths, longest
         )

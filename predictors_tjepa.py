@@ -5,16 +5,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_tjepa import TJEPAConfig
 from .layers_tjepa import (
+    VARLEN_ATTENTION,
     PackedViews,
     TJEPAAttention,
     TJEPALayer,
     TJEPALayerNorm,
     TJEPAModule,
     TJEPARotaryEmbedding,
-    attends_by_lengths,
     packed_attention_mask,
     rotate,
 )
@@ -75,7 +76,8 @@ class TJEPAPredictor(TJEPAModule):
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config.predictor_config())
-        if attends_by_lengths(self.config):  # it has no mask for target blocks
+        by_lengths = self.config._attn_implementation == VARLEN_ATTENTION or is_flash_attention_requested(self.config)
+        if by_lengths:  # without a mask for target blocks
             self.config._attn_implementation = "flex_attention"
         encoder_width, width = config.hidden_size, config.predictor_hidden_size
         self.encoder_width = encoder_width

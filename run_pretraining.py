@@ -175,10 +175,11 @@ def main():
             "of equal views differ. Leave it out: it is for our own architecture."
         )
     attention = model_args.attn_implementation or choose_attention(config, training_args)
-    if attention == "sdpa" and training_args.torch_compile:
+    has_kernel = attention == VARLEN_ATTENTION == choose_attention(config, training_args)
+    if attention in ("sdpa", VARLEN_ATTENTION) and not has_kernel and training_args.torch_compile:
         raise ValueError(
-            "--torch_compile with sdpa attention would compile anew for every batch, whose groups of equal views "
-            "differ. Leave it out; on a GPU it goes with the attention that a run takes there by itself."
+            f"--torch_compile with {attention} attention would compile anew for every batch, whose groups of equal "
+            "views differ. Leave it out; on a GPU it goes with the attention that a run takes there by itself."
         )
     collator.fit_to(config)
     if (config.segment_weight > 0) != (masking_args.segment_length is not None):
@@ -230,8 +231,7 @@ def main():
         datasets_by_split, counts = tokenize_splits(documents, tokenizer, data_args, training_args)
 
     # Views and batches
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if collator.row_length is None and any(get_attention(part.config) == "flex_attention" for part in parts):
+    if collator.row_length is None and has_flex_attention(model):
         collator.row_length = "auto"
 
     # Training
@@ -333,10 +333,19 @@ def read_documents(
 
 
 def choose_attention(config: TJEPAConfig, args: PretrainingArguments) -> str:
-    """What is fastest on a GPU; beside another encoder sdpa, because packed rows of equal views suit both."""
-    if args.device.type != "cuda" or config.encoder is not None:
+    """
+    What is fastest on a GPU; sdpa beside another encoder, because packed rows of equal views suit both, and with
+    dropout in the attention, which the others lack.
+    """
+    if args.device.type != "cuda" or config.encoder is not None or config.attention_probs_dropout_prob > 0.0:
         return "sdpa"
     return VARLEN_ATTENTION if (args.bf16 or args.fp16) and has_varlen_kernel(config) else "flex_attention"
+
+
+def has_flex_attention(model: TJEPAForPreTraining) -> bool:
+    """In any of its parts: the predictor's can be another one than the encoders'."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return any(get_attention(part.config) == "flex_attention" for part in parts)
 
 
 def create_collator(

@@ -33,7 +33,6 @@ import torch
 import yaml
 from accelerate.utils import send_to_device
 from reporting import finished_or_run, new_figure, save_figure
-from torch.nn import functional as F
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_seed
 
 import tjepa.layers_tjepa
@@ -266,8 +265,7 @@ class MLM:
                 input_ids[None], position_ids=positions[None], view_ids=views[None]
             ).last_hidden_state[0]
         is_masked = labels >= 0
-        logits = self.model.token_head(states[is_masked], self.model.decoder.weight)
-        return F.cross_entropy(logits.float(), labels[is_masked])
+        return self.model.token_head(states[is_masked], self.model.decoder.weight, labels[is_masked]).mean()
 
     def after_step(self, step: int, num_steps: int) -> None:
         first, last = self.recipe.mask_ratio, self.recipe.final_mask_ratio
@@ -330,7 +328,8 @@ class Training:
             mask_token_id=self.tokenizer.mask_token_id,
             **self.recipe.config,
         )
-        if torch.cuda.is_available() and self.args.bf16:
+        is_causal = self.recipe.causal_first > 0.0 or self.recipe.causal_mixed > 0.0  # which is a mask
+        if torch.cuda.is_available() and self.args.bf16 and not is_causal:
             config._attn_implementation = VARLEN_ATTENTION
         self.objective = OBJECTIVES[self.recipe.objective](self.recipe, config, self.args, self.tokenizer)
         self.objective.model.to("cuda" if torch.cuda.is_available() else "cpu")

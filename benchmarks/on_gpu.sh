@@ -9,8 +9,8 @@
 # equality        6 min  flex, varlen, sdpa and compiled paths against eager, in float32 and bfloat16
 # speed-384       6 min  tokens/s, memory and MFU of 8+8 layers of 384, rows of 1,024, 4,096 and 16,384, with a profile
 # speed-768       8 min  the same of 12+12 layers of 768
-# recipe-768      2 min  the same of configs/default.yaml at 12 layers of 768, in one row
-# encoder-768     3 min  the same of an encoder of 152M parameters alone (MLM)
+# recipe-768      2 min  tokens/s and memory of configs/default.yaml at 12 layers of 768, in one row
+# encoder-768     3 min  tokens/s, memory and MFU of an encoder of 153M parameters alone (MLM)
 # learning        7 min  docs/learning.md at 100 times its compute, MLM beside it; needs datasets and the data
 #
 # Default: all of them. Each writes OUT/PIECE.json as it goes, so that what was measured stays if time runs out. --tiny

@@ -23,7 +23,7 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTr
 from ..corpus.private import get_attention
 from ..corpus.tokenizers import load_tokenizer, text_reader
 from ..encoders_tjepa import encode, encoder_class, measure_packing
-from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION, attends_by_lengths, has_varlen_kernel
+from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION, has_varlen_kernel
 from ..modeling_tjepa import TJEPAModel
 from ..training.loading import load_config
 from ..training.model_folder import find_sentence_modules
@@ -387,9 +387,9 @@ def takes_packed_rows(model: torch.nn.Module) -> bool:
     """
     is_ours = isinstance(model, TJEPAModel)
     if next(model.parameters()).is_cuda:
-        return is_ours and model.dtype != torch.float32 and has_varlen_kernel(model.config)
+        return is_ours and model.dtype in (torch.bfloat16, torch.float16) and has_varlen_kernel(model.config)
     if is_ours:  # with other backends the mask of a packed row would be a square
-        return get_attention(model.config) == "sdpa" or attends_by_lengths(model.config)
+        return get_attention(model.config) in ("sdpa", VARLEN_ATTENTION)
     if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
         return False
     if model not in _traits:

@@ -6,7 +6,7 @@ from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
 from helpers import make_tiny_config
 from tjepa import TJEPAModel
-from tjepa.layers_tjepa import PackedViews, TJEPARotaryEmbedding, flash_attention_kwargs, rotate
+from tjepa.layers_tjepa import PackedViews, TJEPARotaryEmbedding, flash_attention_kwargs, has_varlen_kernel, rotate
 
 
 def test_groups_and_masks_of_packed_views():
@@ -78,3 +78,21 @@ def test_rotary_frequencies_are_not_saved():
     model = TJEPAModel(make_tiny_config(rotary_dim=8, rope_theta=10000.0, hidden_size=64))
     assert not [name for name in model.state_dict() if "rotary" in name]
     assert model.rotary_embedding.freqs.tolist() == torch.tensor([1.0, 0.1, 0.01, 0.001]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "expected"),
+    [
+        ((9, 0), {}, True),
+        ((7, 5), {}, False),
+        (None, {}, False),  # no GPU
+        ((9, 0), {"hidden_size": 36, "rotary_dim": 4}, False),
+        ((9, 0), {"attention_probs_dropout_prob": 0.1}, False),
+    ],
+)
+def test_which_gpus_have_a_kernel_for_attention_by_lengths(monkeypatch, capability, options, expected):
+    pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert has_varlen_kernel(make_tiny_config(**options)) == expected

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers import make_examples, make_tiny_config
-from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAModel
+from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAModel, layers_tjepa, modeling_tjepa
 from tjepa.data_collator_tjepa import (
     MASKING_PRESETS,
     DataCollatorForTJEPA,
@@ -251,7 +251,10 @@ def has_kernel(monkeypatch):
         output = varlen_kernel(*flat, cu_seq_lens_q, max_length_q)
         return output.unflatten(0, (query.shape[0], -1)), None
 
-    for name in ("flash_attention_2", VARLEN_ATTENTION):
+    names = ("flash_attention_2", VARLEN_ATTENTION)
+    for module in (layers_tjepa, modeling_tjepa):
+        monkeypatch.setattr(module, "attends_by_lengths", lambda config, _: config._attn_implementation in names)
+    for name in names:
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, forward)
 
 

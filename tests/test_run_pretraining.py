@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from fault_injection import Fault, InjectedError
-from helpers import REPOSITORY, TINY, arguments, make_texts, run, run_elsewhere
-from tjepa import run_pretraining
+from helpers import REPOSITORY, TINY, arguments, make_texts, make_tiny_config, run, run_elsewhere
+from tjepa import TJEPAConfig, TJEPAForPreTraining, run_pretraining
 from tjepa.layers_tjepa import VARLEN_ATTENTION
 from tjepa.tools import search
 from tjepa.training.loading import load_pretraining_config
@@ -221,8 +221,12 @@ def test_shipped_configs_parse(path):
 
 
 def test_what_would_compile_for_every_batch_is_refused(inputs, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--torch_compile with sdpa attention would compile anew for every batch"):
-        run(monkeypatch, arguments(inputs, tmp_path / "out", torch_compile=True))
+    for name in ("sdpa", VARLEN_ATTENTION):  # which has no kernel here
+        flags = {"torch_compile": True, "attn_implementation": name}
+        with pytest.raises(
+            ValueError, match=f"--torch_compile with {name} attention would compile anew for every batch"
+        ):
+            run(monkeypatch, arguments(inputs, tmp_path / "out", **flags))
 
 
 def test_a_compiled_run_is_the_same_run(inputs, tmp_path):
@@ -258,17 +262,32 @@ def test_attention_by_lengths_runs_everywhere(inputs, tmp_path, monkeypatch, pre
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "has_kernel", "other", "expected"),
+    ("device", "bf16", "has_kernel", "options", "expected"),
     [
-        ("cpu", True, False, False, "sdpa"),
-        ("cuda", True, True, False, VARLEN_ATTENTION),
-        ("cuda", True, False, False, "flex_attention"),
-        ("cuda", False, True, False, "flex_attention"),
-        ("cuda", True, True, True, "sdpa"),
+        ("cpu", True, True, {}, "sdpa"),
+        ("cuda", True, True, {}, VARLEN_ATTENTION),
+        ("cuda", True, False, {}, "flex_attention"),
+        ("cuda", False, True, {}, "flex_attention"),
+        ("cuda", True, True, {"encoder": {"model_type": "bert"}}, "sdpa"),
+        ("cuda", True, True, {"attention_probs_dropout_prob": 0.1}, "sdpa"),
     ],
 )
-def test_a_gpu_gets_its_fastest_attention(monkeypatch, device, bf16, has_kernel, other, expected):
+def test_a_gpu_gets_its_fastest_attention(monkeypatch, device, bf16, has_kernel, options, expected):
     monkeypatch.setattr(run_pretraining, "has_varlen_kernel", lambda config: has_kernel)
     args = SimpleNamespace(device=torch.device(device), bf16=bf16, fp16=False)
-    config = SimpleNamespace(encoder=object() if other else None)
-    assert run_pretraining.choose_attention(config, args) == expected
+    assert run_pretraining.choose_attention(TJEPAConfig(**options), args) == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "predictor_type", "expected"),
+    [
+        (VARLEN_ATTENTION, "self_attention", True),
+        (VARLEN_ATTENTION, "boundary", False),
+        ("flex_attention", "boundary", True),
+        ("sdpa", "self_attention", False),
+    ],
+)
+def test_rows_of_one_length_are_for_flex_attention_in_any_part(attention, predictor_type, expected):
+    config = make_tiny_config(predictor_type=predictor_type)
+    config._attn_implementation = attention
+    assert run_pretraining.has_flex_attention(TJEPAForPreTraining(config)) == expected

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from datasets.utils import tqdm
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
@@ -88,7 +87,7 @@ def train_decoder(
     for step in tqdm(range(num_steps), desc="Fitting the token head"):
         chosen = torch.randint(len(fitted), (BATCH_SIZE,), generator=generator).tolist()
         predictions, tokens = predict([{**fitted[index], "epoch": step} for index in chosen])
-        F.cross_entropy(head(predictions, embedding).float(), tokens).backward()
+        head(predictions, embedding, tokens).mean().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

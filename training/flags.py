@@ -92,7 +92,10 @@ FLAGS: dict[str, Rules] = {
     ),
     "label_smoothing_factor": Rules(refused("the targets are vectors: there are no classes to smooth"), works()),
     "torch_compile": Rules(
-        works("each kind of layer by itself; it is refused with sdpa attention and for other architectures"), works()
+        works(
+            "each kind of layer and the token head by itself; refused with sdpa attention and for other architectures"
+        ),
+        works(),
     ),
     # numbers and memory
     "fp16": both(works("on a GPU only; on a CPU it is refused: --bf16 works there, too")),

@@ -19,6 +19,8 @@ from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
 
 logger = logging.getLogger(__name__)
 
+HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the HTTP library, another one in every version of huggingface-hub
+
 
 # What --push_to_hub publishes of a folder; the tokenizer's vocabulary files come to it by their own names.
 PUBLISHED_FILES = [
@@ -169,9 +171,7 @@ def explaining_refusal(repo_id: str, flag: str) -> Iterator[None]:
             f"The Hub does not give access to {repo_id}: {error}\nPass a token that may write there as {flag}, or log "
             "in with `hf auth login`. Nothing was uploaded."
         ) from error
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of the HTTP library, another one in every version of huggingface-hub
+    except HTTP_ERROR as error:
         raise ConnectionError(
             f"The Hub cannot be reached to ask for access to {repo_id}: {error}. Try again, or publish later. "
             "Nothing was uploaded."

@@ -30,6 +30,7 @@ from .configuration_tjepa import TJEPAConfig
 
 PACKED_ATTENTION = "tjepa_packed"  # the name under which transformers knows `packed_attention_forward`
 VARLEN_ATTENTION = "tjepa_varlen"  # and `varlen_attention_forward`
+TORCH_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # looked up once: every forward asks
 
 
 def within_window(positions: torch.Tensor, window: int) -> torch.Tensor:
@@ -227,7 +228,7 @@ def has_varlen_kernel(config: TJEPAConfig) -> bool:
     """Whether the GPU of this machine has a kernel for `varlen_attention_forward` in 16 bits."""
     head_dim = config.hidden_size // config.num_attention_heads
     return (
-        find_spec("torch.nn.attention.varlen") is not None
+        TORCH_HAS_VARLEN
         and torch.version.cuda is not None
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= (8, 0)

@@ -92,9 +92,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def compile_for(device: torch.device, model: torch.nn.Module) -> None:
-    """As `--torch_compile` does it; on the CPU without code generation, which takes minutes there."""
-    compile_layers(model, **({} if device.type == "cuda" else {"backend": "aot_eager"}))
+def build_model(model_class: type, config: TJEPAConfig, way: str, device: torch.device) -> torch.nn.Module:
+    """Compiled as `--torch_compile` does it; on the CPU without code generation, which takes minutes there."""
+    torch.manual_seed(0)
+    model = model_class(config).to(device).train()
+    if way == "layers":
+        compile_layers(model, **({} if device.type == "cuda" else {"backend": "aot_eager"}))
+    return model
 
 
 # --- equality --------------------------------------------------------------------------------------------------------
@@ -114,11 +118,7 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
     batch = make_batch(documents, 96 if args.tiny else 1024, args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-    def build(attention: str) -> TJEPAForPreTraining:
-        torch.manual_seed(0)
-        return TJEPAForPreTraining(make_config(size, attention)).to(args.device)
-
-    reference = build("eager")
+    reference = build_model(TJEPAForPreTraining, make_config(size, "eager"), "no", args.device)
     parameters = [parameter for parameter in reference.parameters() if parameter.requires_grad]
     expected_loss, expected_gradient = loss_and_gradient(reference, parameters, batch, "float32")
     all_hold = True
@@ -141,10 +141,8 @@ def check_equality(args: argparse.Namespace, report: Report) -> bool:
             report.add(**what, skipped=f"torch has no {attention} on the CPU, or not its backward")
             continue
         try:
-            model = build(attention)
+            model = build_model(TJEPAForPreTraining, make_config(size, attention), way, args.device)
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            if way == "layers":
-                compile_for(args.device, model)
             loss, gradient = loss_and_gradient(model, parameters, batch, dtype)
         except Exception as error:  # one path that fails does not hide the others
             report.add(**what, failed=f"{type(error).__name__}: {str(error)[:300]}")
@@ -249,10 +247,7 @@ def measure_step(
     args: argparse.Namespace,
     report: Report,
 ) -> None:
-    torch.manual_seed(0)
-    model = TJEPAForPreTraining(config).to(args.device).train()
-    if way == "layers":
-        compile_for(args.device, model)
+    model = build_model(TJEPAForPreTraining, config, way, args.device)
     what |= {"compiled": way, "parameters": sum(p.numel() for p in model.context_encoder.parameters())}
     step = make_step(model, lambda: model(**batch).loss, args.device, lambda: model.update_target_encoder(0.99))
     measure(what, step, documents, flops, has_profile, args, report)
@@ -273,10 +268,7 @@ def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
     head = 2 * d * (d + config.vocab_size) * len(labels)
     flops = 3 * (stack_flops(lengths.sum(), lengths.square().sum(), *sizes) + head)
     for attention, way in itertools.product(attentions_of(args.device), WAYS):
-        torch.manual_seed(0)
-        model = TJEPAForMaskedLM(make_config(size, attention)).to(args.device).train()
-        if way == "layers":
-            compile_for(args.device, model)
+        model = build_model(TJEPAForMaskedLM, make_config(size, attention), way, args.device)
 
         def loss(model=model):
             states = model.encoder(input_ids, position_ids=positions, view_ids=views, groups=groups).last_hidden_state

@@ -78,7 +78,8 @@ class Recipe:
         causal_first: of MLM, the share of its steps, at the start, in which each token is told from those before it
             (arXiv 2605.12438).
         causal_mixed: of MLM, the share of such steps among all others (GPT-BERT, arXiv 2410.24159, mixes both).
-        muon: of MLM, whether torch's Muon trains the matrices of the layers, beside AdamW for the rest.
+        muon: of MLM, torch's Muon trains the matrices of the layers at so many times the rate of AdamW, which trains
+            the rest; 0: AdamW trains all.
         segment_length: documents are cut into segments of at most so many tokens, each encoded by itself.
         permute_segments: of T-JEPA, each segment's label is that of another hidden one of its document (a control).
         static_labels: of T-JEPA, labels are the first encoder's embeddings of the hidden tokens (a control).
@@ -97,7 +98,7 @@ class Recipe:
     final_mask_ratio: float | None = None
     causal_first: float = 0.0
     causal_mixed: float = 0.0
-    muon: bool = False
+    muon: float = 0.0
     segment_length: int | None = None
     permute_segments: bool = False
     static_labels: bool = False
@@ -297,14 +298,14 @@ def draw_batches(documents: list[np.ndarray], batch_size: int, seed: int) -> Ite
 
 
 def split_off_muon(
-    optimizer: torch.optim.Optimizer, layers: torch.nn.Module, args: PretrainingArguments
+    optimizer: torch.optim.Optimizer, layers: torch.nn.Module, times_rate: float, args: PretrainingArguments
 ) -> torch.optim.Muon:
-    """Takes the matrices of the layers out of AdamW's first group; at the same rate Muon's steps are of like size."""
+    """Takes the matrices of the layers out of AdamW's first group; at once its rate steps are of like size."""
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
     taken, group = set(map(id, matrices)), optimizer.param_groups[0]
     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
     return torch.optim.Muon(
-        matrices, args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+        matrices, times_rate * args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
 
 
@@ -341,7 +342,7 @@ class Training:
         args, model = self.args, self.objective.model
         optimizers = [create_optimizer(model, args)]
         if self.recipe.muon:
-            optimizers.insert(0, split_off_muon(optimizers[0], model.encoder.layers, args))
+            optimizers.insert(0, split_off_muon(optimizers[0], model.encoder.layers, self.recipe.muon, args))
         warmup_steps = args.get_warmup_steps(self.num_steps)
         schedule = (self.num_steps, warmup_steps, args.start_lr, args.final_lr, args.schedule_stretch)
         schedulers = [WarmupThenDecay(optimizer, *schedule) for optimizer in optimizers]

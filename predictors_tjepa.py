@@ -74,6 +74,8 @@ class TJEPAPredictor(TJEPAModule):
     encoder's output as it is.
     """
 
+    _no_split_modules = ["TJEPAPredictorLayer"]
+
     def __init__(self, config: TJEPAConfig):
         super().__init__(config.predictor_config())
         by_lengths = self.config._attn_implementation == VARLEN_ATTENTION or is_flash_attention_requested(self.config)

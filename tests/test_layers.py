@@ -5,7 +5,7 @@ import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
 from helpers import make_tiny_config
-from tjepa import TJEPAModel
+from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.layers_tjepa import PackedViews, TJEPARotaryEmbedding, flash_attention_kwargs, has_varlen_kernel, rotate
 
 
@@ -96,3 +96,12 @@ def test_which_gpus_have_a_kernel_for_attention_by_lengths(monkeypatch, capabili
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert has_varlen_kernel(make_tiny_config(**options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("predictor", "expected"),
+    [("self_attention", {"TJEPALayer", "TJEPAPredictorLayer"}), ("boundary", {"TJEPALayer"})],
+)
+def test_layers_stay_whole_when_a_model_is_divided_over_devices(predictor, expected):
+    """FSDP shards each of these apart, and `device_map` puts each on one device."""
+    assert TJEPAForPreTraining(make_tiny_config(predictor_type=predictor))._no_split_modules == expected

@@ -10,10 +10,19 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 
-def absorb_first_signal(initialize_worker, worker_id: int) -> None:
-    """A worker must outlive the first SIGTERM or SIGINT: schedulers and terminals send it to the workers, too."""
+def absorb_first_signal(is_training: torch.Tensor, initialize_worker, worker_id: int) -> None:
+    """
+    While the process trains (bool `[]`, in shared memory) its workers must outlive the first SIGTERM or SIGINT, which
+    schedulers and terminals send to them, too. Afterwards it ends them: the interpreter waits for them when it exits.
+    """
+
+    def receive(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if not is_training:
+            os.kill(os.getpid(), number)
+
     for number in StopOnSignalCallback.SIGNALS:
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+        signal.signal(number, receive)
     if initialize_worker is not None:
         initialize_worker(worker_id)
 
@@ -36,6 +45,7 @@ class StopOnSignalCallback(TrainerCallback):
         self._received_at = math.inf
         self._previous_handlers = {}
         self._group = None
+        self._is_training = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def _receive(self, number: int, frame) -> None:
         if self.signal_number is None:
@@ -59,7 +69,8 @@ class StopOnSignalCallback(TrainerCallback):
         if not self._previous_handlers:  # training may begin a second time (--auto_find_batch_size)
             self._previous_handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
-        loader.worker_init_fn = partial(absorb_first_signal, loader.worker_init_fn)
+        loader.worker_init_fn = partial(absorb_first_signal, self._is_training, loader.worker_init_fn)
+        self._is_training.fill_(True)
         if args.world_size > 1 and self._group is None:  # on the CPU: asking must not make a GPU wait
             self._group = torch.distributed.new_group(backend="gloo")
 
@@ -72,6 +83,7 @@ class StopOnSignalCallback(TrainerCallback):
         self.restore_handlers()
 
     def restore_handlers(self) -> None:
+        self._is_training.fill_(False)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}

@@ -418,3 +418,16 @@ def test_a_second_signal_kills_at_once():
         time.sleep(60)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code"),
+    [(["--learning_rate=1e30"], 1), (["--dataloader_persistent_workers=True"], 0)],
+    ids=["an error", "persistent workers"],
+)
+def test_workers_end_with_the_run(tmp_path, flags, exit_code):
+    """The interpreter ends them by one SIGTERM, and then waits for them however long it takes."""
+    values = [f"--output_dir={tmp_path / 'out'}", "--max_steps=8", "--logging_steps=1", "--dataloader_num_workers=1"]
+    command = [sys.executable, REPOSITORY / "run_pretraining.py", *write_inputs(tmp_path), *values, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == exit_code, done.stderr[-2000:]

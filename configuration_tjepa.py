@@ -6,9 +6,11 @@ The predictor is built from the same layers as the encoder, so it gets a configu
 
 import copy
 import math
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -169,16 +171,16 @@ class TJEPAConfig(PreTrainedConfig):
             Dropout before the linear layer of the classification and question answering heads.
 
     Raises:
-        ValueError: for sizes that do not fit each other, weights below zero, probabilities outside [0, 1), more
-            target layers than there are, a beta that is not positive, and an unknown predictor, pooling, loss or
-            normalisation.
+        StrictDataclassError: (of huggingface_hub) for sizes that do not fit each other, weights below zero,
+            probabilities outside [0, 1), more target layers than there are, a beta that is not positive, and an
+            unknown activation, predictor, pooling, loss or normalisation.
     """
 
     model_type = "tjepa"
     sub_configs = {"encoder": AutoConfig}
 
     encoder: dict | PreTrainedConfig | None = None
-    encoder_input: str = "auto"
+    encoder_input: Literal["auto", "packed", "padded"] = "auto"
     mask_token_id: int | None = None
     special_token_ids: list[int] | None = None
     vocab_size: int = 32000
@@ -204,7 +206,7 @@ class TJEPAConfig(PreTrainedConfig):
     predictor_num_attention_heads: int | None = None
     predictor_intermediate_size: int | None = None
     predictor_rotary_dim: int | None = None
-    predictor_type: str = "self_attention"
+    predictor_type: Literal["self_attention", "cross_attention", "boundary", "in_place"] = "self_attention"
     learned_mask_token: bool = True
     variance_covariance_weight: float | int = 0.0
     token_prediction_weight: float | int = 0.0
@@ -217,10 +219,10 @@ class TJEPAConfig(PreTrainedConfig):
     segment_predictor_num_hidden_layers: int = 2
     contrastive_temperature: float | int = 0.05
     target_layers: int = 1
-    target_normalization: str = "layer"
-    loss_type: str = "smooth_l1"
+    target_normalization: Literal["layer", "instance"] = "layer"
+    loss_type: Literal["smooth_l1", "l1", "l2", "cosine"] = "smooth_l1"
     smooth_l1_beta: float | int = 1.0
-    classifier_pooling: str = "mean"
+    classifier_pooling: Literal["mean", "first", "attention"] = "mean"
     classifier_dropout: float | int | None = None
 
     def __post_init__(self, **kwargs):
@@ -261,6 +263,8 @@ class TJEPAConfig(PreTrainedConfig):
                     f"{prefix}rotary_dim ({rotary_dim}) must be even, at least 4 and at most the width of a head: "
                     f"{prefix}hidden_size / {prefix}num_attention_heads = {head_dim}."
                 )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
         for name in ("vocab_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -284,15 +288,6 @@ class TJEPAConfig(PreTrainedConfig):
             )
         if not self.smooth_l1_beta > 0.0:
             raise ValueError(f"smooth_l1_beta must be positive, got {self.smooth_l1_beta}; for 0 set loss_type='l1'.")
-        for name, allowed in (
-            ("encoder_input", ("auto", "packed", "padded")),
-            ("predictor_type", ("self_attention", "cross_attention", "boundary", "in_place")),
-            ("target_normalization", ("layer", "instance")),
-            ("loss_type", ("smooth_l1", "l1", "l2", "cosine")),
-            ("classifier_pooling", ("mean", "first", "attention")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -307,14 +302,9 @@ class TJEPAConfig(PreTrainedConfig):
 
     def segment_predictor_config(self) -> "TJEPAConfig":
         """The configuration that makes a `TJEPAPredictor` of segments."""
-        sizes = {
-            "predictor_type": "self_attention",
-            "predictor_hidden_size": self.hidden_size,
-            "predictor_num_hidden_layers": self.segment_predictor_num_hidden_layers,
-            "predictor_num_attention_heads": None,
-            "predictor_intermediate_size": None,
-            "predictor_rotary_dim": None,
-        }
+        sizes = dict.fromkeys(name for name in DERIVED_SIZES if name.startswith("predictor_"))
+        sizes["predictor_type"] = "self_attention"
+        sizes["predictor_num_hidden_layers"] = self.segment_predictor_num_hidden_layers
         return TJEPAConfig.from_dict({**self.to_dict(), **sizes}, attn_implementation=self._attn_implementation)
 
     def predictor_config(self) -> "TJEPAConfig":

@@ -524,7 +524,7 @@ class DataCollatorForTJEPA:
     of a batch belong together and differ in their first dimension.
 
     Args:
-        strategies (`list[MaskingStrategy]`, *optional*): the UL2 preset by default; every document under each of them.
+        strategies (`list[MaskingStrategy | dict]`, *optional*): by default UL2; every document under each of them.
         seed (`int`, defaults to 0): masks are a pure function of (seed, epoch, document index).
         row_length (`int` or `"auto"`, *optional*):
             Rows of this many tokens, or of a length that suits the batch (`pack_rows`), as `flex_attention` and
@@ -532,7 +532,6 @@ class DataCollatorForTJEPA:
         mask_recurring_targets (`bool`, defaults to `False`):
             Hide from the context every other occurrence of a target block of two tokens or more: no copied answers.
         views_per_document (`int`, *optional*): draw so many of the strategies for each document instead of all.
-        in_place (`bool`): whether hidden tokens keep their places in the context, for `predictor_type="in_place"`.
         special_tokens (`tuple[Sequence[int], Sequence[int]]`): ids before and behind each document, always visible.
     """
 
@@ -543,24 +542,27 @@ class DataCollatorForTJEPA:
         row_length: RowLength = None,
         mask_recurring_targets: bool = False,
         views_per_document: int | None = None,
-        in_place: bool = False,
         special_tokens: SpecialTokens = ((), ()),
     ):
-        self.strategies = list(MASKING_PRESETS["ul2"] if strategies is None else strategies)
-        if not self.strategies:
+        strategies = MASKING_PRESETS["ul2"] if strategies is None else strategies
+        self.strategies = [s if isinstance(s, MaskingStrategy) else MaskingStrategy.from_dict(s) for s in strategies]
+        if not (most := len(self.strategies)):
             raise ValueError("DataCollatorForTJEPA needs at least one masking strategy.")
-        if views_per_document is not None and not 1 <= views_per_document <= len(self.strategies):
-            allowed = f"between 1 and the number of strategies ({len(self.strategies)})"
-            raise ValueError(f"views_per_document must be {allowed}, got {views_per_document}.")
-        self.seed, self.row_length, self.in_place = seed, row_length, in_place
-        self.mask_recurring_targets, self.views_per_document = mask_recurring_targets, views_per_document
-        self.special_tokens, self.hidden_parts = special_tokens, False
+        if views_per_document is not None and not 1 <= views_per_document <= most:
+            raise ValueError(f"views_per_document: 1 to {most}, one for each strategy, got {views_per_document}.")
+        self.seed, self.row_length, self.views_per_document = seed, row_length, views_per_document
+        self.mask_recurring_targets, self.special_tokens = mask_recurring_targets, special_tokens
+        self.in_place = self.hidden_parts = False
         self._num_dropped_documents = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count too
 
     def fit_to(self, config) -> None:
-        """To the model of a `TJEPAConfig`: sets `in_place`, and `hidden_parts`, which `pooled_weight` needs."""
-        self.in_place = config.predictor_type == "in_place"
-        self.hidden_parts = config.pooled_weight > 0
+        """
+        To a `TJEPAConfig`: with `predictor_type="in_place"` hidden tokens keep their places (a `ValueError` where
+        others lose them), and for `pooled_weight` what is hidden is handed out as texts, too.
+        """
+        self.in_place, self.hidden_parts = config.predictor_type == "in_place", config.pooled_weight > 0
+        if self.in_place and (self.mask_recurring_targets or any(s.max_context_ratio < 1 for s in self.strategies)):
+            raise ValueError("In place every token is read: leave out mask_recurring_targets and max_context_ratio.")
 
     @property
     def num_dropped_documents(self) -> int:
@@ -588,8 +590,6 @@ class DataCollatorForTJEPA:
 
     def collate(self, documents: list[np.ndarray], keys: np.ndarray) -> dict[str, torch.Tensor]:
         """From the token ids of each document and its random key (uint64 [num_documents]) to the batch."""
-        if self.in_place and (self.mask_recurring_targets or any(s.max_context_ratio < 1 for s in self.strategies)):
-            raise ValueError("In place every token is read: leave out mask_recurring_targets and max_context_ratio.")
         options = (self.mask_recurring_targets, self.views_per_document, self.in_place)
         views = draw_views(documents, keys, self.strategies, *options)
         if documents and any(self.special_tokens):

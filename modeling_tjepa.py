@@ -330,14 +330,24 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Of predictor and loss; its `encoder` is the configuration of this one. Default: the reference's.
 
         Raises:
-            ValueError: if the encoder cannot be trained (see `measure_encoder`).
+            ValueError: if the encoder cannot be trained (see `measure_encoder`), or is not of the class that AutoModel
+                loads for its configuration; for a `config` of our own architecture.
         """
-        model = cls(config or TJEPAConfig(encoder=encoder.config))
+        config = config or TJEPAConfig(encoder=encoder.config)
+        if config.encoder is None:
+            raise ValueError("from_encoder needs TJEPAConfig(encoder=encoder.config, ...): this one is of no encoder.")
+        model = cls(config)
         for part in (model.context_encoder, model.target_encoder):
-            part.load_state_dict(encoder.state_dict())
+            missing, unknown = part.load_state_dict(encoder.state_dict(), strict=False)
         if model.token_head is not None:
             model.token_head.fit_to(model.get_input_embeddings().weight)
-        model.measure_encoders()
+        needed = set(missing) - set(model.measure_encoders().unused_parameters)
+        if needed or unknown:
+            raise ValueError(
+                f"{type(encoder).__name__} is not the {type(model.target_encoder).__name__} that its configuration "
+                f"stands for: {len(needed)} weights are missing and {len(unknown)} are left over, such as "
+                f"{next(iter([*needed, *unknown]))}. Give the encoder alone, as AutoModel loads it."
+            )
         return model
 
     def measure_encoders(self) -> EncoderTraits | None:

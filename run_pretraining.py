@@ -50,7 +50,7 @@ from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import find_checkpoint
 from tjepa.training.forecast import Forecast
-from tjepa.training.loading import check_resumed, load_pretraining_config, load_pretraining_model
+from tjepa.training.loading import check_attention, check_resumed, load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
 from tjepa.training.model_folder import (
@@ -112,6 +112,14 @@ class ModelArguments(HubArguments):
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of model_name_or_path.")
     model_license: str = HfArg(default="apache-2.0", help="Licence of the weights, for the model card.")
 
+    def __post_init__(self):
+        if self.config_name is not None and self.model_name_or_path is not None:
+            raise ValueError(
+                f"--config_name {self.config_name} is for training from scratch, and --model_name_or_path "
+                f"{self.model_name_or_path} has a configuration. Leave one of them out; --config_overrides changes "
+                "single values."
+            )
+
 
 @dataclass
 class MaskingArguments:
@@ -150,7 +158,7 @@ def main():
         keep_freed_memory()
     check_number_of_processes(training_args)
     if training_args.n_gpu > 1:
-        raise RuntimeError(
+        raise ValueError(
             f"One process sees {training_args.n_gpu} GPUs. Start one process for each with accelerate launch "
             f"--num_processes {training_args.n_gpu}, or show it only one with CUDA_VISIBLE_DEVICES=0."
         )
@@ -169,12 +177,19 @@ def main():
     )
     goes_on = config.encoder is not None and model_args.model_name_or_path is not None
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
+    for name, value in (("export_encoder", training_args.export_encoder), ("encoder_input", model_args.encoder_input)):
+        if config.encoder is None and value is not None:
+            raise ValueError(
+                f"--{name} {value} is for encoders of other architectures. Leave it out: our own takes packed rows, "
+                'and AutoModel.from_pretrained(FOLDER, encoder="context") loads the one that was trained by gradient.'
+            )
     if config.encoder is not None and training_args.torch_compile:
         raise ValueError(
             f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
             "of equal views differ. Leave it out: it is for our own architecture."
         )
     attention = model_args.attn_implementation or choose_attention(config, training_args)
+    check_attention(config, attention)
     has_kernel = attention == VARLEN_ATTENTION == choose_attention(config, training_args)
     if attention in ("sdpa", VARLEN_ATTENTION) and not has_kernel and training_args.torch_compile:
         raise ValueError(
@@ -182,6 +197,11 @@ def main():
             "views differ. Leave it out; on a GPU it goes with the attention that a run takes there by itself."
         )
     collator.fit_to(config)
+    if config.pooled_weight > 0 and training_args.per_device_train_batch_size == 1:
+        raise ValueError(
+            "With pooled_weight a document's hidden part is told from those of the others in its batch: raise "
+            "--per_device_train_batch_size 1."
+        )
     if (config.segment_weight > 0) != (masking_args.segment_length is not None):
         raise ValueError(
             f"Segments are cut by --segment_length (given: {masking_args.segment_length}) and predicted with "
@@ -213,6 +233,7 @@ def main():
         tokenizer.model_max_length = model.config.max_position_embeddings
     else:
         collator.special_tokens = special_tokens_around(tokenizer)
+        check_row_length(masking_args, data_args, num_special=sum(map(len, collator.special_tokens)))
     sentence_modules = None
     if goes_on:
         where = (model_args.model_revision, model_args.cache_dir, model_args.token)
@@ -357,14 +378,13 @@ def create_collator(
     Raises:
         ValueError: if a row is shorter than these may be; for masks that cannot be drawn.
     """
-    longest, flag = data_args.max_length, "--max_length"
-    if masking_args.segment_length is not None:
-        longest, flag = masking_args.segment_length, "--segment_length"
-    if masking_args.row_length is not None and masking_args.row_length < longest:
+    if masking_args.segment_length is not None and masking_args.segment_length >= data_args.max_length:
         raise ValueError(
-            f"--row_length {masking_args.row_length} is too short for {flag} {longest}: a row holds whole sequences. "
-            "Raise it, or leave it out."
+            f"--segment_length {masking_args.segment_length} leaves documents of --max_length "
+            f"{data_args.max_length} in one piece, and there is nothing to predict it from. Lower it, or raise "
+            "--max_length."
         )
+    check_row_length(masking_args, data_args)
     options = {
         "strategies": load_masking_strategies(masking_args.masking_strategies),
         "seed": training_args.data_seed if training_args.data_seed is not None else training_args.seed,
@@ -375,6 +395,21 @@ def create_collator(
     if masking_args.segment_length is None:
         return DataCollatorForTJEPA(**options)
     return SegmentCollator(segment_length=masking_args.segment_length, **options)
+
+
+def check_row_length(masking_args: MaskingArguments, data_args: DataArguments, num_special: int = 0) -> None:
+    """
+    Raises:
+        ValueError: if a document or segment, with the special tokens around it, is longer than a row.
+    """
+    flag = "--max_length" if masking_args.segment_length is None else "--segment_length"
+    longest = (masking_args.segment_length or data_args.max_length) + num_special
+    if masking_args.row_length is not None and masking_args.row_length < longest:
+        special = f" and {num_special} special tokens" if num_special else ""
+        raise ValueError(
+            f"--row_length {masking_args.row_length} is too short for {flag} {longest - num_special}{special}: a row "
+            "holds whole sequences. Raise it, or leave it out."
+        )
 
 
 def choose_tokenizer(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForTextEncoding, UMT5Config
+from transformers import AutoModel, AutoModelForTextEncoding, BertForMaskedLM, UMT5Config
 
 from encoder_families import (
     COUNTS_FROM_PADDING,
@@ -214,12 +214,22 @@ def test_the_registered_attention_is_sdpa_without_packed_rows(model_type):
         assert encoder(tokens, attention_mask=mask)[0].equal(expected[1])
 
 
+def test_what_is_no_encoder_of_its_configuration_is_refused():
+    encoder = make_encoder("bert")
+    whole = BertForMaskedLM(encoder.config)
+    TJEPAForPreTraining.from_encoder(whole.bert)  # has no pooler, which no state depends on
+    with pytest.raises(ValueError, match="BertForMaskedLM is not the BertModel that its configuration stands for"):
+        TJEPAForPreTraining.from_encoder(whole)
+    with pytest.raises(ValueError, match=r"needs TJEPAConfig\(encoder=encoder.config"):
+        TJEPAForPreTraining.from_encoder(encoder, TJEPAConfig(predictor_type="boundary"))
+
+
 def test_packing_is_asked_for_or_refused():
     with pytest.raises(ValueError, match="DebertaModel cannot be fed packed rows: its states differ .* 'padded'"):
         measure_encoder(make_encoder("deberta"), MASK, "packed")
     encoder = make_encoder("bert")
     assert not measure_encoder(encoder, MASK, "padded").is_packed and encoder.config._attn_implementation == "sdpa"
-    with pytest.raises(StrictDataclassError, match="encoder_input must be one of auto, packed, padded, got 'both'"):
+    with pytest.raises(StrictDataclassError, match="'encoder_input' expected one of .*, got both"):
         TJEPAConfig(encoder=encoder.config, encoder_input="both")
 
 

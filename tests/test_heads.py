@@ -150,7 +150,7 @@ def test_pooled_vectors_by_hand():
 
 
 def test_unknown_pooling_is_refused():
-    with pytest.raises(StrictDataclassError, match="must be one of mean, first, attention, got 'max'"):
+    with pytest.raises(StrictDataclassError, match=r"expected one of \('mean', 'first', 'attention'\), got max"):
         make_tiny_config(classifier_pooling="max")
 
 

@@ -489,6 +489,9 @@ def test_collator_errors():
         DataCollatorForTJEPA()([whole, bare, {**bare, "text": ""}])  # the first that lacks one
     with pytest.raises(ValueError, match="at least one masking strategy"):
         DataCollatorForTJEPA([])
+    assert DataCollatorForTJEPA([{"target_block_size_mean": 3}]).strategies == [MaskingStrategy(3)]
+    with pytest.raises(ValueError, match="masking strategy"):
+        DataCollatorForTJEPA("ul2")  # the name of a preset
     with pytest.raises(ValueError, match="views_per_document"):
         DataCollatorForTJEPA(views_per_document=8)
     with pytest.raises(ValueError, match="row_length=16"):

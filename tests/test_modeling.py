@@ -523,11 +523,15 @@ def test_inputs_embeds_and_position_ids():
         ({"denoising_ratio": 0.0}, r"denoising_ratio must be in \(0, 1\], got 0.0; set denoising_weight=0"),
         (
             {"predictor_type": "mlp"},
-            "predictor_type must be one of self_attention, cross_attention, boundary, in_place, got 'mlp'",
+            r"predictor_type' expected one of \('self_attention', .*, 'in_place'\), got mlp",
         ),
         ({"target_layers": 9}, r"target_layers must be between 1 and num_hidden_layers \(8\), got 9"),
-        ({"target_normalization": "batch"}, "target_normalization must be one of layer, instance, got 'batch'"),
-        ({"loss_type": "huber"}, "loss_type must be one of smooth_l1, l1, l2, cosine, got 'huber'"),
+        (
+            {"target_normalization": "batch"},
+            "target_normalization' expected one of .*'instance'.*, got batch",
+        ),
+        ({"loss_type": "huber"}, r"loss_type' expected one of \('smooth_l1', .*, got huber"),
+        ({"hidden_act": "swishh"}, "hidden_act must be one of gelu, .*, got 'swishh'"),
         ({"smooth_l1_beta": 0.0}, "smooth_l1_beta must be positive, got 0.0; for 0 set loss_type='l1'"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers import TINY, arguments, make_examples, run
-from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining
+from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.segments import SegmentCollator, cut_into_segments
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.encoders_tjepa import hide_in_place
@@ -16,6 +16,11 @@ from tjepa.losses_tjepa import contrastive_loss
 SINGLE = [MaskingStrategy(1, max_target_mask_ratio=0.3)]
 IN_PLACE = {"predictor_type": "in_place", "mask_token_id": 3, "token_prediction_weight": 1.0}
 LENGTHS = [40, 23, 7, 64, 2]
+
+
+def in_place(collator: DataCollatorForTJEPA) -> DataCollatorForTJEPA:
+    collator.fit_to(TJEPAConfig(**IN_PLACE))
+    return collator
 
 
 def close(actual, expected, atol=1e-5):
@@ -30,7 +35,7 @@ def close(actual, expected, atol=1e-5):
 def test_in_place_is_masked_language_modelling_with_labels(make_model, row_length):
     model = make_model(**IN_PLACE).eval()
     examples = make_examples(LENGTHS)
-    batch = DataCollatorForTJEPA(SINGLE, row_length=row_length, in_place=True)(examples)
+    batch = in_place(DataCollatorForTJEPA(SINGLE, row_length=row_length))(examples)
     output = model(**batch)
 
     masked_lm = TJEPAForMaskedLM(model.config).eval()
@@ -71,12 +76,12 @@ def test_what_in_place_needs_is_named(make_model):
         model(**DataCollatorForTJEPA(SINGLE)(examples))
     model.config.mask_token_id = None
     with pytest.raises(ValueError, match="mask_token_id"):
-        model(**DataCollatorForTJEPA(SINGLE, in_place=True)(examples))
+        model(**in_place(DataCollatorForTJEPA(SINGLE))(examples))
 
 
 def test_denoising_leaves_hidden_places(make_model):
     model = make_model(**IN_PLACE, denoising_weight=1.0, denoising_ratio=1.0, attn_implementation="eager").train()
-    batch = DataCollatorForTJEPA(SINGLE, in_place=True)(make_examples(LENGTHS))
+    batch = in_place(DataCollatorForTJEPA(SINGLE))(make_examples(LENGTHS))
     seen = []
     model.context_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].flatten()), with_kwargs=True
@@ -93,9 +98,9 @@ def test_denoising_leaves_hidden_places(make_model):
 
 def test_in_place_refuses_what_would_leave_tokens_out():
     with pytest.raises(ValueError, match="leave out mask_recurring_targets and max_context_ratio"):
-        DataCollatorForTJEPA(SINGLE, mask_recurring_targets=True, in_place=True)(make_examples([9]))
+        in_place(DataCollatorForTJEPA(SINGLE, mask_recurring_targets=True))
     with pytest.raises(ValueError, match="leave out"):
-        DataCollatorForTJEPA([MaskingStrategy(1, max_context_ratio=0.5)], in_place=True)(make_examples([9]))
+        in_place(DataCollatorForTJEPA([MaskingStrategy(1, max_context_ratio=0.5)]))
 
 
 # --- Segments and pooled states --------------------------------------------------------------------------------------

@@ -188,6 +188,23 @@ def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
             ValueError,
             "pass --validation_file, or a --validation_split_percentage above 0",
         ),
+        ({"export_encoder": "context"}, ValueError, "--export_encoder context is for encoders of other architectures"),
+        ({"attn_implementation": "fast"}, ValueError, '--attn_implementation fast: .*"fast"` is not supported'),
+        (
+            {"config_overrides": TINY + ",predictor_type=in_place", "mask_recurring_targets": True},
+            ValueError,
+            "leave out mask_recurring_targets",
+        ),
+        (
+            {"config_overrides": TINY + ",pooled_weight=1", "per_device_train_batch_size": 1},
+            ValueError,
+            "raise --per_device_train_batch_size 1",
+        ),
+        (
+            {"config_overrides": TINY + ",segment_weight=1", "segment_length": 64},
+            ValueError,
+            "--segment_length 64 leaves documents of --max_length 64 in one piece",
+        ),
         ({"save_strategy": "best", "metric_for_best_model": "probe_accuracy"}, ValueError, "that of --probe_file"),
     ],
 )

@@ -155,6 +155,9 @@ class PretrainingArguments(TrainingArguments):
             )
         if other := sorted(set(self.lr_scheduler_kwargs or {}) - {"num_decay_steps"}):
             raise ValueError(f"--lr_scheduler_kwargs takes num_decay_steps, of warmup_stable_decay; got {other}.")
+        num_decay_steps = (self.lr_scheduler_kwargs or {}).get("num_decay_steps", 1)
+        if not isinstance(num_decay_steps, int) or num_decay_steps < 1:
+            raise ValueError(f"--lr_scheduler_kwargs: num_decay_steps is a number of steps, got {num_decay_steps!r}.")
         self.create_ema()  # which refuses what cannot be
         self._left_out = [name for name in RATES if getattr(self, name) is None]
         self.settle_rates()
@@ -175,8 +178,8 @@ class PretrainingArguments(TrainingArguments):
             setattr(self, name, None)
         if self.learning_rate is None:
             self.learning_rate = TRAINED_ENCODER_LR if goes_on else 1e-3
-        if self.head_learning_rate is None and goes_on:
-            self.head_learning_rate = HEAD_RATE_MULTIPLE * self.learning_rate
+        if self.head_learning_rate is None and (goes_on or self.heads_first_ratio):
+            self.head_learning_rate = (HEAD_RATE_MULTIPLE if goes_on else 1.0) * self.learning_rate
         if self.heads_first_ratio is None and (goes_on or new_heads):
             self.heads_first_ratio = HEADS_FIRST_RATIO if new_heads else 0.0
         if self.ema_momentum is None and not goes_on:

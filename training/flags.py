@@ -145,6 +145,10 @@ FLAGS: dict[str, Rules] = {
 }
 
 
+LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
+LEAST |= dict.fromkeys(("seed", "data_seed", "weight_decay", "final_weight_decay", "dataloader_num_workers"), 0)
+
+
 def check_flags(args: TrainingArguments, kind: Literal["pretraining", "finetuning"]) -> None:
     """
     For `__post_init__`, before anything else: flags that would have no effect, or another one than they promise.
@@ -169,6 +173,10 @@ def check_flags(args: TrainingArguments, kind: Literal["pretraining", "finetunin
                 problems.append(f"--{field.name} is refused: {rule.reason}")
             else:
                 logger.warning(f"--{field.name} has no effect here: {rule.reason}.")
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            problems.append(f"--{name} must be at least {least}, got {value}")
     if problems:
         raise ValueError("; ".join(problems) + ".")
 

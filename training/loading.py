@@ -1,6 +1,7 @@
 """Configurations and models as flags ask for them: read, changed, checked, and fitted to their tokenizer."""
 
 import ast
+import copy
 import difflib
 import logging
 import re
@@ -16,6 +17,7 @@ from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
 from ..corpus.private import get_attention, set_attention
 from ..corpus.tokenizers import load_tokenizer, same_ids, special_tokens_around, vocabulary_size
 from ..encoders_tjepa import encoder_class, position_offsets
+from ..layers_tjepa import TJEPAModule
 from ..modeling_tjepa import TJEPAForPreTraining
 
 
@@ -111,6 +113,8 @@ def load_config(
         )
     try:
         config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **for_hub})
+    except StrictDataclassError as error:
+        raise ValueError(f"{flag} {name}: {error.__cause__ or error}") from error
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -300,6 +304,19 @@ def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPre
             "they would be random. Name a folder that holds the whole encoder."
         )
     return model
+
+
+def check_attention(config: TJEPAConfig, name: str) -> None:
+    """
+    Raises:
+        ValueError: if transformers does not know this attention, or cannot run it here.
+    """
+    config = copy.deepcopy(config)
+    set_attention(config, name)
+    try:
+        TJEPAModule(config)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"--attn_implementation {name}: {error}") from error
 
 
 def check_positions(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

@@ -42,12 +42,12 @@ def hide_what_loading_says() -> None:
 def check_number_of_processes(args: TrainingArguments) -> None:
     """
     Raises:
-        RuntimeError: if processes that were started together do not train together, or if `accelerate launch` was
+        ValueError: if processes that were started together do not train together, or if `accelerate launch` was
             asked for several processes and started one.
     """
     num_started = int(os.environ.get("WORLD_SIZE", 1))
     if num_started != args.world_size:
-        raise RuntimeError(
+        raise ValueError(
             f"The launcher started {num_started} processes, but this one trains in a group of {args.world_size}. "
             "Start them with accelerate launch --config_file and a file of configs/accelerate, or with torchrun; on "
             "the CPUs of a machine with GPUs pass --use_cpu, too."
@@ -55,7 +55,7 @@ def check_number_of_processes(args: TrainingArguments) -> None:
     # accelerate launch sets MASTER_ADDR for several processes only; a launcher that starts them sets WORLD_SIZE, too
     launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched_by_accelerate and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise RuntimeError(
+        raise ValueError(
             "accelerate launch was asked for several processes and started one: with distributed_type MULTI_CPU it "
             "leaves starting them to mpirun, and --cpu or distributed_type NO never start more than one. Use "
             "configs/accelerate/cpu.yaml, or torchrun --nproc_per_node. (If one process is meant: --num_processes 1, "

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -49,6 +50,10 @@ class EpochCallback(TrainerCallback):
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int(state.epoch))
 
+    def on_evaluate(self, args, state, control, train_dataloader=None, **kwargs):
+        if train_dataloader is not None:  # accelerate counts the evaluations on a dataset, which may be this one
+            self.on_epoch_begin(args, state, control, train_dataloader)
+
 
 def keep_embedding_for_token_head(model: torch.nn.Module) -> None:
     """The token head reads the input embedding after the encoder is done with it, when FSDP2 has sharded it again."""
@@ -56,31 +61,9 @@ def keep_embedding_for_token_head(model: torch.nn.Module) -> None:
         model.get_input_embeddings().set_reshard_after_forward(False)
 
 
-class FirstEpoch(torch.utils.data.Dataset):
-    """A dataset for evaluations: every one has epoch 0 and so the same masks, whatever epoch training has come to."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        return {**self.dataset[index], "epoch": 0}
-
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        return [{**example, "epoch": 0} for example in self.dataset.__getitems__(indices)]
-
-
-class FirstEpochStream(torch.utils.data.IterableDataset):
-    """The same for a stream."""
-
-    def __init__(self, dataset: torch.utils.data.IterableDataset):
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[dict | None]:
-        for example in self.dataset:
-            yield example and {**example, "epoch": 0}
+def in_first_epoch(collator: Callable[[list], dict], examples: list[dict | None]) -> dict:
+    """Every evaluation has epoch 0 and so the same masks, whatever epoch training has come to."""
+    return collator([example and {**example, "epoch": 0} for example in examples])
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -113,8 +96,9 @@ class TJEPATrainer(GradientNormHook, Trainer):
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
     of the step; an evaluation's loss that over all slots of the evaluation set. Only the variance/covariance term
-    and SIGReg, which are not sums over tokens, are computed for each micro-batch (of all processes) and averaged, and
-    denoising draws the tokens it replaces anew in each process and micro-batch.
+    and SIGReg, which are not sums over tokens, are computed for each micro-batch (of all processes) and averaged; the
+    pooled and the segment term choose among the texts of their own micro-batch and process, so these decide how hard
+    that is; and denoising draws the tokens it replaces anew in each process and micro-batch.
 
     An evaluation has the masks of epoch 0, sees every row, leaves training's random state as it was, and judges the
     health of the representations (`trainer.health.verdict`).
@@ -129,6 +113,16 @@ class TJEPATrainer(GradientNormHook, Trainer):
     def __init__(self, model=None, args: PretrainingArguments | None = None, *other_args, **kwargs):
         super().__init__(model, args, *other_args, **kwargs)
         args = self.args
+        if not isinstance(args, PretrainingArguments) or not hasattr(self.data_collator, "strategies"):
+            raise ValueError(
+                "TJEPATrainer needs PretrainingArguments as args and a DataCollatorForTJEPA as data_collator, got "
+                f"{type(args).__name__} and {type(self.data_collator).__name__}."
+            )
+        if args.stop_on_collapse and isinstance(self.eval_dataset, dict):
+            raise ValueError(
+                "stop_on_collapse judges one evaluation set, and eval_dataset has several: "
+                f"{', '.join(self.eval_dataset)}. Leave it out, or give one."
+            )
         self._compile_layers()
         names = [strategy.name for strategy in self.data_collator.strategies]
         self.health = HealthMonitor(names, self.model.config, args.stop_on_collapse, args.collapse_patience)
@@ -216,8 +210,12 @@ class TJEPATrainer(GradientNormHook, Trainer):
         if args.ema_momentum is None:
             self.ema.momentum = max(0.0, 1.0 - TRAINED_ENCODER_MOVES / num_schedule_steps)
         self._warn_of_still_target(num_training_steps)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        num_heads_first_steps = 0
+        if not start.first_step and any(group.get("is_head") for group in optimizer.param_groups):
+            num_heads_first_steps = int((args.heads_first_ratio or 0.0) * num_schedule_steps)
         self.lr_scheduler = self._given_scheduler or WarmupThenDecay(
-            self.optimizer if optimizer is None else optimizer,
+            optimizer,
             num_schedule_steps,
             args.get_warmup_steps(num_schedule_steps),
             args.start_lr if start.start_lr is None else start.start_lr,
@@ -225,7 +223,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
             args.schedule_stretch,
             args.lr_scheduler_type.value,
             first_step=start.first_step,
-            num_heads_first_steps=0 if start.first_step else int((args.heads_first_ratio or 0.0) * num_schedule_steps),
+            num_heads_first_steps=num_heads_first_steps,
             **(args.lr_scheduler_kwargs or {}),
         )
         # a checkpoint holds the intervals of the run that wrote it
@@ -235,6 +233,11 @@ class TJEPATrainer(GradientNormHook, Trainer):
     def _warn_of_still_target(self, max_steps: int) -> None:
         """Warns of a target encoder that hardly moves, whose labels are those of the encoder at the start."""
         num_steps, share = max_steps - self.ema.first_step, self.ema.share_of_start(max_steps)
+        if share == 1.0 and self.model.config.encoder is None:
+            logger.warning(
+                "The target encoder is frozen. It is what AutoModel loads from the run's folder, and what is judged: "
+                'for the encoder that is trained pass encoder="context" to from_pretrained.'
+            )
         if num_steps >= MIN_STEPS_TO_JUDGE and MAX_SHARE_OF_START < share < 1.0:
             logger.warning(
                 f"The target encoder hardly moves in {num_steps} steps: {share:.0%} of it will be what it starts as. "
@@ -268,17 +271,21 @@ class TJEPATrainer(GradientNormHook, Trainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        return self._whole_first_epoch(dataset, super().get_eval_dataloader)
+        with self._for_evaluation():
+            return without_repeated_documents(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset) -> torch.utils.data.DataLoader:
-        return self._whole_first_epoch(test_dataset, super().get_test_dataloader)
+        with self._for_evaluation():
+            return without_repeated_documents(super().get_test_dataloader(test_dataset))
 
-    def _whole_first_epoch(self, dataset, make_loader) -> torch.utils.data.DataLoader:
-        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
-        with keeping_the_last_batch(self.args):
-            return without_repeated_documents(make_loader((FirstEpochStream if is_stream else FirstEpoch)(dataset)))
+    @contextmanager
+    def _for_evaluation(self) -> Iterator[None]:
+        collator, self.data_collator = self.data_collator, partial(in_first_epoch, self.data_collator)
+        try:
+            with keeping_the_last_batch(self.args):
+                yield
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, as many on every process: a share that ends early adds empty batches."""

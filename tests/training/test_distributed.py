@@ -241,7 +241,7 @@ def test_number_of_processes(monkeypatch):
     check_number_of_processes(SimpleNamespace(world_size=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_number_of_processes(SimpleNamespace(world_size=2))
-    with pytest.raises(RuntimeError, match="started 2 processes, but this one trains in a group of 1"):
+    with pytest.raises(ValueError, match="started 2 processes, but this one trains in a group of 1"):
         check_number_of_processes(SimpleNamespace(world_size=1))
 
 

@@ -141,6 +141,31 @@ def test_every_evaluation_has_the_masks_of_the_first_epoch(tmp_path, workers):
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(trained_on, abs=1e-6)
 
 
+def test_an_evaluation_on_the_training_set_leaves_the_masks_of_training(tmp_path):
+    def losses(evaluates_on_training_set: bool) -> list[float]:
+        trainer = make_trainer(tmp_path, num_train_epochs=2, **{**STEPS, "eval_steps": 2, "max_steps": -1})
+        if evaluates_on_training_set:
+            trainer.eval_dataset = trainer.train_dataset
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    assert losses(True) == losses(False)
+
+
+def test_several_evaluation_sets(tmp_path):
+    """Also with workers that stay: the Trainer keeps a loader for each name."""
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = make_trainer(tmp_path, **options)
+    expected = [trainer.evaluate(dataset)["eval_loss"] for dataset in (trainer.eval_dataset,)]
+    trainer = make_trainer(tmp_path, **options)
+    trainer.eval_dataset = {"a": trainer.train_dataset, "b": trainer.eval_dataset}
+    metrics = trainer.evaluate()
+    assert metrics["eval_b_loss"] == pytest.approx(expected[0], abs=1e-6) != metrics["eval_a_loss"]
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="eval_dataset"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_evaluates_as_the_uninterrupted_one(tmp_path, workers):
     options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "max_steps": 8}

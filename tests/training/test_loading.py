@@ -74,7 +74,7 @@ def test_overrides_read_numbers_as_python_does():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ("loss_type=huber", "loss_type must be one of smooth_l1"),
+        ("loss_type=huber", "'loss_type' expected one of"),
         ("target_layers=7", "target_layers must be between 1 and num_hidden_layers .2., got 7"),
         ("num_hidden_layers=1.5", "expected int, got float"),
         ("hiden_size=3", r"TJEPAConfig has no \['hiden_size'\]. Did you mean hidden_size"),
@@ -84,6 +84,13 @@ def test_overrides_of_a_loaded_configuration_are_checked_at_once(folder, overrid
     for load in (lambda: load_config(folder, overrides), lambda: load_pretraining_config(folder, overrides=overrides)):
         with pytest.raises(ValueError, match=f"--config_overrides.*{message}"):
             load()
+
+
+def test_an_impossible_configuration_is_told_from_a_missing_one(tmp_path):
+    values = {**make_tiny_config().to_dict(), "hidden_size": 30}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"^--config_name \S+: hidden_size \(30\) must be a multiple"):
+        load_pretraining_config(config_name=str(tmp_path))
 
 
 def test_overrides_are_those_of_the_configuration_at_hand(tmp_path):

@@ -164,6 +164,12 @@ def test_a_frozen_teacher_is_not_what_is_exported(inputs, bert, tmp_path, monkey
         ("bert", {"learning_rate": "-1e-3"}, "learning_rate must be above 0"),
         ("bert", {"heads_first_ratio": "1.0"}, "heads_first_ratio must be in"),
         ("bert", {"export_encoder": "both"}, "--export_encoder must be target or context, got 'both'"),
+        (
+            "bert",
+            {"max_length": 64, "row_length": 64},
+            "--row_length 64 is too short for .* 64 and 2 special tokens",
+        ),
+        ("bert", {"config_name": "other"}, "--config_name other is for training from scratch"),
     ],
 )
 def test_what_cannot_work_is_said_before_training(inputs, model_type, flags, message, tmp_path, monkeypatch):
@@ -201,6 +207,7 @@ def test_rates_follow_what_starts_the_run(tmp_path):
         return args.learning_rate, args.head_learning_rate, args.heads_first_ratio, args.ema_momentum
 
     assert settled(False, False) == (1e-3, None, None, 0.996)
+    assert settled(False, False, heads_first_ratio=0.5) == (1e-3, 1e-3, 0.5, 0.996)
     assert settled(True, True) == (1e-5, pytest.approx(1e-3), 0.1, None)
     assert settled(True, False) == (1e-5, pytest.approx(1e-3), 0.0, None)
     given = {"learning_rate": 1e-4, "head_learning_rate": 2e-4, "heads_first_ratio": 0.2, "ema_momentum": 0.9}

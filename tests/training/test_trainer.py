@@ -6,15 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from helpers import make_trainer
+from helpers import make_dataset, make_trainer
 from tjepa import TJEPAForPreTraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.run_pretraining import PretrainingArguments
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import HealthMonitor, collapse_verdict, feature_std, moment_sums, rank_share
 from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
+from tjepa.training.trainer import TJEPATrainer
 
 
 # --- Schedules -------------------------------------------------------------------------------------------------------
@@ -272,3 +273,22 @@ def test_non_finite_loss_stops_the_run(tmp_path):
 
 def test_an_evaluation_without_slots_has_no_figures(tiny_config):
     assert HealthMonitor(["s"], tiny_config).new_statistics().summary() == {}
+
+
+def test_what_the_trainer_needs_is_named(tmp_path, make_model):
+    with pytest.raises(ValueError, match="needs PretrainingArguments as args .* got TrainingArguments and function"):
+        TJEPATrainer(make_model(), TrainingArguments(tmp_path))
+    args = PretrainingArguments(tmp_path, stop_on_collapse=True)
+    with pytest.raises(ValueError, match="stop_on_collapse judges one evaluation set, and eval_dataset has .*: a, b"):
+        TJEPATrainer(
+            make_model(), args, DataCollatorForTJEPA(), eval_dataset={"a": make_dataset(), "b": make_dataset()}
+        )
+
+
+def test_heads_first_needs_no_rate_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, heads_first_ratio=0.5, max_steps=4)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+    assert rates[:2] == [0.0, 0.0] and rates[2] > 0
+    assert not all(p.equal(before[name]) for name, p in trainer.model.predictor.named_parameters(prefix="predictor"))

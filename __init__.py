@@ -7,9 +7,10 @@ of transformers then know T-JEPA folders without `trust_remote_code`, whichever 
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 
@@ -45,9 +46,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        with suppress(PackageNotFoundError):  # a clone that is not installed
+            return version("tjepa")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{PLACES.get(name, 'modeling_tjepa')}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 class _Registration(threading.local):

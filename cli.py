@@ -11,6 +11,7 @@ Several processes are started by `accelerate launch`: `accelerate launch run_pre
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from itertools import takewhile
 
 from .corpus.command_line import answer_early, errors_in_one_line, is_yaml, start, wants_help
@@ -66,6 +67,9 @@ def main() -> None:
         return
     if name in ("-h", "--help"):
         print(usage())
+        return
+    if name == "--version":
+        print(version("tjepa"))
         return
     if name not in COMMANDS:
         print(f"tjepa: error: there is no command {name!r}.\n{usage()}", file=sys.stderr)

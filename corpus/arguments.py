@@ -74,8 +74,13 @@ def parse_arguments(
         scalars = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
         # YAML takes a bare no for false
         scalars |= {name: "no" for name in scalars if name.endswith("_strategy") and scalars[name] is False}
-        parser.set_defaults(**{name: value for name, value in values.items() if name not in scalars})
+        required = {action.dest for action in parser._actions if action.required}
+        lists = {name: value for name, value in values.items() if isinstance(value, list) and name in required}
+        others = values.keys() - scalars.keys() - lists.keys()
+        parser.set_defaults(**{name: values[name] for name in others})
         from_file = [f"--{name}={value}" for name, value in scalars.items()]
+        for name, value in lists.items():
+            from_file += [f"--{name}", *map(str, value)]
     try:
         return parser.parse_args_into_dataclasses(from_file + flags, look_for_args_file=False)
     except (ValueError, TypeError) as error:  # also from TrainingArguments, whose combinations of flags may not fit

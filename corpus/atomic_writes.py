@@ -51,8 +51,15 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder`, and of all that is in it, when it has been written."""
+    """
+    A temporary folder that takes the place of `folder`, and of all that is in it, when it has been written.
+
+    Raises:
+        OSError: if it is a mount point, before anything is written.
+    """
     folder = Path(folder).resolve()  # of a link what it points to is replaced
+    if folder.is_mount():
+        raise OSError(f"{folder} is a mount point, which cannot be replaced: name a folder in it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{UNFINISHED}") as parent:
         unfinished = Path(parent) / folder.name
@@ -61,5 +68,5 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         for path in files_in(unfinished):
             flush(path)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(Path(parent) / "old")  # which goes with the temporary folder
         unfinished.rename(folder)

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,7 @@ def answer_early(command: str) -> None:
     # work on cores that are not theirs alone: two runs, a container's share, a virtual machine, a laptop in use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
-    _take_debug(arguments)
+    debug = ["--debug"] * _take_debug(arguments)
     table = json.loads(FLAG_TABLE.read_text(encoding="utf-8"))
     names, presets, help_lines = (table["commands"][command][key] for key in ("names", "presets", "help"))
     if wants_help(arguments):
@@ -55,6 +56,7 @@ def answer_early(command: str) -> None:
             check_names(flags, names)
             for path in paths:
                 read_yaml(path, names)
+        sys.argv[1:] = [*arguments[: len(paths)], *flags, *debug]  # in the one spelling that all parsers know
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name, allowed in presets.items():
             parser.add_argument(f"--{name}")
@@ -179,6 +181,13 @@ def errors_in_one_line() -> Iterator[None]:
     debug = _take_debug(list(sys.argv))
     try:
         yield
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # a pager, or head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, ImportError, OSError) as error:
         if debug or not (isinstance(error, OSError) or _raised_here(error)):
             raise

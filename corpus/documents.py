@@ -167,7 +167,7 @@ def record_source(args: SourceArguments) -> dict[str, Any]:
         path = record.get(name)
         if path is not None and "://" in path:
             record[name] = without_query(path)  # which may hold a key
-        elif path is not None and (name != "dataset_name" or Path(path).exists()):
+        elif path not in (None, QUICKSTART) and (name != "dataset_name" or Path(path).exists()):
             record[name] = os.path.abspath(path)
     return record
 
@@ -265,6 +265,9 @@ def _load_by_name(
             f"could be loaded from the Hub ({next(iter(str(error).splitlines()), type(error).__name__)}). "
             f"{hint_at_nearest(name)}".rstrip()
         ) from error
+    except ValueError as error:  # of several configurations none is named, or another one
+        flags = f"--dataset_name {name} --dataset_config_name {args.dataset_config_name}"
+        raise ValueError(f"{flags}: {error}") from error
     if _is_plain_text(builder, text_column_name is not None):
         return {
             str(split): load_paths(name, list(paths), streaming, cache_dir, text_column_name, token)

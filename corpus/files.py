@@ -116,9 +116,14 @@ def load_table(argument: str, path: str | Path) -> Dataset:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--{argument} {path}: there is no such file. {hint_at_nearest(path)}".rstrip())
-    if FILE_FORMATS.get(Path(path).suffix, "text") == "text":
+    if not has_columns(path):
         raise ValueError(f"--{argument} {path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
     return load_paths(f"--{argument} {path}", [str(path)])
+
+
+def has_columns(path: str | Path) -> bool:
+    """Whether a file's name is that of a table, and not of plain text or of something else."""
+    return FILE_FORMATS.get(_extension(str(path)), "text") != "text"
 
 
 def find_paths(pattern: str) -> list[str]:
@@ -218,7 +223,10 @@ def _load_all_columns(source: str, paths: list[str], names: list[str], cache_dir
                 "has more fields than the first line names."
             )
     if not isinstance(parts[0], list):
-        return concatenate_datasets(parts)
+        try:
+            return concatenate_datasets(parts)
+        except ValueError as error:
+            raise ValueError(f"{source}: the files do not have columns of the same types: {error}") from error
     rows = [row for part in parts for row in part]
     columns = dict.fromkeys(column for row in rows for column in row)
     try:

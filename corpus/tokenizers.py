@@ -14,11 +14,13 @@ from types import MappingProxyType
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from .paths import check_exists, hint_at_nearest
 
+
+NO_LIMIT = 2**31 - 1  # tokens: some tokenizers say 1e30
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,12 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
             if inner and outer[start : start + len(inner)] == inner:
                 return outer[:start], outer[start + len(inner) :]
     raise ValueError(f"The special tokens of {type(tokenizer).__name__} do not stand before and behind a text.")
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """Tokens that a text may have: the fewer of those that tokenizer and model are made for, where they say it."""
+    num_positions = getattr(config, "max_position_embeddings", None) or 0
+    return min(tokenizer.model_max_length, num_positions if num_positions > 0 else NO_LIMIT, NO_LIMIT)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

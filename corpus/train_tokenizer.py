@@ -17,6 +17,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments
+from .atomic_writes import replacing_files
 from .command_line import start
 from .documents import SourceArguments, load_documents
 from .faults import find_fault
@@ -85,11 +86,17 @@ def main():
     (args,) = parse_arguments(TokenizerArguments, description=__doc__)
     if Path(args.output_dir).is_file():
         raise FileExistsError(f"--output_dir {args.output_dir} is a file: name a folder.")
+    if (Path(args.output_dir) / "config.json").is_file():
+        raise FileExistsError(
+            f"--output_dir {args.output_dir} holds a model, which would read its texts by another tokenizer from then "
+            "on: name another folder."
+        )
     documents = load_documents(args)["train"]
     check_columns(documents, args.text_column_name, "train")
     texts = (row[args.text_column_name] for row in documents)
     tokenizer = train_tokenizer(texts, args.vocab_size, args.model_max_length)
-    tokenizer.save_pretrained(args.output_dir)
+    with replacing_files(args.output_dir) as folder:
+        tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer):,} tokens; written to {args.output_dir}")
 
 

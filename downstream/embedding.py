@@ -6,7 +6,6 @@ those in which that is measured to give the same states). Others get texts of li
 
 import copy
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.private import get_attention
-from ..corpus.tokenizers import load_tokenizer, text_reader
+from ..corpus.tokenizers import load_tokenizer, longest_input, text_reader
 from ..encoders_tjepa import encode, encoder_class, measure_packing
 from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION, has_varlen_kernel
 from ..modeling_tjepa import TJEPAModel
@@ -85,13 +84,13 @@ class Embedder:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return encode_texts(self.model, self.tokenizer, list(texts), self.max_length)["input_ids"]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed_tokens(self, encoded: Sequence[list[int]], batch_size: int = 64) -> Tensor:
         """What `tokenize` made of texts, without those that have no token."""
         vectors = embed_tokens(self.model, encoded, batch_size, self.pooling)
         for module in self.modules:
             vectors = module(vectors)
-        return vectors.clone()
+        return vectors
 
     @property
     def width(self) -> int:
@@ -175,7 +174,7 @@ def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length
     Raises:
         ValueError: if the model is not made for so many tokens.
     """
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or math.inf)
+    longest = longest_input(tokenizer, config)
     if max_length is None:
         return min(longest, MAX_DEFAULT_LENGTH)
     if max_length > longest and config.model_type != "tjepa":  # whose rotary positions do not end
@@ -253,7 +252,7 @@ def embed_tokens(
         order.extend(indices)
 
     _for_hidden_states(model, encoded, batch_size, pool)
-    return torch.cat(features)[torch.tensor(order).argsort()].clone()
+    return torch.cat(features)[torch.tensor(order).argsort()]
 
 
 def embed_words(
@@ -303,7 +302,7 @@ def embed_words(
             features[kept[index]] = states[tokens_of_sentence[kept[index]]]  # [words, hidden]
 
     _for_hidden_states(model, [encoding["input_ids"][sentence] for sentence in kept], batch_size, pick)
-    return torch.cat([features[sentence] for sentence in kept]).clone(), torch.tensor(found)
+    return torch.cat([features[sentence] for sentence in kept]), torch.tensor(found)
 
 
 def reads_special_tokens(config: PreTrainedConfig) -> bool:

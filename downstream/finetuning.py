@@ -25,7 +25,7 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreT
 from ..corpus.arguments import parse_arguments
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.documents import draw, limit_datasets, load_splits
-from ..corpus.tokenizers import ensure_pad_token, text_reader, vocabulary_size, without_special_tokens
+from ..corpus.tokenizers import ensure_pad_token, longest_input, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
 from ..training.checkpoints import find_checkpoint
 from ..training.loading import check_weights
@@ -313,9 +313,7 @@ def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, confi
     Tokens that a text may have: `asked`, by default what tokenizer and model are made for. Only T-JEPA takes more:
     its rotary positions have no end, and its config and tokenizer then say so.
     """
-    longest = tokenizer.model_max_length
-    if getattr(config, "max_position_embeddings", None):
-        longest = min(longest, config.max_position_embeddings)
+    longest = longest_input(tokenizer, config)
     if asked is None or asked <= longest:
         return asked or longest
     if config.model_type != "tjepa":

@@ -27,8 +27,8 @@ MAX_CLASSES_LISTED = 20
 def read_labels(dataset: Dataset, column: str) -> list:
     """
     The column's values: names in place of the numbers of a `ClassLabel`, and None where there is no label, be it a
-    null, an empty field, -100, a `ClassLabel`'s -1, or the -1 of a split that has nothing else (a hidden label). In
-    lists -100 stays, because a word without a tag is not a reason to leave its sentence out.
+    null, NaN, an empty field, -100, a `ClassLabel`'s -1, or the -1 of a split that has nothing else (a hidden label).
+    In lists -100 stays, because a word without a tag is not a reason to leave its sentence out.
     """
     feature = inner_feature(dataset, column)
     values = dataset[column][:]
@@ -39,7 +39,7 @@ def read_labels(dataset: Dataset, column: str) -> list:
     def read(value: Any) -> Any:
         if isinstance(value, list):
             return [IGNORED if one in NOTHING_TO_LEARN else read(one) for one in value]
-        if value in (None, "", *NOTHING_TO_LEARN):
+        if value in (None, "", *NOTHING_TO_LEARN) or value != value:  # a field of numbers left empty is not a number
             return None
         if isinstance(feature, ClassLabel):
             return None if value < 0 else feature.names[value]

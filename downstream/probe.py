@@ -424,6 +424,11 @@ def over_seeds(
     per_seed = []
     for seed in seeds:
         is_held_out = hold_out(groups, seed).numpy()
+        if len(np.unique(labels[~is_held_out])) < 2:
+            raise ValueError(
+                f"{task.name}: of {len(labels)} rows to train with a tenth is held out, and the others are of one "
+                "class. Give more rows."
+            )
         validation = parts.get("validation") or (inputs[is_held_out], labels[is_held_out])
         figures = judge((inputs[~is_held_out], labels[~is_held_out]), validation[:2], parts["test"][:2])
         per_seed.append({f"{task.name}/{measure}": figure for measure, figure in figures.items()})

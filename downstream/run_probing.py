@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from ..corpus.arguments import parse_arguments
 from ..corpus.command_line import start
 from ..corpus.faults import find_fault
-from ..corpus.files import FILE_FORMATS, load_table
+from ..corpus.files import CODECS, has_columns, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
@@ -107,6 +107,13 @@ class ProbingArguments(HubArguments):
             raise ValueError(
                 "--mteb judges the vectors that `tjepa embed` makes: leave out --encoder and --add_special_tokens."
             )
+        if self.mteb and not (self.dataset or self.data_dir) and (self.output or self.plot):
+            raise ValueError(
+                "--output and --plot are for the data sets of --dataset and --data_dir; mteb's JSON files go to "
+                "--mteb_output. Leave them out, or name data sets, too."
+            )
+        if self.plot is not None and Path(self.plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot {self.plot} is to be a PNG file: give it a name that ends in .png.")
 
 
 def main():
@@ -211,8 +218,9 @@ def find_files(folder: str) -> dict[str, dict[str, Path]]:
         raise FileNotFoundError(f"--data_dir {folder} is not a folder.")
     files = {}
     for path in sorted(Path(folder).iterdir()):
-        name, _, split = path.stem.rpartition("-")
-        if name and split in SPLITS and FILE_FORMATS.get(path.suffix, "text") != "text":
+        stem = Path(path.stem).stem if path.suffix.lower() in CODECS else path.stem
+        name, _, split = stem.rpartition("-")
+        if name and split in SPLITS and has_columns(path):
             if other := files.setdefault(name, {}).get(split):
                 raise ValueError(f"--data_dir {folder} has {name}-{split} twice: {other.name} and {path.name}.")
             files[name][split] = path

@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+import tjepa
 from helpers import REPOSITORY
 from tjepa import cli, run_pretraining
 from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.command_line import CONFIGS, FLAG_TABLE, answer_early, available_cores, find_config, start
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.prepare_dataset import PreparationArguments
+from tjepa.downstream.run_probing import ProbingArguments
 from tjepa.run_pretraining import QUICKSTART_CONFIG, MaskingArguments, ModelArguments
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.setup import use_all_cores
@@ -68,6 +70,19 @@ def test_every_subcommand_is_its_files_main(command, monkeypatch):
     monkeypatch.setattr(module, "main", lambda: seen.append(sys.argv))
     run(monkeypatch, command, "value", "--debug")
     assert seen == [[f"tjepa {command}", "value"]]
+
+
+def test_every_command_knows_flags_with_dashes(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tjepa.tools.search.main", lambda: seen.extend(sys.argv[1:]))
+    run(monkeypatch, "search", "a-b", "--num-results=2", "--debug", "--text-column-name", "c-d")
+    assert seen == ["a-b", "--num_results=2", "--text_column_name", "c-d"]
+
+
+def test_the_version(monkeypatch, capsys):
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"{tjepa.__version__}\n" == f"{version('tjepa')}\n"
+    assert dir(tjepa) == sorted([*tjepa.__all__, "__version__"])
 
 
 # ---- flags ----
@@ -233,6 +248,9 @@ def test_lists_mappings_and_nulls_go_where_they_are_taken(tmp_path):
     (tmp_path / "a.yaml").write_text("\n".join(lines))
     (args,) = parse_arguments(TrainingArguments, [str(tmp_path / "a.yaml")])
     assert (args.report_to, args.lr_scheduler_kwargs, args.eval_steps) == ([], {"a": 1}, None)
+    (tmp_path / "b.yaml").write_text("model_name_or_path: [one, two]\ndata_dir: x")  # a list that must be given
+    (args,) = parse_arguments(ProbingArguments, [str(tmp_path / "b.yaml")])
+    assert args.model_name_or_path == ["one", "two"]
 
 
 # ---- errors ----
@@ -243,6 +261,14 @@ def fail(error):
         raise error
 
     return main
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+def test_an_end_that_the_user_chose_is_no_error(error, code):
+    """In a process of its own, whose output goes nowhere afterwards."""
+    lines = f"from tjepa.corpus.command_line import start\ndef main(): raise {error!r}\nstart(main)"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 @pytest.mark.parametrize("error", [ValueError("two\nlines"), OSError("two\nlines"), ImportError("two lines")])

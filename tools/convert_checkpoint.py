@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..configuration_tjepa import TJEPAConfig
+from ..corpus.atomic_writes import replacing_folder
 from ..corpus.command_line import start
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.model_folder import STRATEGIES_FILE
@@ -113,7 +114,7 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
     Raises:
         FileExistsError: if the output folder holds files.
         FileNotFoundError: naming the files that the folder lacks.
-        RuntimeError: naming every tensor that is missing, left over or of another shape.
+        ValueError: naming every tensor that is missing, left over or of another shape; for unknown strategies.
     """
     reference_folder, output_folder = Path(reference_folder), Path(output_folder)
     if output_folder.exists() and any(output_folder.iterdir()):
@@ -136,13 +137,16 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
     model = TJEPAForPreTraining(config)
     if not config.learned_mask_token:  # fixed by definition, so ours does not store it
         state_dict.pop("predictor.mask_token", None)
-    model.load_state_dict(state_dict, strict=True)
-    model.save_pretrained(output_folder)
-
+    try:
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{reference_folder}: {error}") from error
     strategy_file = reference_folder / "target_masking_strategies.json"
-    if strategy_file.is_file():
-        strategies = convert_strategies(json.loads(strategy_file.read_text()))
-        (output_folder / STRATEGIES_FILE).write_text(json.dumps(strategies, indent=2) + "\n")
+    with replacing_folder(output_folder) as folder:
+        if strategy_file.is_file():
+            strategies = convert_strategies(json.loads(strategy_file.read_text()))
+            (folder / STRATEGIES_FILE).write_text(json.dumps(strategies, indent=2) + "\n")
+        model.save_pretrained(folder)
     return model
 
 

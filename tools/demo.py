@@ -29,7 +29,7 @@ from ..corpus.command_line import PACKAGE, start
 from ..corpus.faults import DROP_REASONS, EMPTY, find_fault
 from ..corpus.paths import find_newest_run
 from ..corpus.strategies import load_masking_strategies
-from ..corpus.tokenizers import text_reader
+from ..corpus.tokenizers import longest_input, text_reader
 from ..data_collator_tjepa import MASKING_PRESETS, MaskingStrategy, draw_views, hash_keys
 from ..training.model_folder import STRATEGIES_FILE, pretraining_folder
 from ..training.publishing import published_files
@@ -82,7 +82,7 @@ class Demo:
     def __init__(self, name: str, file: str | None = None, text_column_name: str = "text"):
         self.model, self.tokenizer = load_for_filling(name, "FOLDER")
         self.reader, self.around = text_reader(self.tokenizer), tokens_around(self.model, self.tokenizer)
-        longest = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings, MAX_TOKENS)
+        longest = min(longest_input(self.tokenizer, self.model.config), MAX_TOKENS)
         self.max_length = longest - sum(map(len, self.around))
         self.strategies = name_strategies(name)
         self.index = open_index(name, file, text_column_name)
@@ -185,8 +185,7 @@ class Demo:
                 f"The file has {len(passages):,} texts, and {MAX_FILE_TEXTS:,} at most are read here. "
                 "`tjepa search --file` takes any number."
             )
-        index = SearchIndex.build(self.index.encoder, self.index.tokenizer, self.index.max_length, passages)
-        return index, WordIndex(passages)
+        return SearchIndex.build(self.index.embedder, passages), WordIndex(passages)
 
 
 def name_strategies(name: str) -> dict[str, MaskingStrategy]:

@@ -28,7 +28,7 @@ from ..corpus.atomic_writes import replacing_folder
 from ..corpus.command_line import at_least_one, start
 from ..corpus.documents import SourceArguments, load_documents
 from ..corpus.files import load_files
-from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, without_special_tokens
+from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, longest_input, without_special_tokens
 from ..downstream.before_after import held_out_texts
 from ..downstream.embedding import as_text_only, read_sentence_modules
 from ..downstream.whitening import fit_text_whitening
@@ -93,7 +93,7 @@ def export_sentence_transformer(
         raise ValueError(f"{model_name_or_path} is a {model_type} model; only T-JEPA models are exported here.")
     model = AutoModel.from_pretrained(model_name_or_path, encoder=encoder)
     tokenizer = load_tokenizer(str(model_name_or_path), flag)
-    max_length = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    max_length = max_length or longest_input(tokenizer, model.config)
 
     whitening = None
     if whitening_texts is not None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..corpus.command_line import at_least_one, start
 from ..corpus.paths import find_newest_run
-from ..corpus.tokenizers import load_tokenizer, special_tokens_around, text_reader
+from ..corpus.tokenizers import load_tokenizer, longest_input, special_tokens_around, text_reader
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.loading import load_config
 from ..training.model_folder import pretraining_folder
@@ -77,7 +77,7 @@ def read_gaps(text: str, model: TJEPAForPreTraining, tokenizer: PreTrainedTokeni
     # a space belongs to the word behind it, and some tokenizers put one before every text by themselves
     adds_space = reader.tokenize("a")[0].startswith(SPACE_MARKS)
     before, behind = tokens_around(model, tokenizer)
-    max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    max_length = longest_input(tokenizer, model.config)
     input_ids, is_hidden = list(before), [False] * len(before)
     for place, piece in enumerate(pieces[0::2]):
         if place < len(lengths):

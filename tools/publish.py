@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, PreTrainedTokenizerBase
@@ -26,8 +26,8 @@ from ..corpus.tokenizers import ensure_pad_token, load_tokenizer
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.checkpoints import is_marked, list_checkpoints
 from ..training.loading import load_config
-from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
-from ..training.publishing import explaining_refusal, full_name, published_files
+from ..training.model_folder import PRETRAINING_FOLDER, SENTENCE_FILES, STRATEGIES_FILE, sentence_files
+from ..training.publishing import check_repo_id, explaining_refusal, full_name, published_files
 from ..training.record import read_run
 from ..training.setup import hide_what_loading_says
 from .export_sentence_transformer import (
@@ -41,6 +41,8 @@ from .export_sentence_transformer import (
 
 
 ONNX_FILES = [ONNX_FILE, f"{ONNX_FILE}.data"]  # the second one of a model over 2 GB, which ONNX needs
+# what belongs to one set of weights: of an earlier upload nothing of it may stay beside newer ones
+WEIGHTS = ["model*.safetensors*", f"{PRETRAINING_FOLDER}/*", *ONNX_FILES, *SENTENCE_FILES, "[0-9]_*/*"]
 BRANCH = "checkpoints"
 UNNAMED = "PATH_OR_REPO_ID"  # what a card says where a run had no name on the Hub
 
@@ -184,9 +186,15 @@ def publish(args: argparse.Namespace) -> None:
         PermissionError: if the Hub does not let this token write.
     """
     folder, repo_id = Path(args.folder), args.repo_id
-    texts = whitening_texts(args, args.folder)
+    check_repo_id(repo_id)
     config = load_config(str(folder), flag="folder")
     is_ours = config.model_type == "tjepa"
+    texts = whitening_texts(args, args.folder) if is_ours else None
+    if not is_ours and (args.no_whitening or args.whitening_file or args.whitening_dimensions):
+        raise ValueError(
+            f"{folder} is a {config.model_type} model, which is published with the modules that it came with: leave "
+            "out the flags of whitening."
+        )
     place = folder if is_ours else folder / PRETRAINING_FOLDER
     if not (folder / "README.md").is_file() or not (place / STRATEGIES_FILE).is_file():
         raise ValueError(
@@ -217,7 +225,7 @@ def publish(args: argparse.Namespace) -> None:
         with explaining_refusal(repo_id, "--token"):  # only now: what ended before leaves no empty repository
             api.create_repo(repo_id, private=args.private, exist_ok=True)
         there = find_published_tags(api, repo_id, plans)
-        api.create_commit(repo_id, additions(files), commit_message=f"Publish {folder.name}")
+        commit(api, repo_id, additions(files), f"Publish {folder.name}", "main", WEIGHTS)
         for tag, plan in plans.items():
             if tag not in there:
                 print(f"{tag} ...", flush=True)
@@ -225,14 +233,21 @@ def publish(args: argparse.Namespace) -> None:
     print(f"Published {folder} as {api.endpoint}/{repo_id}, with the tags {', '.join(plans) or '(none)'}")
 
 
+def commit(
+    api: HfApi, repo_id: str, plan: list[CommitOperationAdd], message: str, revision: str, ours: list[str]
+) -> CommitInfo:
+    """Puts files on a branch, in place of all those there that fit one of the patterns `ours`."""
+    new = {operation.path_in_repo for operation in plan}
+    old = set(filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=ours)) - new
+    operations = [*plan, *(CommitOperationDelete(name) for name in sorted(old - {".gitattributes"}))]
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+
+
 def publish_tag(api: HfApi, repo_id: str, tag: str, plan: list[CommitOperationAdd]) -> None:
     """Puts a checkpoint's files, and no others, on the branch, and tags that."""
     api.create_branch(repo_id, branch=BRANCH, exist_ok=True)
-    new = {operation.path_in_repo for operation in plan}
-    old = set(api.list_repo_files(repo_id, revision=BRANCH)) - new - {".gitattributes"}
-    operations = [*plan, *(CommitOperationDelete(name) for name in sorted(old))]
-    commit = api.create_commit(repo_id, operations, commit_message=f"Weights of {tag}", revision=BRANCH)
-    api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+    done = commit(api, repo_id, plan, f"Weights of {tag}", BRANCH, ["*"])
+    api.create_tag(repo_id, tag=tag, revision=done.oid, exist_ok=True)
 
 
 def main() -> None:

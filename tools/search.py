@@ -32,10 +32,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import at_least_one, start
 from ..corpus.faults import KEPT
-from ..corpus.files import FAULT_COLUMN, load_files
+from ..corpus.files import FAULT_COLUMN, load_files, without_query
 from ..corpus.paths import find_newest_run
 from ..corpus.quickstart import load_quickstart_documents
-from ..downstream.embedding import embed_texts, load_embedder
+from ..downstream.embedding import Embedder, load_embedder
 from ..downstream.whitening import Whitening
 from ..training.setup import hide_what_loading_says
 
@@ -99,7 +99,7 @@ class SearchIndex:
     Texts as an encoder sees them.
 
     Args:
-        encoder, tokenizer, max_length: as for `embed_texts`; they read the queries, too.
+        embedder: reads the texts and the queries.
         passages: each text, and where it is from.
         whitening: of the texts' vectors.
         vectors: float `[num_texts, num_dimensions]`, whitened and of unit length.
@@ -107,31 +107,27 @@ class SearchIndex:
 
     def __init__(
         self,
-        encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
+        embedder: Embedder,
         passages: dict[str, str],
         whitening: Whitening,
         vectors: Tensor,
     ):
-        self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
-        self.passages, self.texts = passages, list(passages)
+        self.embedder, self.passages, self.texts = embedder, passages, list(passages)
         self.whitening, self.vectors = whitening, vectors.float()
 
     @classmethod
-    def build(cls, encoder, tokenizer, max_length: int, passages: dict[str, str]) -> "SearchIndex":
+    def build(cls, embedder: Embedder, passages: dict[str, str]) -> "SearchIndex":
         """Reads all texts, under a progress bar."""
         texts = list(passages)
         chunks = range(0, len(texts), CHUNK)
         bar = tqdm(chunks, desc=f"Reading {len(texts):,} texts", disable=len(chunks) < 2)
-        parts = [embed_texts(encoder, tokenizer, texts[at : at + CHUNK], max_length) for at in bar]
-        embeddings = torch.cat(parts)
+        embeddings = torch.cat([embedder(texts[at : at + CHUNK]) for at in bar])
         is_few = len(texts) < TEXTS_PER_DIMENSION * embeddings.shape[1]
         whitening = (Whitening.fit_to_few if is_few else Whitening.fit)(embeddings)
-        return cls(encoder, tokenizer, max_length, passages, whitening, F.normalize(whitening(embeddings)))
+        return cls(embedder, passages, whitening, F.normalize(whitening(embeddings)))
 
     @classmethod
-    def load(cls, path: Path, encoder, tokenizer, max_length: int, passages: dict[str, str]) -> "SearchIndex | None":
+    def load(cls, path: Path, embedder: Embedder, passages: dict[str, str]) -> "SearchIndex | None":
         """What `save` wrote, or `None` where there is nothing, or it is of other texts or another encoder."""
         if not path.is_file():
             return None
@@ -139,8 +135,8 @@ class SearchIndex:
             if (file.metadata() or {}).get("texts") != hash_texts(passages):
                 return None
             whitening = Whitening(file.get_tensor("weight"), file.get_tensor("bias"))
-            index = cls(encoder, tokenizer, max_length, passages, whitening, file.get_tensor("vectors"))
-        if whitening.weight.shape[1] != encoder.config.hidden_size:
+            index = cls(embedder, passages, whitening, file.get_tensor("vectors"))
+        if whitening.weight.shape[1] != embedder.width:
             return None
         now = index.embed(index.texts[:NUM_COMPARED])
         return index if bool((F.cosine_similarity(now, index.vectors[:NUM_COMPARED]) > MIN_SIMILARITY).all()) else None
@@ -153,7 +149,7 @@ class SearchIndex:
 
     def embed(self, texts: list[str]) -> Tensor:
         """float32 `[num_texts, num_dimensions]`, whitened and of unit length."""
-        return F.normalize(self.whitening(embed_texts(self.encoder, self.tokenizer, texts, self.max_length)))
+        return F.normalize(self.whitening(self.embedder(texts)))
 
     def search(self, query: str, num_results: int) -> list[Hit]:
         """
@@ -208,12 +204,11 @@ def open_index(name: str, file: str | None = None, text_column_name: str = "text
     """
     passages = load_passages(file, text_column_name)
     embedder = load_embedder(name, flag="--model")
-    reader = (embedder.model, embedder.tokenizer, embedder.max_length)
     path = index_path(name, file)
-    index = SearchIndex.load(path, *reader, passages)
+    index = SearchIndex.load(path, embedder, passages)
     if index is not None:
         return index
-    index = SearchIndex.build(*reader, passages)
+    index = SearchIndex.build(embedder, passages)
     if Path(name).is_dir():
         try:
             index.save(path)
@@ -226,12 +221,13 @@ def build_docstring_index(
     folder: str | Path, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache_dir: str | None = None
 ) -> None:
     """What the quickstart leaves in its folder, so that the first search need not wait."""
-    index = SearchIndex.build(encoder, tokenizer, tokenizer.model_max_length, load_docstrings(cache_dir))
-    index.save(index_path(folder))
+    embedder = Embedder(encoder, tokenizer, tokenizer.model_max_length)
+    SearchIndex.build(embedder, load_docstrings(cache_dir)).save(index_path(folder))
 
 
 def index_path(folder: str | Path, file: str | None = None) -> Path:
-    return Path(folder) / INDEX_FOLDER / f"{DOCSTRINGS if file is None else Path(file).name}.safetensors"
+    name = DOCSTRINGS if file is None else Path(without_query(file)).name
+    return Path(folder) / INDEX_FOLDER / f"{name}.safetensors"
 
 
 # ---- the command ----

@@ -21,7 +21,7 @@ from ..corpus.command_line import at_least_one, start
 from ..corpus.private import initialise
 from ..corpus.quickstart import load_quickstart_documents
 from ..corpus.strategies import load_masking_strategies
-from ..corpus.tokenizers import text_reader
+from ..corpus.tokenizers import longest_input, text_reader
 from ..data_collator_tjepa import DataCollatorForTJEPA
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..predictors_tjepa import TJEPATokenHead
@@ -132,7 +132,7 @@ def main():
     strategies = folder / STRATEGIES_FILE
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
     collator.fit_to(model.config)
-    max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    max_length = longest_input(tokenizer, model.config)
     collator.special_tokens = tokens_around(model, tokenizer)
     max_length -= sum(map(len, collator.special_tokens))
     if args.file is None:

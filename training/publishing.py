@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -130,6 +130,17 @@ class HubPublisher(TrainerCallback):
         logger.info(f"Pushed to {self.repo_id}")
 
 
+def check_repo_id(repo_id: str) -> None:
+    """
+    Raises:
+        ValueError: if it is not a name that the Hub allows.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(str(error)) from error
+
+
 def full_name(api: HfApi, repo_id: str, flag: str) -> str:
     """
     `owner/name` of a repository, where `name` alone is one's own. It is asked for before the work, because it shows
@@ -139,7 +150,7 @@ def full_name(api: HfApi, repo_id: str, flag: str) -> str:
         PermissionError: if it does not, or if the token is for reading; the message names the flag.
         ValueError: if it is not a name that the Hub allows.
     """
-    validate_repo_id(repo_id)
+    check_repo_id(repo_id)
     with explaining_refusal(repo_id, flag):
         try:
             account = api.whoami()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import datasets
 import pytest
@@ -347,6 +348,9 @@ def test_output_folder_is_refused_kept_or_replaced(tmp_path, stories_file, token
     with pytest.raises(FileExistsError, match="is not a prepared dataset"):
         prepare_dataset(preparation(tmp_path, tokenizer, **arguments))
     assert (tmp_path / "thesis" / "chapter1.md").exists()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "prepared")
+    with pytest.raises(OSError, match="is a mount point, which cannot be replaced: name a folder in it"):
+        prepare_dataset(overwriting)
 
 
 def test_script_prints_statistics(tmp_path, stories_file, tokenizer, monkeypatch, capsys):

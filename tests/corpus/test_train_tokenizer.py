@@ -86,6 +86,10 @@ def test_a_file_is_not_a_folder_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tokenizer", *flags])
     with pytest.raises(FileExistsError, match="is a file: name a folder"):
         main()
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--train_file", "nowhere.txt", "--output_dir", str(tmp_path)])
+    with pytest.raises(FileExistsError, match="holds a model, which would read its texts by another tokenizer"):
+        main()
 
 
 def test_script(tmp_path):

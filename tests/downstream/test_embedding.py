@@ -89,6 +89,9 @@ def test_embed_takes_folders_and_models(folder):
     torch.testing.assert_close(tjepa.embed(str(folder / "pretraining"), TEXTS), expected)
     torch.testing.assert_close(tjepa.embed(encoder, TEXTS), expected)  # its tokenizer lies where it came from
     torch.testing.assert_close(tjepa.embed(encoder, TEXTS, tokenizer, batch_size=1), expected)
+    weight = torch.ones(expected.shape[1], requires_grad=True)
+    (tjepa.embed(encoder, TEXTS) @ weight).sum().backward()  # they may be learned from
+    torch.testing.assert_close(weight.grad, expected.sum(0))
     cut = tjepa.embed(folder / "pretraining", TEXTS, max_length=2)
     torch.testing.assert_close(cut, embed_texts(encoder, tokenizer, TEXTS, max_length=2))
 

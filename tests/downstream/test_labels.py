@@ -25,6 +25,7 @@ from tjepa.downstream.labels import (
         ([0, 0], [0, 0]),  # one class, but nothing is hidden
         ([0, -1], [0, -1]),  # a class named -1
         ([1, -100], [1, None]),
+        ([0.0, 1.0, float("nan")], [0.0, 1.0, None]),
         (["a", "-100", ""], ["a", None, None]),
         ([[1, -100], [-100], []], [[1, IGNORED], [IGNORED], []]),  # a word without a tag keeps its sentence
     ],

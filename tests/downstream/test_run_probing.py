@@ -1,5 +1,6 @@
 """The script on tiny encoders, ours and BERT, with data made here; what is refused, and what is dropped and said."""
 
+import gzip
 import json
 import logging
 import sys
@@ -13,11 +14,12 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from helpers import make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel
+from tjepa.corpus.files import load_table
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream import run_probing
 from tjepa.downstream.embedding import choose_max_length
-from tjepa.downstream.probe import embed_task, probe_tasks_with_tfidf
-from tjepa.downstream.run_probing import find_files, load_tasks, short_names
+from tjepa.downstream.probe import ProbeTask, embed_task, probe_tasks_with_tfidf
+from tjepa.downstream.run_probing import ProbingArguments, find_files, load_tasks, short_names
 
 
 ANIMALS = ["fox", "hen", "cow", "owl", "ant"]
@@ -300,6 +302,23 @@ def test_tfidf_uses_the_same_held_out_tenths(data):
         *(f"kinds/{measure}{end}" for measure in ("linear_probe", "knn") for end in ("", "_std")),
         "pairs/spearman",
     }
+
+
+def test_what_would_be_ignored_or_end_in_a_traceback_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--output and --plot are for the data sets"):
+        ProbingArguments(model_name_or_path=["x"], mteb=["y"], output="x.json")
+    with pytest.raises(ValueError, match="--plot x.xyz is to be a PNG file"):
+        ProbingArguments(model_name_or_path=["x"], plot="x.xyz")
+    rows = {"text": ["a fox", "a hen", "a fox"], "label": [0, 1, 0]}
+    with pytest.raises(ValueError, match="few: of 3 rows to train with a tenth is held out, .* of one class"):
+        probe_tasks_with_tfidf([ProbeTask("few", "classification", {"train": rows, "test": rows})], seeds=range(9))
+
+
+def test_compressed_files_of_a_folder(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"mine-{split}.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a fox", "label": 1}\n' * 3))
+    assert find_files(str(tmp_path))["mine"]["train"].name == "mine-train.jsonl.gz"
+    assert load_table("x", tmp_path / "mine-train.jsonl.gz")["label"][:] == [1, 1, 1]
 
 
 def test_shared_sets(shared_folder):

@@ -107,6 +107,8 @@ def test_without_a_file_the_run_says_what_it_was_trained_on(folder, tmp_path, mo
     monkeypatch.chdir(folder)
     source = record_source(SourceArguments(train_file="train.jsonl", validation_split_percentage=0))
     (run / "all_results.json").write_text(json.dumps({"source": source}))
+    (folder / "quickstart").mkdir(exist_ok=True)  # a run may be in a folder of that name
+    assert record_source(SourceArguments(dataset_name="quickstart"))["dataset_name"] == "quickstart"
     monkeypatch.chdir(tmp_path)
     export(monkeypatch, run, tmp_path / "out")
     assert len(read_sentence_modules(tmp_path / "out")[1]) == 2  # Dense and Normalize

@@ -179,6 +179,18 @@ def test_an_interrupted_upload_goes_on(hub, finished, monkeypatch, capsys):
         start(monkeypatch, capsys, finished, *flags)
 
 
+def test_nothing_of_older_weights_stays(hub, finished, tmp_path, monkeypatch, capsys):
+    for name in ("onnx/model.onnx", "2_Dense/model.safetensors", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of before")
+    api = publish.HfApi(token=TOKEN)
+    api.create_repo("owner/tiny")
+    api.upload_folder(repo_id="owner/tiny", folder_path=tmp_path)
+    start(monkeypatch, capsys, finished, "--token", TOKEN, "--no_onnx", "--no_whitening")
+    files = hub.files("owner/tiny")
+    assert not {"onnx/model.onnx", "2_Dense/model.safetensors"} & files.keys() and files["notes.md"] == b"of before"
+
+
 def test_another_encoder_is_a_stock_repository_under_every_tag(hub, inputs, tmp_path, monkeypatch, capsys):
     bert = make_folder(tmp_path / "bert")
     values = {"tokenizer_name": None, "config_overrides": None, "max_length": 60, "max_steps": 2, "save_steps": 1}
@@ -200,6 +212,7 @@ def test_another_encoder_is_a_stock_repository_under_every_tag(hub, inputs, tmp_
     [
         (("--token", "hf_mistyped"), "does not give access to owner/tiny"),
         (("--no_whitening", "--whitening_file=x.txt"), "--no_whitening has no use for"),
+        (("--dry_run", "--repo_id", "a bad name"), "Repo id must"),
     ],
 )
 def test_refused_before_the_work(hub, finished, monkeypatch, capsys, flags, error):
@@ -221,6 +234,7 @@ def test_what_cannot_be_published_leaves_no_repository(hub, finished, tmp_path, 
 
 
 def test_a_folder_that_is_not_a_finished_run(finished, monkeypatch, capsys):
+    monkeypatch.setattr(publish, "whitening_texts", lambda *args: None)
     with pytest.raises(ValueError, match="is not the folder of a finished pretraining run"):
         start(monkeypatch, capsys, finished / "checkpoint-2")
 

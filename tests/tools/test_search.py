@@ -11,10 +11,11 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModel, AutoTokenizer
 
+import tjepa
 from finetuning_helpers import make_folder, make_rows
 from tjepa import cli
 from tjepa.corpus.paths import find_newest_run
-from tjepa.downstream.embedding import load_embedder
+from tjepa.downstream.embedding import Embedder, embed_texts, load_embedder
 from tjepa.downstream.whitening import Whitening
 from tjepa.tools import search
 from tjepa.tools.search import SearchIndex, WordIndex, index_path, load_passages, open_index
@@ -56,8 +57,8 @@ def docstrings(monkeypatch):
 @pytest.fixture
 def texts_read(monkeypatch):
     """How many texts were embedded in each call."""
-    seen, embed_texts = [], search.embed_texts
-    monkeypatch.setattr(search, "embed_texts", lambda *args: seen.append(len(args[2])) or embed_texts(*args))
+    seen, call = [], Embedder.__call__
+    monkeypatch.setattr(Embedder, "__call__", lambda self, texts: seen.append(len(texts)) or call(self, texts))
     return seen
 
 
@@ -72,9 +73,7 @@ def run(monkeypatch, *arguments, stdin: str = ""):
 
 def test_scores_are_cosines_of_whitened_vectors_the_nearest_first(model, texts):
     index = open_index(str(model), str(texts))
-    embeddings = search.embed_texts(
-        AutoModel.from_pretrained(model), AutoTokenizer.from_pretrained(model), index.texts, 32
-    )
+    embeddings = embed_texts(AutoModel.from_pretrained(model), AutoTokenizer.from_pretrained(model), index.texts, 32)
     vectors = Whitening.fit(embeddings)(embeddings)
     expected = torch.cosine_similarity(vectors[7], vectors).sort(descending=True)
     hits = index.search(index.texts[7], 5)
@@ -85,9 +84,8 @@ def test_scores_are_cosines_of_whitened_vectors_the_nearest_first(model, texts):
 
 @pytest.mark.parametrize("num_texts", [1, 2, 20, 40])
 def test_few_texts_are_found_too(model, num_texts):
-    encoder, tokenizer = AutoModel.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     passages = {row["text"]: "" for row in make_rows(num_texts)}
-    index = SearchIndex.build(encoder, tokenizer, 32, passages)
+    index = SearchIndex.build(load_embedder(model), passages)
     for text in index.texts:
         assert index.search(text, 1)[0].text == text
     assert len(index.search("a fox", 1000)) == len(passages)
@@ -110,11 +108,15 @@ def test_words_find_what_shares_words_and_nothing_else():
 
 
 def test_an_encoder_of_transformers_searches_too(tmp_path):
+    """By its own pooling, that of sentence-transformers beside it."""
     folder = encoder_folders.make_folder(tmp_path / "bert")
-    passages = {row["text"]: "" for row in make_rows(12)}
-    embedder = load_embedder(str(folder))
-    index = SearchIndex.build(embedder.model, embedder.tokenizer, embedder.max_length, passages)
+    pooling = {**encoder_folders.POOLING, "pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (tmp_path / "texts.txt").write_text("\n".join(row["text"] for row in make_rows(12)))
+    index = open_index(str(folder), str(tmp_path / "texts.txt"))
     assert index.search(index.texts[3], 1)[0].text == index.texts[3]
+    vectors = index.whitening(tjepa.embed(folder, index.texts))
+    torch.testing.assert_close(index.vectors, torch.nn.functional.normalize(vectors))
 
 
 # ---- the index ----
@@ -135,13 +137,13 @@ def test_other_texts_or_another_encoder_make_another_index(model, texts, texts_r
     texts.write_text(texts.read_text() + "a new text\n")
     assert "a new text" in [hit.text for hit in open_index(str(model), str(texts)).search("a new text", 1)]
     embedder = load_embedder(str(model))
-    encoder, arguments = embedder.model, (embedder.tokenizer, embedder.max_length, load_passages(str(texts)))
-    path = index_path(model, str(texts))
-    assert SearchIndex.load(path, encoder, *arguments) is not None
+    path, passages = index_path(model, str(texts)), load_passages(str(texts))
+    assert SearchIndex.load(path, embedder, passages) is not None
     with torch.no_grad():
-        for parameter in encoder.parameters():
+        for parameter in embedder.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    assert SearchIndex.load(path, encoder, *arguments) is None
+    assert SearchIndex.load(path, embedder, passages) is None
+    assert index_path("run", "https://a.host/x.jsonl?token=secret").name == "x.jsonl.safetensors"
 
 
 def test_a_folder_that_cannot_be_written_is_searched_all_the_same(model, texts, caplog):

@@ -177,36 +177,9 @@ def main():
     )
     goes_on = config.encoder is not None and model_args.model_name_or_path is not None
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
-    for name, value in (("export_encoder", training_args.export_encoder), ("encoder_input", model_args.encoder_input)):
-        if config.encoder is None and value is not None:
-            raise ValueError(
-                f"--{name} {value} is for encoders of other architectures. Leave it out: our own takes packed rows, "
-                'and AutoModel.from_pretrained(FOLDER, encoder="context") loads the one that was trained by gradient.'
-            )
-    if config.encoder is not None and training_args.torch_compile:
-        raise ValueError(
-            f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
-            "of equal views differ. Leave it out: it is for our own architecture."
-        )
     attention = model_args.attn_implementation or choose_attention(config, training_args)
-    check_attention(config, attention)
-    has_kernel = attention == VARLEN_ATTENTION == choose_attention(config, training_args)
-    if attention in ("sdpa", VARLEN_ATTENTION) and not has_kernel and training_args.torch_compile:
-        raise ValueError(
-            f"--torch_compile with {attention} attention would compile anew for every batch, whose groups of equal "
-            "views differ. Leave it out; on a GPU it goes with the attention that a run takes there by itself."
-        )
+    check_choices(config, attention, model_args, masking_args, training_args)
     collator.fit_to(config)
-    if config.pooled_weight > 0 and training_args.per_device_train_batch_size == 1:
-        raise ValueError(
-            "With pooled_weight a document's hidden part is told from those of the others in its batch: raise "
-            "--per_device_train_batch_size 1."
-        )
-    if (config.segment_weight > 0) != (masking_args.segment_length is not None):
-        raise ValueError(
-            f"Segments are cut by --segment_length (given: {masking_args.segment_length}) and predicted with "
-            f"--config_overrides segment_weight=0.3 (here {config.segment_weight}): set both, or neither."
-        )
     if model_args.encoder_input is not None:
         config.encoder_input = model_args.encoder_input
     tokenizer = choose_tokenizer(model_args, data_args, config)
@@ -367,6 +340,47 @@ def has_flex_attention(model: TJEPAForPreTraining) -> bool:
     """In any of its parts: the predictor's can be another one than the encoders'."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     return any(get_attention(part.config) == "flex_attention" for part in parts)
+
+
+def check_choices(
+    config: TJEPAConfig,
+    attention: str,
+    model_args: ModelArguments,
+    masking_args: MaskingArguments,
+    training_args: PretrainingArguments,
+) -> None:
+    """
+    Raises:
+        ValueError: for flags that would do nothing, or not work, with this configuration.
+    """
+    for name, value in (("export_encoder", training_args.export_encoder), ("encoder_input", model_args.encoder_input)):
+        if config.encoder is None and value is not None:
+            raise ValueError(
+                f"--{name} {value} is for encoders of other architectures. Leave it out: our own takes packed rows, "
+                'and AutoModel.from_pretrained(FOLDER, encoder="context") loads the one that was trained by gradient.'
+            )
+    if config.encoder is not None and training_args.torch_compile:
+        raise ValueError(
+            f"--torch_compile would compile a {config.encoder.model_type} encoder anew for every batch, whose groups "
+            "of equal views differ. Leave it out: it is for our own architecture."
+        )
+    check_attention(config, attention)
+    has_kernel = attention == VARLEN_ATTENTION == choose_attention(config, training_args)
+    if attention in ("sdpa", VARLEN_ATTENTION) and not has_kernel and training_args.torch_compile:
+        raise ValueError(
+            f"--torch_compile with {attention} attention would compile anew for every batch, whose groups of equal "
+            "views differ. Leave it out; on a GPU it goes with the attention that a run takes there by itself."
+        )
+    if config.pooled_weight > 0 and training_args.per_device_train_batch_size == 1:
+        raise ValueError(
+            "With pooled_weight a document's hidden part is told from those of the others in its batch: raise "
+            "--per_device_train_batch_size 1."
+        )
+    if (config.segment_weight > 0) != (masking_args.segment_length is not None):
+        raise ValueError(
+            f"Segments are cut by --segment_length (given: {masking_args.segment_length}) and predicted with "
+            f"--config_overrides segment_weight=0.3 (here {config.segment_weight}): set both, or neither."
+        )
 
 
 def create_collator(

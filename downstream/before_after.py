@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -88,11 +89,8 @@ def neighbours_kept(before: Tensor, after: Tensor, k: int = NUM_NEIGHBOURS) -> n
     Returns:
         float64 `[num_texts]`.
     """
-    nearest = []
-    for vectors in (before, after):
-        similarity = cosine_similarity(vectors.double().numpy())
-        np.fill_diagonal(similarity, -np.inf)
-        nearest.append(np.argpartition(-similarity, k - 1, axis=1)[:, :k])
+    search = NearestNeighbors(n_neighbors=k, metric="cosine")
+    nearest = [search.fit(vectors.double().numpy()).kneighbors(return_distance=False) for vectors in (before, after)]
     return np.array([np.isin(*rows).mean() for rows in zip(*nearest, strict=True)])
 
 

@@ -70,12 +70,11 @@ def parse_arguments(
             check_kinds(path, new, parser)
             joined = {name: f"{values[name]},{new[name]}" for name in JOINED if values.get(name) and new.get(name)}
             values |= new | joined
-        # Lists, mappings and null cannot be written as one flag; as defaults they also give way to the command line.
+        # Mappings, null and empty lists cannot be written as flags; as defaults they give way to those, too.
         scalars = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
         # YAML takes a bare no for false
         scalars |= {name: "no" for name in scalars if name.endswith("_strategy") and scalars[name] is False}
-        required = {action.dest for action in parser._actions if action.required}
-        lists = {name: value for name, value in values.items() if isinstance(value, list) and name in required}
+        lists = {name: value for name, value in values.items() if isinstance(value, list) and value}
         others = values.keys() - scalars.keys() - lists.keys()
         parser.set_defaults(**{name: values[name] for name in others})
         from_file = [f"--{name}={value}" for name, value in scalars.items()]

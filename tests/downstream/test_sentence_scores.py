@@ -90,7 +90,8 @@ def test_the_score_of_a_masked_language_model_is_that_of_a_plain_loop(tokenizer,
 def test_the_score_of_a_pretraining_model_is_its_own_loss_at_each_token(tokenizer, predictor_type):
     model = make_ours(token_prediction_weight=1.0, predictor_type=predictor_type, mask_token_id=3).eval()
     scores = score_texts(model, tokenizer, TEXTS, max_length=16, batch_size=4)
-    collator = DataCollatorForTJEPA([ONE_TOKEN], in_place=predictor_type == "in_place")
+    collator = DataCollatorForTJEPA([ONE_TOKEN])
+    collator.fit_to(model.config)
     for text, score in zip(TEXTS[:3], scores.tolist(), strict=False):
         ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
         losses = {}

@@ -214,12 +214,13 @@ def test_bf16_is_autocast(learning_curve, tokenizer):
 
 def test_muon_trains_the_matrices_of_the_layers(learning_curve, tokenizer):
     values = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "per_device_train_batch_size": 4}
-    recipe = learning_curve.Recipe.from_dict("muon", {**values, "objective": "mlm", "muon": True})
+    recipe = learning_curve.Recipe.from_dict("muon", {**values, "objective": "mlm", "muon": 3.0})
     documents = [np.array(ids) for ids in tokenizer([sentence(index) for index in range(12)])["input_ids"]]
     training = learning_curve.Training(recipe, documents, tokenizer, seed=0, num_steps=2)
     model = training.objective.model
     optimizer = learning_curve.create_optimizer(model, training.args)
-    muon = learning_curve.split_off_muon(optimizer, model.encoder.layers, training.args)
+    muon = learning_curve.split_off_muon(optimizer, model.encoder.layers, 3.0, training.args)
+    assert muon.defaults["lr"] == pytest.approx(3.0 * training.args.learning_rate)
     of_muon, others = ({id(p) for g in opt.param_groups for p in g["params"]} for opt in (muon, optimizer))
     assert of_muon == {id(p) for p in model.encoder.layers.parameters() if p.ndim == 2} and not of_muon & others
     assert of_muon | others == {id(p) for p in model.parameters()}

@@ -60,8 +60,10 @@ def embed(
     Raises:
         FileNotFoundError: if the model is a path that is not there.
         ValueError: for a folder without model or tokenizer, or with a module that is not computed here; for an empty
-            text.
+            text, and for a string in place of several.
     """
+    if isinstance(texts, str):
+        raise ValueError("embed takes a list of texts, got one string: each of its characters would be a text.")
     return load_embedder(model, tokenizer, max_length)(texts, batch_size)
 
 

@@ -89,6 +89,10 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     with args.main_process_first(desc="preparing the rows"):
         splits = DatasetDict(load_splits(data_args, SPLITS, model_args.cache_dir, model_args.token))
         task = task_class(splits, data_args, config)
+        if not args.do_train:
+            check_same_classes(task.names, model_args.model_name_or_path, config)
+        elif checkpoint is not None and (Path(checkpoint) / "config.json").is_file():  # of an adapter there is none
+            check_same_classes(task.names, checkpoint, load_any_config(checkpoint))
         splits, test_rows = limit_splits(splits, data_args)
         rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
         if args.eval_strategy != "no" and not ("validation" in rows and rows["validation"].judged):
@@ -229,6 +233,21 @@ def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:
 
 def without_our_columns(dataset: Dataset) -> Dataset:
     return dataset.remove_columns([name for name in OUR_COLUMNS if name in dataset.column_names])
+
+
+def check_same_classes(names: list[str], trained: str, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: if a head that goes on as it is was trained for other classes than the data's: it would be read as
+            if it knew these.
+    """
+    known = set(config.id2label.values())
+    is_unnamed = all(name.startswith("LABEL_") for name in known)  # as in models whose classes nobody named
+    if names and not is_unnamed and known != set(names):
+        raise ValueError(
+            f"{trained} tells the classes {sorted(known)} apart, and the data has {sorted(names)}. Give it data with "
+            "the same classes, or fine-tune it anew in another --output_dir."
+        )
 
 
 def report_truncation(lengths: list[int], max_length: int, split: str, metrics: dict) -> None:

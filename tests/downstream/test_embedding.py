@@ -116,6 +116,8 @@ def test_what_cannot_be_embedded_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         AutoModel.from_pretrained(folder / "encoder").save_pretrained(tmp_path / "bare")
         tjepa.embed(tmp_path / "bare", TEXTS)
+    with pytest.raises(ValueError, match="takes a list of texts, got one string"):
+        tjepa.embed(folder / "encoder", "a fox")
     with pytest.raises(ValueError, match="Text 1 of 2 has no tokens"):
         tjepa.embed(folder / "encoder", ["a fox", ""])
     stock = make_stock_folder(tmp_path / "stock")

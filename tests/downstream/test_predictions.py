@@ -266,6 +266,12 @@ def test_resumed_and_evaluated_from_a_checkpoint(folder, tmp_path, monkeypatch, 
     run(monkeypatch, arguments(folder, tmp_path / "out", **options, max_steps=4, resume_from_checkpoint="last"))
     assert all(load_file(tmp_path / "out" / "model.safetensors")[name].equal(again[name]) for name in again)
 
+    renamed = [{**row, "label": f"not {row['label']}"} for row in make_rows(40)]
+    data = {"train_file": write(tmp_path / "renamed.jsonl", renamed), "max_steps": 4}
+    for way in ({"resume_from_checkpoint": "last"}, checkpoint):  # the head knows other classes
+        with pytest.raises(ValueError, match="tells the classes .*apart, and the data has .*'not "):
+            run(monkeypatch, arguments(folder, tmp_path / "out", **{**data, **way}))
+
 
 def test_the_card_names_the_step_of_the_best_weights(folder, tmp_path, monkeypatch):
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -73,7 +73,7 @@ def path_to(package: Path, folder: Path) -> dict[str, str]:
     parent.mkdir(exist_ok=True)
     if not (parent / "tjepa").exists():
         (parent / "tjepa").symlink_to(package.resolve(), target_is_directory=True)
-    return {**os.environ, "PYTHONPATH": str(parent)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def compare(args, documents: list[np.ndarray], config: dict, flops: float, matmul_rate) -> dict:

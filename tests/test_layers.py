@@ -6,7 +6,14 @@ from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
 from helpers import make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel
-from tjepa.layers_tjepa import PackedViews, TJEPARotaryEmbedding, flash_attention_kwargs, has_varlen_kernel, rotate
+from tjepa.layers_tjepa import (
+    PackedViews,
+    TJEPARotaryEmbedding,
+    flash_attention_kwargs,
+    has_varlen_kernel,
+    packed_attention_forward,
+    rotate,
+)
 
 
 def test_groups_and_masks_of_packed_views():
@@ -49,6 +56,33 @@ def test_attention_dropout_is_for_training_only():
         states = [model.train(training)(ids)[0] for training in (False, False, True, True)]
         assert torch.equal(states[0], states[1])
         assert not torch.allclose(states[1], states[2]) and not torch.allclose(states[2], states[3])
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_attention_of_16_bits_trains_in_float32_on_a_cpu(monkeypatch, how):
+    """Whose backward of `sdpa` is several times as slow in bfloat16; states between layers stay what they are."""
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **kwargs):
+        seen.append({query.dtype, key.dtype, value.dtype, torch.is_autocast_enabled("cpu")})
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    views = PackedViews.from_groups([(2, 3, 0), (1, 4, 0)])
+    query, key, value = (torch.randn(1, 2, 10, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        output, _ = packed_attention_forward(None, query, key, value, None, packed_views=views)
+        assert seen == 2 * [{torch.float32, False}]
+        with torch.no_grad():  # forward alone is as fast in bfloat16
+            packed_attention_forward(None, query.detach(), key, value, None, packed_views=views)
+    assert seen[2:] == 2 * [{torch.bfloat16, how == "autocast"}]
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    wide = [states.detach().float().requires_grad_() for states in (query, key, value)]
+    expected, _ = packed_attention_forward(None, *wide, None, packed_views=views)
+    expected.sum().backward()
+    assert torch.equal(output, expected.bfloat16())
+    assert all(torch.equal(a.grad, b.grad.bfloat16()) for a, b in zip((query, key, value), wide, strict=True))
 
 
 @pytest.mark.parametrize(

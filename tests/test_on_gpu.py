@@ -50,10 +50,8 @@ def test_equality_and_speed_without_datasets(tmp_path):
     assert held == {(*way, dtype) for way in ways for dtype in ("float32", "bfloat16")}
     assert all("skipped" in figures for path, figures in paths.items() if path not in held)
     for piece, row_length in (("speed-384", 96), ("speed-768", 96), ("recipe-768", None), ("encoder-768", 192)):
-        assert [(r.get("row_length"), r["compiled"]) for r in results(out, piece)] == [
-            (row_length, "layers"),
-            (row_length, "no"),
-        ]
+        ways = ["layers", "no", *(["layers"] if piece == "recipe-768" else [])]  # this one with more documents, too
+        assert [(r.get("row_length"), r["compiled"]) for r in results(out, piece)] == [(row_length, w) for w in ways]
         assert all(r["tokens_per_second"] > 0 for r in results(out, piece))
         assert piece == "recipe-768" or all(r["mfu"] > 0 for r in results(out, piece))
         assert "aten::" in (out / f"{piece}-profile.txt").read_text()

@@ -55,15 +55,22 @@ def load_tokenizer(name: str, flag: str = "--tokenizer_name", **for_hub) -> PreT
     """
     check_exists(name, flag)
     try:
-        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **for_hub})
+        tokenizer = AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **for_hub})
+        # where a model lies without files of a tokenizer, transformers makes one that knows no word (of T5's, a space)
+        if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab() - {*tokenizer.all_special_tokens}) <= 1:
+            raise ValueError("the files of a tokenizer are missing")
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{flag} {name}: the tokenizer has code of its own; pass --trust_remote_code if you trust its source."
             ) from error
+        advice = "Save the model's own there, or pass --tokenizer_name where the command takes it"
+        if flag == "--tokenizer_name":
+            advice = "Pass a folder or a name on the Hub"
         raise ValueError(
             f"{flag} {name}: no tokenizer could be loaded from there ({_first_line(error)}). {hint_at_nearest(name)} "
-            "Pass --tokenizer_name with a folder or a name on the Hub; `tjepa tokenizer` makes one from your texts."
+            f"{advice}; `tjepa tokenizer` makes one from your texts."
         ) from error
 
 

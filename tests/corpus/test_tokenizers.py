@@ -8,7 +8,7 @@ import sys
 import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from helpers import make_texts
@@ -161,6 +161,18 @@ def test_a_missing_folder_is_named_with_its_neighbour(tmp_path, monkeypatch):
             load_tokenizer(name)
     with pytest.raises(ValueError, match="no tokenizer could be loaded.*runs/quickstart holds: nothing"):
         load_tokenizer("runs/quickstart")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "t5", "xlm-roberta"])
+def test_a_model_without_files_of_a_tokenizer_is_refused(tmp_path, model_type):
+    """transformers makes a tokenizer of special tokens alone, to which every word is unknown."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    for flag, advice in (
+        ("--tokenizer_name", "Pass a folder"),
+        ("--model_name_or_path", "Save the model's own there"),
+    ):
+        with pytest.raises(ValueError, match=f"{flag} {tmp_path}: no tokenizer .*files .* are missing.*{advice}"):
+            load_tokenizer(str(tmp_path), flag)
 
 
 def test_code_of_its_own_needs_the_flag(tmp_path):

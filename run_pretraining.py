@@ -48,7 +48,7 @@ from tjepa.tools.health import closing_lines
 from tjepa.tools.report import ReportCallback, texts_to_keep, write_report
 from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.checkpoints import find_checkpoint
+from tjepa.training.checkpoints import count_steps, find_checkpoint, is_finished
 from tjepa.training.forecast import Forecast
 from tjepa.training.loading import check_attention, check_resumed, load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
@@ -64,6 +64,7 @@ from tjepa.training.publishing import create_publisher
 from tjepa.training.record import (
     RESULTS_FILE,
     RunRecorder,
+    check_unchanged,
     describe_run,
     earlier_results,
     fingerprint,
@@ -238,10 +239,14 @@ def main():
         if trainer.is_world_process_zero():
             print("", *lines, sep="\n")
         return
+    arguments = [model_args, data_args, masking_args, training_args, report_args]
+    strategies = [asdict(strategy) for strategy in collator.strategies]
     if not training_args.do_train:
         load_state(trainer, model_args.model_name_or_path)
         save_figures("eval_results.json", evaluate(trainer), training_args)
         return
+    if checkpoint is not None and is_finished(checkpoint, count_steps(trainer)):
+        check_unchanged(Path(checkpoint).parent, describe_run(arguments, strategies=strategies))
     before = probe_at_start = None
     if comparison is not None and trainer.is_world_process_zero():
         before = comparison.embed(model.target_encoder, tokenizer, data_args.max_length)
@@ -250,9 +255,9 @@ def main():
     if trainer.is_world_process_zero():
         with suppressing_errors("The run's record"):
             facts = describe_run(
-                [model_args, data_args, masking_args, training_args, report_args],
+                arguments,
                 seed=training_args.seed,
-                strategies=[asdict(strategy) for strategy in collator.strategies],
+                strategies=strategies,
                 documents={split: count.to_dict() for split, count in counts.items() if hasattr(count, "to_dict")},
                 max_length=data_args.max_length,
                 exported=name_of_exported(model.config, training_args),

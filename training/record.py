@@ -7,7 +7,7 @@ stay on this machine: nothing of them goes to the Hub.
 import json
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.files import without_query
 from ..corpus.paths import RUN_FILE
+from ..data_collator_tjepa import MaskingStrategy
 from .health import in_float64
 
 
@@ -27,8 +28,17 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE, RESULTS_FILE = "log.jsonl", "all_results.json"
 PACKAGES = ("tjepa", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
-RESUMED_AS_GIVEN = ("seed", "data_seed", "masking strategies", "views_per_document", "mask_recurring_targets")
+RESUMED_AS_GIVEN = ("seed", "data_seed", "views_per_document", "mask_recurring_targets")
 RESUMED_AS_GIVEN += ("segment_length", "dataset_name", "train_file", "max_length", "min_tokens", "long_documents")
+TOLD_BY_THE_CARD = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "start_lr",
+    "final_lr",
+)
+TOLD_BY_THE_CARD += ("head_learning_rate", "weight_decay", "final_weight_decay", "ema_momentum", "final_ema_momentum")
+TOLD_BY_THE_CARD += ("ema_schedule", "ema_anneal_ratio")
 SECRETS = ("token", "hub_token")  # never written
 
 
@@ -106,20 +116,55 @@ def describe_run(arguments: list, **facts) -> dict[str, Any]:
     return {"settings": settings, "versions": versions, "device": device, **facts}
 
 
-def log_changes(folder: Path, facts: dict[str, Any]) -> None:
+def find_changes(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> list[tuple[str, Any, Any]]:
     """
-    Says what of a resumed run's text, masks and random numbers is new. (Rates and their schedules say it themselves;
-    another model is refused.)
+    What of a resumed run is not as it was: name, value before, value now.
 
     Args:
         folder: of the run that the checkpoint is of.
-        facts: of this start, as from `describe_run`.
+        facts: of this start, as from `describe_run`, with its `strategies`.
+        names: settings to compare.
     """
-    before = _read_json(folder / RUN_FILE) or facts
-    old, new = ({**run["settings"], "masking strategies": run.get("strategies")} for run in (before, facts))
-    for name in sorted(old.keys() | new.keys()):
-        if name in RESUMED_AS_GIVEN and old.get(name) != new.get(name):
-            logger.warning(f"{name} is {new.get(name)} from here on; up to the checkpoint it was {old.get(name)}.")
+    before, changes = _read_json(folder / RUN_FILE) or facts, []
+    for name in names:
+        old, new = (run["settings"].get(name) for run in (before, facts))
+        if name.endswith("_file") and None not in (old, new) and Path(old).resolve() == Path(new).resolve():
+            continue
+        if old != new:
+            changes.append((name, *("the default" if value is None else value for value in (old, new))))
+    if before.get("strategies") != facts.get("strategies"):
+        both = (run.get("strategies", ()) for run in (before, facts))
+        names = (", ".join(MaskingStrategy(**strategy).name for strategy in strategies) for strategies in both)
+        changes.append(("masking strategies", *names))
+    return changes
+
+
+def log_changes(folder: Path, facts: dict[str, Any]) -> None:
+    """
+    Says what of a resumed run's text, masks and random numbers is new. (Rates and their schedules say it themselves;
+    another model is refused.) Arguments as of `find_changes`.
+    """
+    for name, old, new in find_changes(folder, facts, RESUMED_AS_GIVEN):
+        logger.warning(f"{name} is {new} from here on; up to the checkpoint it was {old}.")
+
+
+def check_unchanged(folder: Path, facts: dict[str, Any]) -> None:
+    """
+    For a run that is finished: it makes no step, and its card would tell what it was not trained with. Arguments as of
+    `find_changes`.
+
+    Raises:
+        ValueError: if a setting differs.
+    """
+    changes = [
+        f"{name} was {old} and is {new}"
+        for name, old, new in find_changes(folder, facts, RESUMED_AS_GIVEN + TOLD_BY_THE_CARD)
+    ]
+    if changes:
+        raise ValueError(
+            f"The run in {folder} is finished, and other settings would change nothing of it: {', '.join(changes)}. "
+            "Give those of before, more --max_steps to train on, or another --output_dir for a new run."
+        )
 
 
 def fingerprint(model: torch.nn.Module) -> float:

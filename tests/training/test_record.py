@@ -35,8 +35,8 @@ def test_the_log_file_is_the_log_after_a_resume_too(inputs, tmp_path, monkeypatc
     run(monkeypatch, arguments(inputs, out, resume_from_checkpoint="last", seed=7, data_seed=42, learning_rate=1e-4))
     changes = [record.getMessage() for record in caplog.records if record.name.endswith("training.record")]
     assert changes == [
-        "data_seed is 42 from here on; up to the checkpoint it was None.",
-        "seed is 7 from here on; up to the checkpoint it was None.",
+        "seed is 7 from here on; up to the checkpoint it was the default.",
+        "data_seed is 42 from here on; up to the checkpoint it was the default.",
     ]
     log = read_log(out)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4]
@@ -46,6 +46,22 @@ def test_the_log_file_is_the_log_after_a_resume_too(inputs, tmp_path, monkeypatc
     facts = json.loads((out / "run.json").read_text())
     assert facts["max_steps"] == 4 and facts["documents"]["train"]["dropped"]["null"] == 1
     assert len(facts["texts"]) == 8 and facts["settings"]["max_length"] == 64
+
+
+def test_a_finished_run_is_not_described_anew(inputs, tmp_path, monkeypatch):
+    """It makes no step: with other settings the card would tell what the model was not trained with."""
+    out = tmp_path / "out"
+    run(monkeypatch, arguments(inputs, out, max_steps=1))
+    card = (out / "README.md").read_text()
+    resume = {"max_steps": 1, "resume_from_checkpoint": "last"}
+    with pytest.raises(ValueError, match="finished.*seed was the default and is 7, learning_rate was .* and is 0.5"):
+        run(monkeypatch, arguments(inputs, out, seed=7, learning_rate=0.5, **resume))
+    with pytest.raises(ValueError, match="finished.*masking strategies was .* and is block4_ratio0.5"):
+        run(monkeypatch, arguments(inputs, out, masking_strategies="short_blocks", **resume))
+    assert (out / "README.md").read_text() == card
+    # the same in other words, and what is not of the training
+    monkeypatch.chdir(inputs)
+    run(monkeypatch, arguments(inputs, out, train_file="train.jsonl", logging_steps=3, **resume))
 
 
 def test_a_run_over_a_finished_one_has_not_ended(inputs, tmp_path, monkeypatch):

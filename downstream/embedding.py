@@ -227,7 +227,7 @@ def check_tokens(texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
     if 0 in lengths:
         raise ValueError(
             f"Text {lengths.index(0)} of {len(texts)} has no tokens: {texts[lengths.index(0)]!r}. Every text needs at "
-            "least one; drop empty texts, or pass add_special_tokens=True if the tokenizer has special tokens."
+            "least one: leave out empty ones and those of spaces alone."
         )
 
 

@@ -482,7 +482,7 @@ def write_finetuning_card(
         max_length=max_length,
         settings={
             "rows per step and process": args.train_batch_size * args.gradient_accumulation_steps,
-            "learning rate": f"{args.learning_rate} ({args.lr_scheduler_type})",
+            "learning rate": f"{args.learning_rate} ({args.lr_scheduler_type.value})",
             "weight decay": args.weight_decay,
             "trained": "the head alone" if model_args.freeze_encoder else "encoder and head",
         },

@@ -4,6 +4,7 @@ Trained encoders keep much of what they know in directions of small variance. Wh
 takes the mean away and gives every direction the variance 1, with the statistics of texts that need no labels.
 """
 
+import logging
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..corpus.faults import find_fault
 from .embedding import embed_tokens, encode_texts
 
+
+logger = logging.getLogger(__name__)
 
 VECTORS_PER_DIMENSION = 10  # that a covariance is estimated from; more change the similarities little
 MIN_VECTORS = 2000
@@ -55,6 +58,11 @@ class Whitening(NamedTuple):
                 f"more texts than dimensions, and is good with {VECTORS_PER_DIMENSION} for each."
             )
         whitening = fit_whitening(embeddings)
+        if num_dimensions is not None and whitening.n_components_ < num_dimensions:
+            logger.warning(
+                f"Embeddings have {whitening.n_components_} dimensions in place of {num_dimensions}: in all "
+                "others the texts differ by rounding alone."
+            )
         scale = np.sqrt(whitening.explained_variance_[:num_dimensions])
         weight = whitening.components_[:num_dimensions] / scale[:, None]
         return cls(torch.from_numpy(weight).float(), torch.from_numpy(-weight @ whitening.mean_).float())

@@ -8,6 +8,7 @@ token in the encoder's input: as in pretraining. The token head turns each predi
 
 import argparse
 import re
+import shlex
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,9 @@ def main():
     name = args.model or str(find_newest_run())
     model, tokenizer = load_for_filling(name)
     if model.token_head is None:
-        raise ValueError(f"{name} predicts no tokens. Fit a token head to its predictions: tjepa train-decoder {name}")
+        raise ValueError(
+            f"{name} predicts no tokens. Fit a token head to its predictions: tjepa train-decoder {shlex.quote(name)}"
+        )
     gapped = read_gaps(args.text, model, tokenizer)
     print(f"{name}\n\n{fill(model, tokenizer, gapped)}\n")
     for place, guesses in enumerate(guess_tokens(model, tokenizer, gapped, args.num_results), start=1):

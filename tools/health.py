@@ -273,6 +273,7 @@ def find_judgement(run: Run) -> Finding:
             "The frozen encoder tells less than it did before training.",
             "Train longer, or from configs/quickstart.yaml's recipe; plain T-JEPA needs long runs.",
         )
+    folder = shlex.quote(str(run.folder))
     if lines := run.results.get("before_after", {}).get("lines"):
         is_worse = any(": worse." in line for line in lines)
         is_better = any(": better." in line for line in lines)
@@ -283,17 +284,22 @@ def find_judgement(run: Run) -> Finding:
         name,
         "not judged",
         "Loss and cosine do not tell whether the encoder is good; only a probe does.",
-        f"tjepa probe --model_name_or_path {run.folder} (on labelled texts), or --probe_file in the next run.",
+        f"tjepa probe --model_name_or_path {folder} (on labelled texts), or --probe_file in the next run.",
     )
 
 
 def closing_lines(folder: str) -> list[str]:
     """What a run ends with: where the model is, how good it is, what to type next."""
-    findings = diagnose(read_run(folder))
+    run = read_run(folder)
+    findings = diagnose(run)
     learned = findings[-1]
     good = f"{summarise(findings)} {learned.name.capitalize()}: {learned.figures.rstrip('.')}."
     name = shlex.quote(folder)
     search, look = f'tjepa search "eigenvalues of a matrix" --model {name}', f"tjepa health {name}"
+    if "train_file" in run.settings:
+        search = f'tjepa search "some words" --model {name} --file {shlex.quote(run.settings["train_file"])}'
+        if "text_column_name" in run.settings:
+            search += f" --text_column_name {shlex.quote(run.settings['text_column_name'])}"
     return [
         f"Model   {folder}  (its report: {Path(folder) / 'report.html'})",
         f"Good?   {good}",

@@ -5,6 +5,7 @@ import copy
 import difflib
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def load_pretraining_model(
         if model_name_or_path is None:
             model = TJEPAForPreTraining(config)
         else:
-            check_tokenizer(tokenizer, model_name_or_path, revision=revision, **for_hub)
+            check_tokenizer(tokenizer, config, model_name_or_path, revision=revision, **for_hub)
             model = load_other_encoder(config, model_name_or_path, revision=revision, **for_hub)
         traits = model.measure_encoders()
         check_positions(model.target_encoder, tokenizer, max_length)
@@ -225,7 +226,7 @@ def load_pretraining_model(
         set_attention(config, attn_implementation)
         return TJEPAForPreTraining(config)
 
-    check_tokenizer(tokenizer, model_name_or_path, revision=revision, **for_hub)
+    check_tokenizer(tokenizer, config, model_name_or_path, revision=revision, **for_hub)
     model, info = TJEPAForPreTraining.from_pretrained(
         model_name_or_path,
         config=config,
@@ -255,7 +256,8 @@ def fit_to_tokenizer(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase, na
     What another architecture's encoder has to know of its tokenizer: the mask token, and the tokens around a text.
 
     Raises:
-        ValueError: for a tokenizer with more tokens than the encoder has embeddings.
+        ValueError: for a tokenizer with more tokens than the encoder has embeddings, or whose mask token it takes for
+            padding.
     """
     num_tokens = vocabulary_size(tokenizer)
     if num_tokens > config.vocab_size:
@@ -263,6 +265,12 @@ def fit_to_tokenizer(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase, na
             f"The tokenizer has {num_tokens} tokens (highest id + 1), the embedding of {name} {config.vocab_size}. "
             "Name the tokenizer that belongs to it, or give it more rows: "
             f"model.resize_token_embeddings({num_tokens}), save_pretrained, and name that folder."
+        )
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id == config.encoder.pad_token_id:
+        raise ValueError(
+            f"The tokenizer's mask token has the id {tokenizer.mask_token_id}, which {name} takes for padding "
+            "(pad_token_id). Name the tokenizer that belongs to it, or set pad_token_id in its config.json to "
+            f"{tokenizer.pad_token_id}, the tokenizer's."
         )
     prefix, suffix = special_tokens_around(tokenizer)
     config.special_token_ids = sorted({*prefix, *suffix})
@@ -348,7 +356,9 @@ NOT_OF_THE_RUN = {"_name_or_path", "architectures", "auto_map", "dtype", "encode
 NOT_OF_THE_RUN |= {"max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str, **for_hub) -> None:
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: TJEPAConfig, model_name_or_path: str, **for_hub
+) -> None:
     """
     Raises:
         ValueError: if the model's folder has a tokenizer that gives a token of this one another id.
@@ -358,11 +368,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str,
     except ValueError:
         return  # none to compare with
     if not same_ids(tokenizer, of_model):
+        name, num_tokens = shlex.quote(str(model_name_or_path)), vocabulary_size(tokenizer)
+        scratch = f"with --config_name {name} --config_overrides vocab_size={num_tokens}"
+        if config.encoder is not None:  # whose sizes are those of its own configuration
+            scratch = f"with a copy of its config.json in which vocab_size is {num_tokens}, named with --config_name,"
         raise ValueError(
             f"{model_name_or_path} was trained with another tokenizer: tokens that both have differ in their ids. "
             "Leave out --tokenizer_name to go on with its own (text must be tokenized with it, too), or train from "
-            f"scratch with --config_name {model_name_or_path} --config_overrides "
-            f"vocab_size={vocabulary_size(tokenizer)} in place of --model_name_or_path."
+            f"scratch {scratch} in place of --model_name_or_path."
         )
 
 
@@ -381,7 +394,7 @@ def check_resumed(checkpoint: str, config: TJEPAConfig, tokenizer: PreTrainedTok
             f"flags of that run, or start a new one from its weights with --model_name_or_path {checkpoint} and "
             "another --output_dir."
         )
-    check_tokenizer(tokenizer, checkpoint)
+    check_tokenizer(tokenizer, config, checkpoint)
 
 
 def check_weights(

@@ -22,7 +22,7 @@ from .model_folder import name_of_exported
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-SPEED_FIGURES = ("_runtime", "_samples_per_second", "_steps_per_second")
+SPEED_FIGURES = ("_runtime", "_samples_per_second", "_steps_per_second", "_preparation_time")
 
 
 def write_card(

@@ -72,10 +72,11 @@ def plan_extension(args: TrainingArguments, checkpoint: str, num_steps: int) -> 
                 f"{folder} holds {len(before)}. --extend_schedule warm_up_again goes on from any checkpoint."
             )
         return Extension(str(before[-1]), note=f"{change}: going on from {before[-1]}, before the decay. {others}")
+    decay_again = "--extend_schedule decay_again (from the last checkpoint before the decay), "
+    decay_again = decay_again if will_decay_later else ""
     raise ValueError(
         f"{change}: its schedules would jump. Choose one: --extend_schedule warm_up_again (from this checkpoint "
-        "through a new warm-up and a new decay), --extend_schedule decay_again (from the last checkpoint before the "
-        f"decay of --lr_scheduler_type warmup_stable_decay), or --max_steps {state.max_steps} as before."
+        f"through a new warm-up and a new decay), {decay_again}or --max_steps {state.max_steps} as before."
     )
 
 

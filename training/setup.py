@@ -4,7 +4,9 @@ import ctypes
 import logging
 import os
 import platform
+import shlex
 import sys
+from pathlib import Path
 
 import datasets
 import torch
@@ -15,6 +17,8 @@ from ..corpus.command_line import available_cores
 
 
 logger = logging.getLogger(__name__)
+
+CPU_CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "cpu.yaml"  # it is in the package, too
 
 
 def set_up_logging(args: TrainingArguments) -> None:
@@ -49,7 +53,7 @@ def check_number_of_processes(args: TrainingArguments) -> None:
     if num_started != args.world_size:
         raise ValueError(
             f"The launcher started {num_started} processes, but this one trains in a group of {args.world_size}. "
-            "Start them with accelerate launch --config_file and a file of configs/accelerate, or with torchrun; on "
+            f"Start them with accelerate launch --config_file and a file of {CPU_CONFIG.parent}, or with torchrun; on "
             "the CPUs of a machine with GPUs pass --use_cpu, too."
         )
     # accelerate launch sets MASTER_ADDR for several processes only; a launcher that starts them sets WORLD_SIZE, too
@@ -58,8 +62,8 @@ def check_number_of_processes(args: TrainingArguments) -> None:
         raise ValueError(
             "accelerate launch was asked for several processes and started one: with distributed_type MULTI_CPU it "
             "leaves starting them to mpirun, and --cpu or distributed_type NO never start more than one. Use "
-            "configs/accelerate/cpu.yaml, or torchrun --nproc_per_node. (If one process is meant: --num_processes 1, "
-            "and no MASTER_ADDR in the environment.)"
+            f"--config_file {shlex.quote(str(CPU_CONFIG))}, or torchrun --nproc_per_node. (If one process is meant: "
+            "--num_processes 1, and no MASTER_ADDR in the environment.)"
         )
     if args.world_size > 1:
         logger.info(f"{args.world_size} processes")

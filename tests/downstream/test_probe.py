@@ -104,7 +104,7 @@ def test_special_tokens_are_those_of_the_pretraining_and_literal_ones_are_text(m
 
 
 def test_embedding_refuses_a_text_without_tokens(model, tokenizer):
-    with pytest.raises(ValueError, match="Text 1 of 2 has no tokens.*drop empty texts"):
+    with pytest.raises(ValueError, match="Text 1 of 2 has no tokens.*leave out empty ones"):
         embed_texts(model, tokenizer, ["word1", ""], max_length=8)
     with pytest.raises(ValueError, match="at least one text"):
         embed_texts(model, tokenizer, [], max_length=8)

@@ -36,6 +36,14 @@ def test_fewer_dimensions_are_those_of_largest_variance():
     torch.testing.assert_close(Whitening.fit(vectors, 3)(vectors), Whitening.fit(vectors)(vectors)[:, :3])
 
 
+def test_directions_that_are_not_there_are_said(caplog):
+    vectors = correlated_vectors()
+    vectors = torch.cat([vectors, vectors.sum(1, keepdim=True)], dim=1)
+    assert Whitening.fit(vectors, 8)(vectors).shape == (400, 8) and not caplog.records
+    assert Whitening.fit(vectors, 9)(vectors).shape == (400, 8)
+    assert "8 dimensions in place of 9" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("num_texts", "num_dimensions", "message"),
     [(8, None, "8 texts are too few to whiten 8 dimensions"), (400, 9, "Embeddings have 8 dimensions")],

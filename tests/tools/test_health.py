@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,6 +30,23 @@ def make_run(tmp_path, last=None, results=None, **facts) -> Run:
     log[-1] = {**log[-1], **(last or {})}
     results = {"probe_accuracy": 0.7, "probe_accuracy_untrained": 0.6} if results is None else results
     return Run(tmp_path, log, results, **{"max_steps": 100, "documents": {"train": COUNTS}, **facts})
+
+
+@pytest.mark.parametrize(
+    ("settings", "next_command"),
+    [
+        ({}, 'tjepa search "eigenvalues of a matrix" --model {}'),
+        (
+            {"train_file": "my texts/*.csv", "text_column_name": "body"},
+            "tjepa search \"some words\" --model {} --file 'my texts/*.csv' --text_column_name body",
+        ),
+    ],
+)
+def test_what_to_type_next(tmp_path, monkeypatch, settings, next_command):
+    """What is searched is what was trained on; whatever is in a path, the line can be copied."""
+    folder = tmp_path / "a run"
+    monkeypatch.setattr(health, "read_run", lambda folder: make_run(tmp_path, settings=settings))
+    assert health.closing_lines(str(folder))[-1] == f"Next    {next_command.format(shlex.quote(str(folder)))}"
 
 
 def findings_of(run: Run) -> dict[str, health.Finding]:

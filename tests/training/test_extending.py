@@ -49,8 +49,9 @@ def logged(folder: Path, name: str) -> list[float]:
 def test_another_number_of_steps_needs_a_choice(tmp_path):
     run(tmp_path, 6)
     for max_steps in (12, 9):
-        with pytest.raises(ValueError, match="of a run of 6 steps.*--extend_schedule warm_up_again.*decay_again"):
+        with pytest.raises(ValueError, match="of a run of 6 steps.*--extend_schedule warm_up_again") as error:
             run(tmp_path, max_steps)
+        assert "decay_again" not in str(error.value), "which such a schedule cannot do"
     with pytest.raises(ValueError, match="needs more steps than before.*holds 0"):
         run(tmp_path, 12, extend_schedule="decay_again")
     with pytest.raises(ValueError, match="allowed are decay_again, warm_up_again"):

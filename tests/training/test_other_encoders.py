@@ -180,6 +180,15 @@ def test_what_cannot_work_is_said_before_training(inputs, model_type, flags, mes
         run(monkeypatch, options(inputs, tmp_path / "out", folder, **flags))
 
 
+def test_a_tokenizer_whose_mask_is_the_encoders_padding_is_refused(inputs, tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "encoder", "roberta")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["pad_token_id"] = AutoTokenizer.from_pretrained(folder).mask_token_id
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="mask token has the id .* which .* takes for padding"):
+        run(monkeypatch, options(inputs, tmp_path / "out", folder))
+
+
 def test_a_folder_without_the_weights_is_refused(inputs, bert, tmp_path, monkeypatch):
     folder = tmp_path / "encoder"
     shutil.copytree(bert, folder)

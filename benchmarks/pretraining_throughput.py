@@ -29,13 +29,14 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import against_baseline
 import numpy as np
 import torch
 from flops import stack_flops, useful_flops
 from plain_reference import batch_bytes, plain_batch, plain_forward_backward
-from reporting import add_data_arguments, add_report_arguments, existing, new_figure, write_report
+from reporting import add_data_arguments, add_report_arguments, new_figure, write_report
 from transformers import AutoTokenizer
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -291,11 +292,13 @@ def main():
     add_report_arguments(parser)
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of ours: less memory, more arithmetic")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our step (autocast)")
-    parser.add_argument("--baseline", type=existing, help="another checkout, whose float32 step ours is compared with")
+    parser.add_argument("--baseline", type=Path, help="another checkout, whose float32 step ours is compared with")
     parser.add_argument(
         "--cpu_time", action="store_true", help="with these two: processor time, where others use the machine, too"
     )
     args = parser.parse_args()
+    if args.baseline is not None and not args.baseline.is_dir():
+        parser.error(f"--baseline {args.baseline} is not there: git worktree add {args.baseline} COMMIT")
     if args.dtype == "float32" and args.baseline is None:
         result = measure(args)
         report(result)

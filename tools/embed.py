@@ -179,7 +179,12 @@ def main():
         "--max_length", type=at_least_one, help="tokens of a text that are read; default: as the model, at most 512"
     )
     parser.add_argument("--batch_size", type=at_least_one, default=64, help="texts per forward")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the encoder; bfloat16 is for GPUs and processors with AMX")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the encoder; bfloat16 is for GPUs and processors with AMX",
+    )
     parser.add_argument("--cache_dir", help="where the cache of datasets is")
     args = parser.parse_args()
     args.model = args.model or str(find_newest_run())

@@ -26,6 +26,7 @@ from ..training.record import Run, read_run
 MIN_LEAD = 0.02  # of the cosine over a constant guess, for predictions that are said to be learned
 MAX_DROPPED = 0.1  # share of documents, and of tokens cut off, that goes unsaid
 MAX_EPOCHS = 20
+MOST_TO_SEARCH = 20_000  # documents that are embedded within minutes on a CPU
 NOT_HEALTHY = 3  # the exit code
 WIDTH = 100
 
@@ -296,7 +297,7 @@ def closing_lines(folder: str) -> list[str]:
     good = f"{summarise(findings)} {learned.name.capitalize()}: {learned.figures.rstrip('.')}."
     name = shlex.quote(folder)
     search, look = f'tjepa search "eigenvalues of a matrix" --model {name}', f"tjepa health {name}"
-    if "train_file" in run.settings:
+    if "train_file" in run.settings and run.documents["train"]["num_documents"] <= MOST_TO_SEARCH:
         search = f'tjepa search "some words" --model {name} --file {shlex.quote(run.settings["train_file"])}'
         if "text_column_name" in run.settings:
             search += f" --text_column_name {shlex.quote(run.settings['text_column_name'])}"

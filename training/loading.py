@@ -266,9 +266,10 @@ def fit_to_tokenizer(config: TJEPAConfig, tokenizer: PreTrainedTokenizerBase, na
             "Name the tokenizer that belongs to it, or give it more rows: "
             f"model.resize_token_embeddings({num_tokens}), save_pretrained, and name that folder."
         )
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id == config.encoder.pad_token_id:
+    mask = tokenizer.mask_token_id
+    if mask is not None and mask == getattr(config.encoder, "pad_token_id", None):
         raise ValueError(
-            f"The tokenizer's mask token has the id {tokenizer.mask_token_id}, which {name} takes for padding "
+            f"The tokenizer's mask token has the id {mask}, which {name} takes for padding "
             "(pad_token_id). Name the tokenizer that belongs to it, or set pad_token_id in its config.json to "
             f"{tokenizer.pad_token_id}, the tokenizer's."
         )

@@ -30,15 +30,9 @@ LOG_FILE, RESULTS_FILE = "log.jsonl", "all_results.json"
 PACKAGES = ("tjepa", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 RESUMED_AS_GIVEN = ("seed", "data_seed", "views_per_document", "mask_recurring_targets")
 RESUMED_AS_GIVEN += ("segment_length", "dataset_name", "train_file", "max_length", "min_tokens", "long_documents")
-TOLD_BY_THE_CARD = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "start_lr",
-    "final_lr",
-)
-TOLD_BY_THE_CARD += ("head_learning_rate", "weight_decay", "final_weight_decay", "ema_momentum", "final_ema_momentum")
-TOLD_BY_THE_CARD += ("ema_schedule", "ema_anneal_ratio")
+TOLD_BY_THE_CARD = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "start_lr")
+TOLD_BY_THE_CARD += ("final_lr", "head_learning_rate", "weight_decay", "final_weight_decay")
+TOLD_BY_THE_CARD += ("ema_momentum", "final_ema_momentum", "ema_schedule", "ema_anneal_ratio")
 SECRETS = ("token", "hub_token")  # never written
 
 
@@ -132,10 +126,9 @@ def find_changes(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> l
             continue
         if old != new:
             changes.append((name, *("the default" if value is None else value for value in (old, new))))
-    if before.get("strategies") != facts.get("strategies"):
-        both = (run.get("strategies", ()) for run in (before, facts))
-        names = (", ".join(MaskingStrategy(**strategy).name for strategy in strategies) for strategies in both)
-        changes.append(("masking strategies", *names))
+    old, new = ([MaskingStrategy(**values).name for values in run.get("strategies", ())] for run in (before, facts))
+    if old != new:
+        changes.append(("masking strategies", ", ".join(old), ", ".join(new)))
     return changes
 
 

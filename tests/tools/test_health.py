@@ -44,9 +44,12 @@ def make_run(tmp_path, last=None, results=None, **facts) -> Run:
 )
 def test_what_to_type_next(tmp_path, monkeypatch, settings, next_command):
     """What is searched is what was trained on; whatever is in a path, the line can be copied."""
-    folder = tmp_path / "a run"
-    monkeypatch.setattr(health, "read_run", lambda folder: make_run(tmp_path, settings=settings))
-    assert health.closing_lines(str(folder))[-1] == f"Next    {next_command.format(shlex.quote(str(folder)))}"
+    folder, default = tmp_path / "a run", 'tjepa search "eigenvalues of a matrix" --model {}'
+    for num_documents, expected in ((100, next_command), (10**7, default)):  # so many would take hours
+        counts = {"train": {**COUNTS, "num_documents": num_documents}}
+        run = make_run(tmp_path, settings=settings, documents=counts)
+        monkeypatch.setattr(health, "read_run", lambda _, run=run: run)
+        assert health.closing_lines(str(folder))[-1] == f"Next    {expected.format(shlex.quote(str(folder)))}"
 
 
 def findings_of(run: Run) -> dict[str, health.Finding]:

@@ -108,8 +108,8 @@ class Step:
         self.strategies = MASKING_PRESETS["ul2"]
         self.micro_batch_size = args.micro_batch_size if side == "ours" else len(documents)
         self.model = TJEPAForPreTraining(TJEPAConfig(**MODELS[args.model])).train()
-        if side == "ours" and args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        if side == "ours" and args.activation_checkpointing:
+            self.model.activation_checkpointing_enable()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)  # weights stay the same
 
@@ -219,7 +219,7 @@ def measure(args) -> dict:
         "profile": profile_by_operator(steps["ours"]),
         "max_length": args.max_length,
         "model": args.model,
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "activation_checkpointing": args.activation_checkpointing,
         "num_documents": len(documents),
         "micro_batch_size": args.micro_batch_size,
         "loss": losses,
@@ -290,7 +290,9 @@ def main():
     add_data_arguments(parser)
     parser.add_argument("--num_threads", type=int, default=2)
     add_report_arguments(parser)
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="of ours: less memory, more arithmetic")
+    parser.add_argument(
+        "--activation_checkpointing", action="store_true", help="of ours: less memory, more arithmetic"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our step (autocast)")
     parser.add_argument("--baseline", type=Path, help="another checkout, whose float32 step ours is compared with")
     parser.add_argument(

@@ -301,12 +301,12 @@ def test_every_option_trains_every_way(model_type, options):
 
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert"])
-def test_gradient_checkpointing_changes_nothing(model_type):
+def test_activation_checkpointing_changes_nothing(model_type):
     encoder, batch = make_encoder(model_type), make_batch()
     expected = make_pretraining_model(encoder).train()
     expected(**batch).loss.backward()
     model = make_pretraining_model(encoder).train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model(**batch).loss.backward()
     for parameter, other in zip(expected.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(other.grad, parameter.grad)

@@ -305,7 +305,7 @@ def test_layers_with_attention_by_lengths_do_not_compile_for_every_batch(make_mo
     assert num_frames[3] == num_frames[-1] <= 6
 
 
-def test_gradient_checkpointing_changes_nothing(make_model, batch):
+def test_activation_checkpointing_changes_nothing(make_model, batch):
     model, checkpointed = make_model(), make_model()
     checkpointed.activation_checkpointing_enable()
     expected = gradients(model.train(), batch)

@@ -128,7 +128,7 @@ def test_from_scratch_and_padded(inputs, model_type, tmp_path, monkeypatch, capl
             encoder_input="padded",
             row_length=128,
             bf16=True,
-            gradient_checkpointing=True,
+            activation_checkpointing=True,
         ),
     )
     assert "padded rows" in caplog.text

@@ -326,7 +326,7 @@ def test_label_sets_that_differ_are_refused(folder, tmp_path, monkeypatch):
     [
         ({"model_name_or_path": "nothing"}, ValueError, "is not the folder of a model: it has no config.json"),
         ({"model_name_or_path": "encoder", "encoder": "context"}, ValueError, "has no context encoder"),
-        ({"tokenizer_name": "nothing"}, ValueError, "no tokenizer could be loaded .*Pass --tokenizer_name"),
+        ({"tokenizer_name": "nothing"}, ValueError, "no tokenizer could be loaded .*Pass a folder or a name"),
         ({"config_overrides": "classifier_poling=mean"}, ValueError, "has no .'classifier_poling'"),
         ({"train_file": None}, ValueError, "either --dataset_name"),
         ({"train_file": None, "dataset_name": "x", "test_file": "y"}, ValueError, "not used with --dataset_name"),

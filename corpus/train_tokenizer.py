@@ -6,7 +6,8 @@ Notable: bytes are the alphabet, so every text can be written, no unknown token 
 exactly what went in. The same texts always give the same tokenizer.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,8 @@ from .arguments import parse_arguments
 from .atomic_writes import replacing_files
 from .command_line import start
 from .documents import SourceArguments, load_documents
-from .faults import find_fault
+from .faults import DROP_REASONS, KEPT, find_fault
+from .files import FAULT_COLUMN
 from .tokenization import check_columns
 
 
@@ -93,11 +95,24 @@ def main():
         )
     documents = load_documents(args)["train"]
     check_columns(documents, args.text_column_name, "train")
-    texts = (row[args.text_column_name] for row in documents)
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.model_max_length)
+    left_out = Counter()
+
+    def texts() -> Iterator[str]:
+        for row in documents:
+            text = row[args.text_column_name]
+            fault = find_fault(text) if row.get(FAULT_COLUMN, KEPT) == KEPT else row[FAULT_COLUMN]
+            if fault is None:
+                yield text
+            else:
+                left_out[DROP_REASONS[fault]] += 1
+
+    tokenizer = train_tokenizer(texts(), args.vocab_size, args.model_max_length)
     with replacing_files(args.output_dir) as folder:
         tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer):,} tokens; written to {args.output_dir}")
+    if left_out:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.most_common())
+        print(f"{left_out.total():,} documents were left out: {reasons}")
 
 
 if __name__ == "__main__":

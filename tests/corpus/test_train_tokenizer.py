@@ -93,7 +93,8 @@ def test_a_file_is_not_a_folder_for_it(tmp_path, monkeypatch):
 
 
 def test_script(tmp_path):
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in TEXTS))
+    lines = [json.dumps({"story": text}) for text in [*TEXTS, None, "  "]]
+    (tmp_path / "texts.jsonl").write_text("\n".join([*lines, '{"story": "torn']) + "\n")
     command = [
         sys.executable,
         "-m",
@@ -108,4 +109,7 @@ def test_script(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert "300 tokens; written to tokenizer" in result.stdout
+    assert "3 documents were left out: " in result.stdout
+    for reason in ("null 1", "empty or whitespace only 1", "unreadable 1"):
+        assert reason in result.stdout
     assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 300

@@ -13,6 +13,7 @@ as much narrower as makes its parameters as many.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -91,9 +92,11 @@ def measure(args: argparse.Namespace, dtype: str) -> dict:
     for run in runs.values():
         run()  # warm-up, which also finds out whether an encoder takes packed rows
     seconds = {key: [] for key in runs}
-    for _ in range(args.repeats):
+    for turn in range(args.repeats):
         for key, run in runs.items():
             seconds[key].append(seconds_of(run, args.device))
+            speed = len(documents) / seconds[key][-1]
+            print(f"{dtype}, turn {turn + 1}, {' '.join(key)}: {speed:.2f} documents/s", file=sys.stderr, flush=True)
 
     def over(numerator: tuple[str, str], denominator: tuple[str, str]) -> float:
         return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))

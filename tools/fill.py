@@ -35,6 +35,7 @@ class Gapped(NamedTuple):
 
 
 class Guess(NamedTuple):
+    token_id: int
     token: str
     probability: float
 
@@ -105,17 +106,15 @@ def guess_tokens(
     probabilities = model.predict_tokens(*gapped).softmax(dim=-1)
     best = probabilities[:, : len(tokenizer)].topk(min(num_guesses, len(tokenizer)))
     return [
-        [Guess(tokenizer.decode([token]), value) for token, value in zip(tokens, values, strict=True)]
+        [Guess(token, tokenizer.decode([token]), value) for token, value in zip(tokens, values, strict=True)]
         for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 
-def fill(model: TJEPAForPreTraining, tokenizer: PreTrainedTokenizerBase, gapped: Gapped) -> str:
+def fill(tokenizer: PreTrainedTokenizerBase, gapped: Gapped, guesses: list[list[Guess]]) -> str:
     """The text with the likeliest token in each hidden place."""
-    input_ids = gapped.input_ids.clone()
-    best = model.predict_tokens(*(part.to(model.device) for part in gapped))[:, : len(tokenizer)].argmax(dim=-1)
-    input_ids[gapped.is_hidden] = best.cpu()
-    return tokenizer.decode(input_ids, skip_special_tokens=True)
+    best = torch.tensor([of_place[0].token_id for of_place in guesses])
+    return tokenizer.decode(gapped.input_ids.masked_scatter(gapped.is_hidden, best), skip_special_tokens=True)
 
 
 def main():
@@ -132,9 +131,10 @@ def main():
             f"{name} predicts no tokens. Fit a token head to its predictions: tjepa train-decoder {shlex.quote(name)}"
         )
     gapped = read_gaps(args.text, model, tokenizer)
-    print(f"{name}\n\n{fill(model, tokenizer, gapped)}\n")
-    for place, guesses in enumerate(guess_tokens(model, tokenizer, gapped, args.num_results), start=1):
-        print(f"{place:>3}  " + "  ".join(f"{guess.token!r} {guess.probability:.0%}" for guess in guesses))
+    guesses = guess_tokens(model, tokenizer, gapped, args.num_results)
+    print(f"{name}\n\n{fill(tokenizer, gapped, guesses)}\n")
+    for place, of_place in enumerate(guesses, start=1):
+        print(f"{place:>3}  " + "  ".join(f"{guess.token!r} {guess.probability:.0%}" for guess in of_place))
 
 
 if __name__ == "__main__":

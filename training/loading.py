@@ -302,8 +302,10 @@ def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPre
         )
         check_weights(model, info, ("context_encoder.", "target_encoder."), name)
         return model
-    loader = encoder_class(config.encoder)
-    encoder, info = loader.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **for_hub)
+    encoder, info = encoder_class(config.encoder).from_pretrained(
+        name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **for_hub
+    )
+    check_weights(encoder, info, ("",), name)
     model = TJEPAForPreTraining.from_encoder(encoder, config)
     model.config.encoder.name_or_path = name
     missing = set(info["missing_keys"]) - set(model.encoder_traits.unused_parameters)

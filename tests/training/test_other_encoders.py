@@ -189,13 +189,26 @@ def test_a_tokenizer_whose_mask_is_the_encoders_padding_is_refused(inputs, tmp_p
         run(monkeypatch, options(inputs, tmp_path / "out", folder))
 
 
-def test_a_folder_without_the_weights_is_refused(inputs, bert, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("missing", "settings", "message"),
+    [
+        ("position_embeddings", {}, "no weights for 1 parameters of BertModel, such as embeddings.position_emb"),
+        ("layer.1.output", {}, "do not fit the configuration.* encoder.layer.1.output.* is not there"),
+        (None, {"num_hidden_layers": 1}, "do not fit the configuration.* encoder.layer.1.* is a layer too many there"),
+        (None, {"intermediate_size": 48}, r"encoder.layer.0.intermediate.dense.bias is \[64\] there and \[48\] by"),
+    ],
+)
+def test_weights_that_are_not_the_configurations_are_refused(
+    missing, settings, message, inputs, bert, tmp_path, monkeypatch
+):
     folder = tmp_path / "encoder"
     shutil.copytree(bert, folder)
     encoder = AutoModel.from_pretrained(folder)
-    weights = {name: tensor for name, tensor in encoder.state_dict().items() if "layer.1.output" not in name}
+    weights = {name: tensor for name, tensor in encoder.state_dict().items() if not missing or missing not in name}
     encoder.save_pretrained(folder, state_dict=weights)
-    with pytest.raises(ValueError, match="has no weights for 4 parameters of BertModel, such as encoder.layer.1.ou"):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(ValueError, match=message):
         run(monkeypatch, options(inputs, tmp_path / "out", folder))
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -76,6 +77,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 class TJEPAPreTrainedModel(TJEPAModule):
     """Loading: which encoder of a folder, and nothing but safetensors."""
+
+    _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
 
     @classmethod
     def from_pretrained(
@@ -156,8 +159,6 @@ class TJEPAModel(TJEPAPreTrainedModel):
     The encoder: bidirectional pre-norm transformer with rotary positions. `AutoModel` on a pretraining folder gives
     the target encoder, with `encoder="context"` the context encoder; on the folder of a head, the head's encoder.
     """
-
-    _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
 
     def __init__(self, config: TJEPAConfig):
         refuse_other_encoder(config, type(self).__name__)
@@ -423,7 +424,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         targets, contexts = (list(part.parameters()) for part in (self.target_encoder, self.context_encoder))
         contexts = [context.to(target.dtype) for target, context in zip(targets, contexts, strict=True)]
         # exact where both are equal: what does not train does not drift
-        torch._foreach_lerp_(targets, contexts, 1.0 - momentum)
+        get_ema_multi_avg_fn(momentum)(targets, contexts, None)
 
     @torch.no_grad()
     def predict_states(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> torch.Tensor:
@@ -676,7 +677,6 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
     folder, and from their own.
     """
 
-    _keys_to_ignore_on_load_unexpected = [*OTHER_PRETRAINING_WEIGHTS, r"^token_head\."]
     output_class: type[ModelOutput]
 
     def __init__(self, config: TJEPAConfig):

@@ -47,6 +47,7 @@ from tjepa.downstream.sentence_scores import why_it_cannot_score
 from tjepa.layers_tjepa import VARLEN_ATTENTION, PackedViews
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.health import moment_sums, rank_share
+from tjepa.training.loading import parse_config_overrides
 from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
 
 
@@ -146,18 +147,10 @@ def load_recipes(path: Path, variants: list[str], only: list[str] | None) -> dic
         name, _, base = pairs[0]
         if base not in recipes or not all(separator for _, separator, _ in pairs):
             raise ValueError(f"--variant is NAME=BASE,key=value with a BASE of {sorted(recipes)}, got {variant!r}.")
-        recipes[name] = {**recipes[base], **{key: read_value(value) for key, _, value in pairs[1:]}}
+        recipes[name] = {**recipes[base], **parse_config_overrides(variant.partition(",")[2])}
     if unknown := sorted(set(only or []) - set(recipes)):
         raise ValueError(f"--only: there is no recipe {unknown}, only {sorted(recipes)}.")
     return {name: recipes[name] for name in (recipes if only is None else [UNTRAINED, *only])}
-
-
-def read_value(text: str):
-    """As YAML, except that 2e-3 is a number, which YAML takes for text."""
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 # --- Objectives: a model, the loss of a batch, what follows a step, and the encoder to judge -------------------------

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
 import torch
 from reporting import add_data_arguments, add_report_arguments, write_report
 from transformers import AutoTokenizer
@@ -27,13 +28,6 @@ from tjepa.corpus.documents import DataArguments, load_documents
 from tjepa.corpus.streams import DocumentStream
 from tjepa.corpus.tokenization import StreamTokenizer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
-
-
-def resident_megabytes() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmRSS: this benchmark needs Linux.")
 
 
 def write_files(args, folder: Path) -> None:
@@ -74,7 +68,7 @@ def measure(args, folder: Path) -> dict:
                     "minutes": num_tokens / args.tokens_per_second / 60,
                     "documents": num_documents,
                     "tokens": num_tokens,
-                    "resident_megabytes": resident_megabytes(),
+                    "resident_megabytes": psutil.Process().memory_info().rss / 2**20,
                     "seconds": time.perf_counter() - start,
                     "cpu_seconds": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - start_cpu,
                 }

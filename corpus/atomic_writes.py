@@ -22,6 +22,11 @@ def flush(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def holds_something(path: Path) -> bool:
+    """Whether a folder that is to be written would replace anything: all but an empty one."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
 def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 

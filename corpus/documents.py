@@ -391,5 +391,9 @@ def _is_not_in(example: dict, hashes: set[int], column: str) -> bool:
 
 
 def hash_text(text: str) -> int:
-    digest = hashlib.blake2b(text.strip().encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return hash_bytes(text.strip().encode("utf-8"))
+
+
+def hash_bytes(data: bytes | np.ndarray) -> int:
+    """64 bits, signed."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments
-from .atomic_writes import replacing_folder
+from .atomic_writes import holds_something, replacing_folder
 from .command_line import start
 from .documents import PIECE_COLUMN, DataArguments, load_documents
 from .files import without_query
@@ -90,7 +90,7 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
 def check_output_dir(args: PreparationArguments) -> None:
     """Raises a `FileExistsError` if the folder to write holds anything but a prepared dataset that may be replaced."""
     output = Path(args.output_dir)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if holds_something(output):
         if not args.overwrite_output_dir:
             raise FileExistsError(
                 f"{args.output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir."

@@ -1,6 +1,5 @@
 """Tokenized documents for the collator: in memory (`DocumentDataset`) or streamed (`DocumentStream`)."""
 
-import hashlib
 import json
 import logging
 import math
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from ..data_collator_tjepa import hash_keys
+from .documents import hash_bytes
 from .private import has_shuffle_buffer
 
 
@@ -212,9 +212,7 @@ class DocumentStream(torch.utils.data.IterableDataset):
             if found is None:  # the end, without `repeat`
                 return
             epoch, input_ids = found
-            digest = hashlib.blake2b(input_ids, digest_size=8).digest()
-            index = int.from_bytes(digest, "little", signed=True)
-            yield {"input_ids": input_ids, "document_index": index, "epoch": epoch}
+            yield {"input_ids": input_ids, "document_index": hash_bytes(input_ids), "epoch": epoch}
 
     def _read(self, worker: int, index: int, shares: Division, position: dict) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, token ids) of a share's documents from a block's beginning on; notes where each block begins."""

@@ -97,9 +97,8 @@ class Predictor(nn.Module):
     def forward(self, context: torch.Tensor, positions: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """context [visible, width]; positions and blocks [visible + hidden] -> predictions [hidden, width]."""
         states = torch.cat([context, self.mask_token.expand(len(positions) - len(context), -1)])
-        allowed = (blocks[None] == 0) | (
-            blocks[None] == blocks[:, None]
-        )  # everyone sees the context and its own block
+        # everyone sees the context and its own block
+        allowed = (blocks[None] == 0) | (blocks[None] == blocks[:, None])
         for layer in self.layers:
             states = layer(states, positions, allowed)
         return self.final_norm(states)[len(context) :]

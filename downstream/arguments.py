@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..corpus.documents import SourceArguments
 from ..corpus.tokenizers import HubArguments
-from ..training.flags import check_flags, check_precision
+from ..training.arguments import RunArguments
 
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -106,11 +105,12 @@ class WordArguments(DataArguments):
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):
+class FinetuningArguments(RunArguments):
     """`TrainingArguments` that train, evaluate and test unless told otherwise."""
 
+    KIND = "finetuning"
+
     output_dir: str | None = HfArg(default="runs/finetuned", help="Model, checkpoints and results go here.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Go on although output_dir holds a run.")
     per_device_train_batch_size: int = HfArg(default=32, help="Rows of each training step and process.")
     per_device_eval_batch_size: int = HfArg(default=128, help="Rows of each forward when evaluating.")
     do_train: bool = HfArg(
@@ -125,19 +125,3 @@ class FinetuningArguments(TrainingArguments):
     learning_rate: float = HfArg(
         default=3e-4, help="Highest learning rate; 3e-4 suits encoders of a few million parameters, 2e-5 BERT's size."
     )
-    resume_from_checkpoint: str | None = HfArg(
-        default=None,
-        help="Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where there is "
-        "none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130.",
-    )
-    push_to_hub: bool = HfArg(
-        default=False,
-        help="Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the model at "
-        "every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'.",
-    )
-
-    def __post_init__(self):
-        check_flags(self, "finetuning")
-        super().__post_init__()
-        check_precision(self)
-        self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns

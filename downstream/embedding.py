@@ -97,9 +97,8 @@ class Embedder:
     @property
     def width(self) -> int:
         """Dimensions of a vector."""
-        return (
-            [self.model.config.hidden_size] + [m.out_features for m in self.modules if hasattr(m, "out_features")]
-        )[-1]
+        widths = [module.out_features for module in self.modules if hasattr(module, "out_features")]
+        return widths[-1] if widths else self.model.config.hidden_size
 
 
 def load_embedder(

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.quickstart import PACKAGES, load_quickstart_documents
 from .embedding import embed_texts
-from .probe import as_array, fit_whitening, linear_probe
+from .probe import linear_probe
+from .whitening import as_array, fit_whitening
 
 
 NUM_PROBE_DOCUMENTS = 6000  # the probe trains on so many of the training documents
@@ -66,14 +67,14 @@ def report_what_was_learned(
     nearest = NearestNeighbors(n_neighbors=2, metric="cosine").fit(known_directions)
     distances, neighbours = nearest.kneighbors(new_directions[queries])
     for query, query_distances, query_neighbours in zip(queries.tolist(), distances, neighbours, strict=True):
-        print(f"\n    {_first_line(new, query)}")
+        print(f"\n    {_beginning(new, query)}")
         for distance, neighbour in zip(query_distances.tolist(), query_neighbours.tolist(), strict=True):
-            print(f"      {1 - distance:.2f}  {_first_line(known, neighbour)}")
+            print(f"      {1 - distance:.2f}  {_beginning(known, neighbour)}")
     print()
     return {"probe_accuracy": accuracy["trained"], "probe_accuracy_untrained": accuracy["untrained"]}
 
 
-def _first_line(documents: Dataset, index: int) -> str:
+def _beginning(documents: Dataset, index: int) -> str:
     document = documents[index]
     library = documents.features["label"].int2str(document["label"])
     return f"[{library}] {' '.join(document['text'].split())[:90]}"

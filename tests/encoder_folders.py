@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from encoder_families import make_encoder
-from helpers import WORDS
+from helpers import WORDS, make_word_tokenizer
 
 
 MODULES = [
@@ -21,16 +20,10 @@ POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "po
 def make_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
     """Words, between [CLS] and [SEP]."""
     names = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     special |= {"mask_token": "[MASK]", **special_tokens}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=64, **{name: token for name, token in special.items() if token}
-    )
+    special = {name: token for name, token in special.items() if token}
+    return make_word_tokenizer([*names, *WORDS], model_max_length=64, **special)
 
 
 def make_folder(folder: Path, model_type: str = "bert", **special_tokens) -> Path:

@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from transformers import Trainer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from tjepa import TJEPAConfig, TJEPAForPreTraining, run_pretraining
 from tjepa.corpus.streams import DocumentDataset
@@ -52,6 +53,23 @@ def make_texts(num_documents: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choice(WORDS, size=rng.integers(20, 60))) for _ in range(num_documents)]
 
 
+def make_word_tokenizer(
+    pieces: list[str], pre_tokenizer=None, normalizer=None, second_type: int = 0, **settings
+) -> PreTrainedTokenizerFast:
+    """A token for each piece of a text; with a cls_token [CLS] and [SEP] stand around it, as BERT has them."""
+    backend = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token=settings["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.Whitespace()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if "cls_token" in settings:
+        pair = f"[CLS] $A [SEP] $B:{second_type} [SEP]:{second_type}"
+        special = [(token, pieces.index(token)) for token in ("[CLS]", "[SEP]")]
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair=pair, special_tokens=special
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
 def arguments(inputs: Path, output_dir: Path, **overrides) -> list[str]:
     values = {
         "train_file": inputs / "train.jsonl",
@@ -92,6 +110,17 @@ def run_elsewhere(code: str, folder: Path, tmp_path: Path) -> subprocess.Complet
 def make_dataset(num_documents: int = 24) -> DocumentDataset:
     examples = make_examples([10 + index for index in range(num_documents)])
     return DocumentDataset(datasets.Dataset.from_dict({"input_ids": [e["input_ids"].tolist() for e in examples]}))
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after a step, with a checkpoint, as a signal would."""
+
+    def __init__(self, step: int | None):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
 
 
 def make_trainer(tmp_path, config_options=None, collator=None, **arguments) -> Trainer:

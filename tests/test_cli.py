@@ -122,13 +122,6 @@ def test_without_data_it_is_the_quickstart():
     assert training.seed == 0 and "predictor_type=boundary" in model.config_overrides
 
 
-def test_overrides_of_the_command_line_are_added_to_those_of_the_file():
-    for flags in (["--config_overrides", "hidden_size=64"], ["--config-overrides=hidden_size=64"]):
-        model, *_ = parse_pretraining(*flags)
-        assert model.config_overrides.startswith("vocab_size=") or "predictor_type=boundary," in model.config_overrides
-        assert model.config_overrides.endswith(",hidden_size=64")
-
-
 # ---- before torch is imported ----
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..configuration_tjepa import TJEPAConfig
-from ..corpus.atomic_writes import replacing_folder
+from ..corpus.atomic_writes import holds_something, replacing_folder
 from ..corpus.command_line import start
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.model_folder import STRATEGIES_FILE
@@ -117,8 +117,8 @@ def convert_checkpoint(reference_folder: str | Path, output_folder: str | Path) 
         ValueError: naming every tensor that is missing, left over or of another shape; for unknown strategies.
     """
     reference_folder, output_folder = Path(reference_folder), Path(output_folder)
-    if output_folder.exists() and any(output_folder.iterdir()):
-        raise FileExistsError(f"{output_folder} holds files already: choose another folder, or empty it.")
+    if holds_something(output_folder):
+        raise FileExistsError(f"{output_folder} is not an empty folder: choose another one, or empty it.")
     parts = ("context_encoder", "target_encoder", "predictor")
     needed = [f"{part}.pt" for part in parts] + ["encoder_config.json", "predictor_config.json"]
     if missing := [name for name in needed if not (reference_folder / name).is_file()]:

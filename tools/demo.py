@@ -24,7 +24,7 @@ import jinja2
 import numpy as np
 import torch
 
-from ..corpus.atomic_writes import replacing_folder
+from ..corpus.atomic_writes import holds_something, replacing_folder
 from ..corpus.command_line import PACKAGE, start
 from ..corpus.faults import DROP_REASONS, EMPTY, find_fault
 from ..corpus.paths import find_newest_run
@@ -413,7 +413,7 @@ def export(name: str, space: Path, file: str | None = None, text_column_name: st
     gradio_version, folder = import_gradio().__version__, Path(name)
     if not folder.is_dir():
         raise ValueError(f"{name} is not a folder; --export copies the model of one.")
-    if space.exists() and not (space.is_dir() and not any(space.iterdir())):
+    if holds_something(space):
         raise FileExistsError(f"--export {space} is there already; name a new folder, or an empty one.")
     demo, title = Demo(name, file, text_column_name), folder.resolve().name
     with replacing_folder(space) as new:

@@ -12,7 +12,7 @@ its `encode`. All cores work, or the GPU. Interrupted, the same command goes on 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from pyarrow import parquet
 
-from ..corpus.atomic_writes import replacing_files
+from ..corpus.atomic_writes import holds_something, replacing_files
 from ..corpus.command_line import at_least_one, start
 from ..corpus.faults import find_fault
 from ..corpus.files import find_paths, load_files
@@ -88,7 +88,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
                     f"{folder} holds vectors of another {name} ({there.get(name)}; now {value}): choose another "
                     "--output, or delete it."
                 )
-    elif folder.exists() and any(folder.iterdir()):
+    elif holds_something(folder):
         raise FileExistsError(f"{folder} holds other files: choose another --output.")
     with replacing_files(folder) as unfinished:
         (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -100,14 +100,6 @@ def states_of(paths: list[str]) -> list[list]:
     return [[str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
-def read_parts(paths: list[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """ids `[texts]` and vectors float32 `[texts, dimensions]` of each part."""
-    for path in paths:
-        table = parquet.read_table(path).combine_chunks()
-        vectors = table["embedding"].combine_chunks()
-        yield table["id"].to_numpy(), vectors.flatten().to_numpy().reshape(len(vectors), vectors.type.list_size)
-
-
 def write_arrays(folder: Path, parts: list[Path]) -> None:
     """Parts to `ids.npy` and `embeddings.npy`, which are never in memory as a whole."""
     num_texts = sum(parquet.read_metadata(path).num_rows for path in parts)
@@ -116,10 +108,12 @@ def write_arrays(folder: Path, parts: list[Path]) -> None:
         shape = (num_texts, width)
         whole = np.lib.format.open_memmap(unfinished / "embeddings.npy", "w+", np.float32, shape)
         ids, first = [], 0
-        for part_ids, vectors in read_parts(parts):
-            whole[first : first + len(vectors)] = vectors
-            ids += part_ids.tolist()
-            first += len(vectors)
+        for path in parts:
+            part = parquet.read_table(path)
+            flat = part["embedding"].combine_chunks().flatten().to_numpy()
+            whole[first : first + len(part)] = flat.reshape(-1, width)
+            ids += part["id"].to_numpy().tolist()
+            first += len(part)
         whole.flush()
         np.save(unfinished / "ids.npy", np.array(ids), allow_pickle=False)  # moves into the folder last
 

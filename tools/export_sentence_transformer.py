@@ -24,7 +24,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..corpus.atomic_writes import replacing_folder
+from ..corpus.atomic_writes import holds_something, replacing_folder
 from ..corpus.command_line import at_least_one, start
 from ..corpus.documents import SourceArguments, load_documents
 from ..corpus.files import load_files
@@ -85,8 +85,8 @@ def export_sentence_transformer(
     output_folder = Path(output_folder)
     if with_onnx:
         check_onnx("leave out --onnx")
-    if output_folder.exists() and any(output_folder.iterdir()):
-        raise FileExistsError(f"{output_folder} holds files already: choose another folder, or empty it.")
+    if holds_something(output_folder):
+        raise FileExistsError(f"{output_folder} is not an empty folder: choose another one, or empty it.")
     flag = "model_name_or_path"
     model_type = load_config(str(model_name_or_path), flag=flag).model_type
     if model_type != "tjepa":

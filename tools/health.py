@@ -162,11 +162,11 @@ def find_lead(run: Run, figures: dict[str, float], where: str, earlier: list[dic
             name,
             shown,
             "Predictions are no better than one constant guess yet. In the first third of a run that is normal.",
-            "Wait while the cosine rises. If it does not: a higher --learning_rate, less hidden, more steps.",
+            "Wait while the cosine rises. If it does not: a higher --learning_rate, shorter blocks, more steps.",
         )
-    hides_little = run.settings.get("masking_strategies") in ("short_blocks", "single_tokens")
+    blocks_are_short = run.settings.get("masking_strategies") in ("short_blocks", "single_tokens")
     mends = ["lower --learning_rate if the loss jumps", "raise it if nothing moves", "train longer"]
-    mends += [] if hides_little else ["hide less (--masking_strategies short_blocks)"]
+    mends += [] if blocks_are_short else ["hide shorter blocks (--masking_strategies single_tokens)"]
     return Finding(
         "bad",
         name,

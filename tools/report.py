@@ -176,7 +176,7 @@ def write_report(folder: str | Path, with_encoders: bool = True) -> dict[str, st
         hidden=describe_hidden(run, place),
         neighbours=neighbours,
         tables={
-            "Settings that are not the default": run.settings or {"unknown": "the run kept no record"},
+            "Settings that are not the default": run.settings,
             "Versions": {**run.versions, **({"device": run.device} if run.device else {})},
         },
     )
@@ -263,10 +263,8 @@ def untrained_encoder(run: Run, place: Path, tokenizer: PreTrainedTokenizerBase)
     The encoder at the start, made again from the seed or from what training started from.
 
     Raises:
-        ValueError: if that gives other weights, or it is not known what the run started from.
+        ValueError: if that gives other weights.
     """
-    if run.fingerprint_at_start is None:
-        raise ValueError("the run did not write down what it started from.")
     if run.started_from is None:
         config = load_pretraining_config(str(place))
         set_seed(run.seed)
@@ -336,8 +334,6 @@ def shown_text(run: Run, index: int) -> str:
 
 def describe_hidden(run: Run, place: Path | None) -> dict[str, Any]:
     """For the page: the tokens of one text, hidden or not, under every strategy."""
-    if not run.strategies:
-        return {"why": "The folder does not say what the strategies are."}
     if not run.texts:
         return {"why": run.why_no_texts}
     if place is None:

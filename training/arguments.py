@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -29,11 +29,37 @@ TRAINED_ENCODER_MOVES = 2.0
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class RunArguments(TrainingArguments):
+    """What runs of pretraining and of fine-tuning have in common beyond `TrainingArguments`."""
+
+    KIND: ClassVar[Literal["pretraining", "finetuning"]]  # the column of the table in flags.py
+
+    overwrite_output_dir: bool = HfArg(default=False, help="Go on although output_dir holds a run.")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None,
+        help="Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
+        "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130.",
+    )
+    push_to_hub: bool = HfArg(
+        default=False,
+        help="Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
+        "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'.",
+    )
+
+    def __post_init__(self):
+        check_flags(self, self.KIND)
+        super().__post_init__()
+        check_precision(self)
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
+
+
+@dataclass
+class PretrainingArguments(RunArguments):
     """`TrainingArguments` with the reference's optimization as defaults, and what it has beyond them."""
 
+    KIND = "pretraining"
+
     output_dir: str | None = HfArg(default="runs/tjepa", help="Model, checkpoints and logs go here.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Go on although output_dir holds a run.")
     do_train: bool = HfArg(default=True, help="Whether to train.")
     do_eval: bool = HfArg(default=True, help="Whether to evaluate at the end.")
     learning_rate: float | None = HfArg(
@@ -88,11 +114,6 @@ class PretrainingArguments(TrainingArguments):
         help="Only measure twenty steps, and say what the run would take on this machine: time, memory, epochs, "
         "tokens a parameter, and which flag changes each. Nothing is written.",
     )
-    resume_from_checkpoint: str | None = HfArg(
-        default=None,
-        help="Folder of a checkpoint, or 'last': the newest complete one in output_dir, or the start where "
-        "there is none. SIGTERM and SIGINT save a checkpoint and end the run with exit code 143 and 130.",
-    )
     extend_schedule: str | None = HfArg(
         default=None,
         help="How a checkpoint goes on whose run had another number of steps. warm_up_again: from its last "
@@ -110,24 +131,16 @@ class PretrainingArguments(TrainingArguments):
         default=10_000, help="With --streaming: documents that each worker shuffles at a time. 0: none."
     )
     remove_unused_columns: bool = HfArg(default=False, help="Must stay False: the collator needs all.")
-    push_to_hub: bool = HfArg(
-        default=False,
-        help="Publish the model folder as --hub_model_id at the end and, unless --hub_strategy is 'end', the "
-        "model at every save. Checkpoints go there only with the strategies 'checkpoint' and 'all_checkpoints'.",
-    )
     logging_nan_inf_filter: bool = HfArg(default=False, help="Must stay false: a non-finite loss ends the run.")
     ddp_find_unused_parameters: bool | None = HfArg(
         default=False, help="May stay false: every parameter gets a gradient."
     )
 
     def __post_init__(self):
-        check_flags(self, "pretraining")
         # without it accelerate takes the processes of a machine without GPU for so many lone ones
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.accelerator_config = whole_batches(self.accelerator_config)
         super().__post_init__()
-        check_precision(self)
-        self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.do_train and (self.max_steps == 0 or self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(

@@ -185,7 +185,7 @@ class Run:
     documents: dict[str, dict | str] = field(default_factory=dict)  # split -> counts
     texts: list[str] = field(default_factory=list)  # held out
     labels: list[str] | None = None  # of these texts
-    why_no_texts: str = "The run kept no texts: it was started by other code, or by another version."
+    why_no_texts: str = ""
     max_length: int | None = None  # tokens of a text
     exported: str = "target"  # which encoder is the product
     started_from: str | None = None  # folder or name of the model; `None`: from scratch

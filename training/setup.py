@@ -23,15 +23,11 @@ CPU_CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "cpu.yaml"  
 
 def set_up_logging(args: TrainingArguments) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    asked_for, level = args.log_level, logging.INFO
-    if args.process_index != 0:
-        asked_for, level = args.log_level_replica, logging.WARNING
-    is_asked_for = asked_for != "passive"
-    if is_asked_for:
-        level = logging.getLevelNamesMapping()[asked_for.upper()]
+    level = args.get_process_log_level()
+    is_silent_about_it = args.should_log and args.log_level == "passive"
     for name in ("tjepa", "__main__"):  # the package, and a script started as a file
-        logging.getLogger(name).setLevel(level)
-    transformers.utils.logging.set_verbosity(level if is_asked_for else logging.WARNING)
+        logging.getLogger(name).setLevel(logging.INFO if is_silent_about_it else level)
+    transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.disable_progress_bar()  # of reading and writing a file of weights
     if args.process_index != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()

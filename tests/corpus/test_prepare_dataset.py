@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, TrainingArguments
 
-from helpers import REPOSITORY
 from tjepa.corpus import prepare_dataset as script
 from tjepa.corpus.arguments import parse_arguments
 from tjepa.corpus.documents import DataArguments, load_documents
@@ -417,9 +416,3 @@ def test_yaml_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(DataArguments, [write_yaml(tmp_path, "long_documents: fold\n")])
     assert "invalid choice: 'fold'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("prepare_*.yaml")), ids=lambda path: path.stem)
-def test_presets_parse(path):
-    (args,) = parse_arguments(PreparationArguments, [str(path), "--max_length", "256"])
-    assert args.max_length == 256 and args.dataset_name

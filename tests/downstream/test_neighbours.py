@@ -8,8 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers import (
@@ -22,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from helpers import make_tiny_config
+from helpers import make_tiny_config, make_word_tokenizer
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream.embedding import embed_texts
@@ -38,15 +36,8 @@ TRUNCATION = {"text-classification": {"truncation": True}, "token-classification
 @pytest.fixture(scope="module")
 def tokenizer():
     """A token per word. It adds [CLS] and [SEP], as BERT's does, and has no token to pad with."""
-    special_tokens = ["[UNK]", "[CLS]", "[SEP]"]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special_tokens + WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=MAX_LENGTH
-    )
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return make_word_tokenizer([*special.values(), *WORDS], model_max_length=MAX_LENGTH, **special)
 
 
 @pytest.fixture(scope="module")

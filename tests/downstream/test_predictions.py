@@ -6,21 +6,19 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from tokenizers import normalizers, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 
 from fault_injection import Fault, InjectedError
 from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, run, write
-from helpers import make_tiny_config
+from helpers import make_tiny_config, make_word_tokenizer
 from tjepa import TJEPAModel
 from tjepa.downstream import run_token_classification
 
@@ -100,14 +98,9 @@ def test_predictions_of_words(folder, tmp_path, monkeypatch):
 def test_pipelines_read_texts_as_fine_tuning_does(tmp_path, monkeypatch, is_ours, is_pair):
     """With BERT's tokenizer: T-JEPA gets no [CLS] and [SEP], BERT does, and in a text they are text for both."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[", "]", "cls", "sep", *WORDS, *COLOURS]
-    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.normalizer = normalizers.Lowercase()
-    words.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=24, **names)
+    how = {"pre_tokenizer": pre_tokenizers.BertPreTokenizer(), "normalizer": normalizers.Lowercase(), "second_type": 1}
+    tokenizer = make_word_tokenizer(pieces, **how, model_max_length=24, **names)
     tokenizer.save_pretrained(tmp_path / "model")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     encoder = BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=24, **sizes))

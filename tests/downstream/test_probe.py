@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import BertConfig, BertModel
 
-from helpers import make_tiny_config
+from helpers import make_tiny_config, make_word_tokenizer
 from tjepa import TJEPAModel
 from tjepa.downstream.embedding import embed_texts, embed_words
 from tjepa.downstream.probe import (
@@ -35,9 +34,7 @@ WORDS = [f"word{i}" for i in range(30)]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["unknown", *WORDS])}, unk_token="unknown"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="unknown")
+    tokenizer = make_word_tokenizer(["unknown", *WORDS], unk_token="unknown")
     assert tokenizer.pad_token is None
     return tokenizer
 
@@ -84,14 +81,8 @@ def test_embedding_restores_every_training_flag_and_can_be_trained_on(model, tok
 def test_special_tokens_are_those_of_the_pretraining_and_literal_ones_are_text(model):
     """BERT's tokenizer adds [CLS] and [SEP]: BERT reads them, T-JEPA does not. In a text they are characters."""
     pieces = ["[UNK]", "[CLS]", "[SEP]", "word1", "word2", "[", "]", "SEP"]
-    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = make_word_tokenizer(pieces, pre_tokenizers.BertPreTokenizer(), **special)
     ours = TJEPAModel(make_tiny_config()).eval()
     for encoder, ids in ((model.eval(), [1, 3, 5, 7, 6, 4, 2]), (ours, [3, 5, 7, 6, 4])):
         with torch.no_grad():
@@ -185,9 +176,7 @@ def test_strengths_are_those_of_a_softmax_for_two_classes_too():
 @pytest.fixture(scope="module")
 def letters():
     """A tokenizer with a token per character, so that a word has several, and a word beside a space."""
-    characters = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(" abcdefgh?")}, unk_token="?"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=characters, unk_token="?")
+    return make_word_tokenizer(list(" abcdefgh?"), pre_tokenizers.Split("", "isolated"), unk_token="?")
 
 
 def test_a_word_is_its_first_token(model, letters):

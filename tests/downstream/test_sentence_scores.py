@@ -7,11 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
-from helpers import make_tiny_config
+from helpers import make_tiny_config, make_word_tokenizer
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAModel
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.downstream import run_probing
@@ -28,13 +26,8 @@ ONE_TOKEN = MaskingStrategy(target_block_size_mean=1, target_block_num=1, max_ta
 @pytest.fixture(scope="module")
 def tokenizer():
     """As BERT's: [CLS] and [SEP] around a text."""
-    words = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(PIECES)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
     special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=16, **special)
+    return make_word_tokenizer(PIECES, model_max_length=16, **special)
 
 
 def make_bert(kind=BertForMaskedLM):

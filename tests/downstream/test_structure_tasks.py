@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from helpers import make_word_tokenizer
 from tjepa.downstream import probe
 from tjepa.downstream.probe import (
     EmbeddingLayer,
@@ -54,10 +54,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["unknown", "a", "b", *FILLERS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="unknown")
+    return make_word_tokenizer(["unknown", "a", "b", *FILLERS], unk_token="unknown")
 
 
 def sentence(rng: np.random.Generator, order: str) -> str:

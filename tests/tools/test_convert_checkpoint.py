@@ -131,6 +131,6 @@ def test_reference_strategies_are_translated(converted):
 
 def test_nothing_is_written_over_a_folder_that_holds_files(reference_folder, converted):
     before = {path: path.read_bytes() for path in converted.iterdir()}
-    with pytest.raises(FileExistsError, match="holds files already"):
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
         convert_checkpoint(reference_folder, converted)
     assert before == {path: path.read_bytes() for path in converted.iterdir()}

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
-from helpers import REPOSITORY, make_trainer
+from helpers import REPOSITORY, StopAfter, make_trainer
 from kill_and_resume import write_inputs
 from tjepa.corpus.atomic_writes import replacing_files, replacing_folder
 from tjepa.training.arguments import PretrainingArguments
@@ -224,14 +224,6 @@ class LinearModel(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": torch.nn.functional.mse_loss(self.layer(x), labels)}
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
 
 
 def test_an_error_in_training_leaves_no_signal_handler(tmp_path):

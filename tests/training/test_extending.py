@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from helpers import arguments, make_trainer
+from helpers import StopAfter, arguments, make_trainer
 from helpers import run as run_command
 from kill_and_resume import assert_same_end, read_end
 from tjepa.training.checkpoints import find_checkpoint, list_checkpoints
@@ -17,17 +16,6 @@ from tjepa.training.loop import train
 
 CONSTANT = {"weight_decay": 0.1, "final_weight_decay": 0.1, "ema_momentum": 0.9, "final_ema_momentum": 0.9}
 STABLE = {**CONSTANT, "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}}
-
-
-class StopAfter(TrainerCallback):
-    """Ends training after a step, with a checkpoint, as a signal would."""
-
-    def __init__(self, step: int | None):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def run(folder: Path, max_steps: int, stop_after: int | None = None, **options):

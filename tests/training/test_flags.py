@@ -430,7 +430,7 @@ def test_the_log_level_is_that_of_our_lines_too(tmp_path, untouched):
         set_up_logging(make_arguments("pretraining", tmp_path, log_level=level))
         assert logger.level == expected
     replica = make_arguments("pretraining", tmp_path, log_level="info", log_level_replica="error")
-    with patch.object(PretrainingArguments, "process_index", 1):
+    with patch.object(PretrainingArguments, "local_process_index", 1):
         set_up_logging(replica)
         assert logger.level == logging.ERROR
     datasets.enable_progress_bars()

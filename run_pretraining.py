@@ -48,8 +48,9 @@ from tjepa.tools.health import closing_lines
 from tjepa.tools.report import ReportCallback, texts_to_keep, write_report
 from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.checkpoints import count_steps, find_checkpoint, is_finished
+from tjepa.training.checkpoints import count_steps, explain_failed_save, find_checkpoint, is_finished
 from tjepa.training.forecast import Forecast
+from tjepa.training.health import HEALTH_FIGURES
 from tjepa.training.loading import check_attention, check_resumed, load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
@@ -271,11 +272,14 @@ def main():
                 log_changes(Path(checkpoint).parent, facts)
             callbacks = [RunRecorder(facts), ReportCallback()]
     results = train(trainer, checkpoint, publisher, callbacks) or earlier_results(training_args.output_dir)
+    for name in ("best_step", "best_by"):  # the evaluation below says which weights these are
+        results.pop(name, None)
 
     # The model folder: the weights first, whatever becomes of the figures
     model = gather_model(trainer)
     if trainer.is_world_process_zero():
-        save_model_folder(model, tokenizer, collator.strategies, training_args, sentence_modules)
+        with explain_failed_save(trainer, training_args.output_dir):
+            save_model_folder(model, tokenizer, collator.strategies, training_args, sentence_modules)
     results |= evaluate(trainer)
     results |= count_documents(trainer, counts)
     results["source"] = record_source(data_args)
@@ -370,6 +374,8 @@ def check_choices(
             "of equal views differ. Leave it out: it is for our own architecture."
         )
     check_attention(config, attention)
+    if attention == "flex_attention" and training_args.do_train and training_args.device.type == "cpu":
+        raise ValueError("flex_attention has no backward on a CPU: pass --attn_implementation sdpa, or leave it out.")
     has_kernel = attention == VARLEN_ATTENTION == choose_attention(config, training_args)
     if attention in ("sdpa", VARLEN_ATTENTION) and not has_kernel and training_args.torch_compile:
         raise ValueError(
@@ -496,8 +502,15 @@ def check_evaluation(
             f"split: pass {data_args.validation_flags}."
         )
     best_by = (args.metric_for_best_model or "").removeprefix("eval_")
+    if args.save_strategy == "best" and not best_by:
+        raise ValueError("--save_strategy best needs --metric_for_best_model: loss, or another figure.")
     if best_by == "probe_accuracy" and report_args.probe_file is None:
         raise ValueError(f"--metric_for_best_model {best_by} is that of --probe_file: pass it, or choose another one.")
+    if best_by not in ("", "probe_accuracy", *HEALTH_FIGURES) and "loss" not in best_by:
+        raise ValueError(
+            f"--metric_for_best_model {best_by} is not among the figures of an evaluation: loss, "
+            f"{', '.join(HEALTH_FIGURES)}, or with --probe_file probe_accuracy."
+        )
 
 
 def create_comparison(

@@ -206,6 +206,9 @@ def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
             "--segment_length 64 leaves documents of --max_length 64 in one piece",
         ),
         ({"save_strategy": "best", "metric_for_best_model": "probe_accuracy"}, ValueError, "that of --probe_file"),
+        ({"save_strategy": "best", "metric_for_best_model": "accuracy"}, ValueError, "accuracy is not among .*cosine"),
+        ({"save_strategy": "best"}, ValueError, "best needs --metric_for_best_model"),
+        ({"attn_implementation": "flex_attention", "use_cpu": True}, ValueError, "flex_attention has no backward on"),
     ],
 )
 def test_bad_arguments_are_refused(inputs, tmp_path, monkeypatch, overrides, error, message):

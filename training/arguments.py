@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .ema import EMACallback
-from .flags import check_flags, check_precision
+from .flags import check_flags, check_packages, check_precision
 from .health import COLLAPSE_PATIENCE
 from .schedules import EXTENSIONS, LR_SCHEDULES
 
@@ -49,6 +49,7 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         check_flags(self, self.KIND)
         super().__post_init__()
+        check_packages(self)
         check_precision(self)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
 
@@ -197,8 +198,7 @@ class PretrainingArguments(RunArguments):
             self.heads_first_ratio = HEADS_FIRST_RATIO if new_heads else 0.0
         if self.ema_momentum is None and not goes_on:
             self.ema_momentum = 0.996
-        self.start_lr = self.learning_rate / 5 if self.start_lr is None else self.start_lr
-        self.final_lr = self.learning_rate / 1000 if self.final_lr is None else self.final_lr
+        self.start_lr, self.final_lr = self.rates_around(self.learning_rate)
         for name in ("learning_rate", "head_learning_rate"):
             if getattr(self, name) is not None and getattr(self, name) <= 0.0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
@@ -209,6 +209,11 @@ class PretrainingArguments(RunArguments):
                     f"{getattr(self, name)} with --learning_rate {self.learning_rate}. Lower --{name}, or leave it "
                     "out: then it follows the learning rate."
                 )
+
+    def rates_around(self, highest: float) -> tuple[float, float]:
+        """`start_lr` and `final_lr`; where they were left out, what belongs to this highest rate."""
+        shares = {"start_lr": 1 / 5, "final_lr": 1 / 1000}
+        return tuple(s * highest if name in self._left_out else getattr(self, name) for name, s in shares.items())
 
     def create_ema(self) -> EMACallback:
         """Where the number of steps decides its first momentum, `TJEPATrainer.create_scheduler` sets it later."""

@@ -138,6 +138,7 @@ class CheckpointCallback(TrainerCallback):
                     f"This run starts at step {state.global_step}, so the later {', '.join(p.name for p in marked)} "
                     f"in {args.output_dir} will be overwritten, and 'last' no longer means them."
                 )
+            self._rotate(args, state)  # a lower limit than before makes room for the next one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         scheduler = kwargs.get("lr_scheduler")
@@ -193,9 +194,10 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 @contextmanager
-def explain_failed_save(trainer: Trainer) -> Iterator[None]:
+def explain_failed_save(trainer: Trainer, folder: str | None = None) -> Iterator[None]:
     """
-    Around training: an error that left a checkpoint unfinished is raised again in plain words.
+    Around the writing of a model's `folder`, or around training: an error while it is written, or one that left a
+    checkpoint unfinished, is raised again in plain words.
 
     Raises:
         OSError: what could not be written, how much space is free, and which checkpoints are intact.
@@ -204,14 +206,14 @@ def explain_failed_save(trainer: Trainer) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch, safetensors and Python each raise their own
         output_dir, unfinished = trainer.args.output_dir, checkpoint_folder(trainer.args, trainer.state)
-        if not unfinished.is_dir() or is_marked(unfinished):
+        if folder is None and (not unfinished.is_dir() or is_marked(unfinished)):
             raise
         free = shutil.disk_usage(output_dir).free
         intact = [path.name for path in list_checkpoints(output_dir).values() if find_damage(path) is None]
         raise OSError(
-            f"{unfinished} could not be written ({type(error).__name__}: {error}). {free / 1e6:,.0f} MB are free on "
-            f"that disk. Intact: {', '.join(intact) or 'no checkpoint'}. Make room (a lower --save_total_limit, or "
-            "another --output_dir) and start again with --resume_from_checkpoint last."
+            f"{folder or unfinished} could not be written ({type(error).__name__}: {error}). {free / 1e6:,.0f} MB are "
+            f"free on that disk. Intact: {', '.join(intact) or 'no checkpoint'}. Make room (a lower "
+            "--save_total_limit, another --output_dir) and start again with --resume_from_checkpoint last."
         ) from error
 
 

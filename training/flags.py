@@ -12,7 +12,8 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ WORKING_WHERE = {
     "passed on to the reporting integration": "run_name project trackio_space_id trackio_bucket_id "
     "trackio_static_space_id",
 }
-TOKENS_SEEN = "counts the tokens of all documents; use 'all': packed rows hold no padding token to tell"
+TOKENS_SEEN = "counts the tokens of all documents; use true: packed rows hold no padding token to tell"
 NO_METRICS = "an evaluation computes its figures batch by batch and keeps no predictions"
 OWN_SCHEDULE = (
     "it steps each layer by itself or has a schedule of its own, and weight decay, learning rate and moving average "
@@ -185,6 +186,22 @@ def computes_in_bfloat16() -> bool:
     """Whether this processor has instructions for matrices in bfloat16; True, too, where that is not known."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
     return cpu.get("architecture") != "x86_64" or cpu["amx_bf16"] or cpu["avx512_bf16"]
+
+
+def check_packages(args: TrainingArguments) -> None:
+    """
+    Raises:
+        ImportError: if what `--report_to` or `--optim` names needs a package that is not installed.
+    """
+    known = {*INTEGRATION_TO_CALLBACK} - {"flyte"}  # of which transformers does not say whether it is there
+    if missing := sorted({*args.report_to} & known - {*get_available_reporting_integrations()}):
+        raise ImportError(f"--report_to {' '.join(missing)} is not installed: install it, or pass --report_to none.")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ImportError(f"--optim {args.optim.value}: {error}") from error
+    except ValueError:  # some need the model, which is not there yet
+        pass
 
 
 def check_precision(args: TrainingArguments) -> None:

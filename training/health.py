@@ -23,8 +23,8 @@ MIN_RANK = 0.1
 MIN_STEPS = 10  # a predictor that was just drawn does not beat the mean target, warm-up or not
 COLLAPSE_PATIENCE = 3  # evaluations in a row, for a collapse to be called lasting
 NOT_FINITE_ADVICE = (
-    "; stopped before saving another checkpoint. The last checkpoint is good; resume from it with "
-    "--resume_from_checkpoint, with a lower --learning_rate, a longer warm-up or a lower --max_grad_norm."
+    "; stopped before saving another checkpoint. Go on with --resume_from_checkpoint last (or an earlier one, if this "
+    "comes back at once) and a lower --learning_rate, a longer warm-up or a lower --max_grad_norm."
 )
 
 
@@ -66,6 +66,8 @@ def rank_share(sums: torch.Tensor) -> float:
     return torch.exp(-torch.xlogy(shares, shares).sum()).item() / len(shares)
 
 
+HEALTH_FIGURES = ("target_std", "prediction_std", "target_rank", "prediction_rank", "context_rank", "cosine")
+HEALTH_FIGURES += ("mean_target_cosine",)
 SLOT_LOSSES = ("jepa_loss", "token_prediction_loss")  # means over target slots, by strategy
 LOSSES = [field.name for field in fields(TJEPAForPreTrainingOutput) if field.name.endswith("_loss")]
 TERMS = [name for name in LOSSES if name not in SLOT_LOSSES]  # means over something else

@@ -11,6 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from .checkpoints import CheckpointCallback, checkpoint_folder, count_steps, explain_failed_save, is_finished
+from .model_folder import PRETRAINING_FOLDER
 from .publishing import HubPublisher
 from .resuming import plan_extension
 from .signals import StopOnSignalCallback
@@ -30,7 +31,8 @@ def train(
         PermissionError: if the publisher may not make its repository.
         SystemExit: with 128 + the signal's number after SIGTERM (143) or SIGINT (130), when a checkpoint was saved.
         OSError: if a checkpoint could not be written.
-        ValueError: if the checkpoint's run had another number of steps, and it is not said what the schedules do then.
+        ValueError: if the checkpoint's run had another number of steps, and it is not said what the schedules do then,
+            or `max_steps` lies before the checkpoint.
     """
     num_steps = None if checkpoint is None else count_steps(trainer)
     if checkpoint is not None:
@@ -75,7 +77,8 @@ def train(
 
 def load_state(trainer: Trainer, folder: str) -> None:
     """Takes the step and the log of the run that wrote a folder, if there are any in it."""
-    path = Path(folder) / "trainer_state.json"
+    folder = Path(folder)
+    path = (folder.parent if folder.name == PRETRAINING_FOLDER else folder) / "trainer_state.json"
     if path.is_file():
         trainer.state = TrainerState.load_from_json(path)
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()

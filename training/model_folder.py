@@ -53,8 +53,12 @@ def save_model_folder(
             for name in () if sentence_modules is None else sentence_files(sentence_modules):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(sentence_modules / name, root / name)
-    if model.config.encoder is None:  # of a run that was here before: it would be taken for this one's
-        shutil.rmtree(Path(args.output_dir) / PRETRAINING_FOLDER, ignore_errors=True)
+    # what a run that was here before left would be taken for this one's
+    output_dir = Path(args.output_dir)
+    if model.config.encoder is None:
+        shutil.rmtree(output_dir / PRETRAINING_FOLDER, ignore_errors=True)
+    for name in sentence_files(output_dir) if sentence_modules is None else ():
+        (output_dir / name).unlink()
 
 
 def pretraining_folder(name: str) -> str:

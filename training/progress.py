@@ -95,7 +95,7 @@ class RunProgress(ProgressCallback):
 
     def describe(self, logs: Mapping[str, float], state: TrainerState) -> str | None:
         """One line for a report, or `None` if there is nothing in it for people."""
-        if "train_runtime" in logs:
+        if "train_runtime" in logs and "loss" not in logs:  # with include_num_input_tokens_seen it is in every line
             steps = state.global_step - self._first_step
             return f"trained {steps:,} steps in {as_time(logs['train_runtime'])}"
         is_training = "loss" in logs

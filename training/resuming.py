@@ -1,6 +1,8 @@
 """How a run goes on from a checkpoint: what the Trainer forgets between two starts, and what a schedule does when the
 run has another number of steps than before."""
 
+import logging
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from .checkpoints import find_damage, list_checkpoints
 
+
+logger = logging.getLogger(__name__)
 
 STATE_KEY = "ResumeState"  # in trainer_state.json, under `stateful_callbacks`
 
@@ -44,6 +48,12 @@ def plan_extension(args: TrainingArguments, checkpoint: str, num_steps: int) -> 
             checkpoint for what they say.
     """
     state = TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json")
+    if state.max_steps != num_steps and state.global_step >= num_steps == args.max_steps:
+        raise ValueError(
+            f"{checkpoint} lies at step {state.global_step:,} of {state.max_steps:,}, so --max_steps {num_steps} "
+            f"leaves nothing to do. Pass --max_steps {state.max_steps} as before, or start a new run from its weights "
+            f"with --model_name_or_path {shlex.quote(str(checkpoint))} and another --output_dir."
+        )
     if state.max_steps == num_steps or state.global_step >= num_steps:
         return Extension(checkpoint)
     change = f"{checkpoint} is of a run of {state.max_steps:,} steps, and this one has {num_steps:,}"
@@ -86,7 +96,8 @@ def plan_extension(args: TrainingArguments, checkpoint: str, num_steps: int) -> 
 class ResumeStateCallback(TrainerCallback):
     """
     Keeps in `trainer_state.json` what the Trainer forgets between two starts: the loss summed up since the last log
-    line, how far the workers of all processes have read a streaming dataset, and where the schedules begin.
+    line, how far the workers of all processes have read a streaming dataset, how many documents a step has, and where
+    the schedules begin.
 
     Attributes:
         unlogged_loss (0-dimensional `torch.Tensor`): of this process, summed up since the last log line.
@@ -117,6 +128,16 @@ class ResumeStateCallback(TrainerCallback):
             self._first_batch = num_batches if args.ignore_data_skip else 0
             if saved is not None:
                 self._stream.load_state_dict(saved["streams"], num_batches - self._first_batch)
+        elif saved is not None and saved.get("documents_per_step") not in (None, self._documents_per_step(args)):
+            logger.warning(
+                f"A step has {self._documents_per_step(args)} documents from here on; up to the checkpoint it had "
+                f"{saved['documents_per_step']}. The Trainer counts steps, so in this epoch some documents are left "
+                "out, or come twice."
+            )
+
+    @staticmethod
+    def _documents_per_step(args: TrainingArguments) -> int:
+        return args.world_size * args.train_batch_size * args.gradient_accumulation_steps
 
     def collect(self) -> None:
         """Before a checkpoint is written. Every process must take part."""
@@ -129,6 +150,7 @@ class ResumeStateCallback(TrainerCallback):
             "unlogged_steps": state.global_step - self.last_logged_step,
             "unlogged_loss": self._trainer.accelerator.gather(self.unlogged_loss).mean().item(),
             "streams": streams,
+            "documents_per_step": self._documents_per_step(args),
             "schedule_start": asdict(self._trainer.schedule_start),
         }
 

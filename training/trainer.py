@@ -107,12 +107,19 @@ class TJEPATrainer(GradientNormHook, Trainer):
         model (`TJEPAForPreTraining`): what is trained.
         args (`PretrainingArguments`): optimizer, schedules, moving average and all that a Trainer takes.
         data_collator (`DataCollatorForTJEPA`): its strategies name the losses in the log.
-        others: as in `Trainer`. An `EMACallback` among `callbacks` takes the place of the one that `args` describe.
+        others: as in `Trainer`, but for functions of losses and metrics. With an optimizer of your own weight decay
+            stays as it is there. An `EMACallback` among `callbacks` takes the place of the one that `args` describe.
     """
 
     def __init__(self, model=None, args: PretrainingArguments | None = None, *other_args, **kwargs):
         super().__init__(model, args, *other_args, **kwargs)
         args = self.args
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"TJEPATrainer takes no {name}: the model computes its losses, and an evaluation keeps no "
+                    "predictions. Set trainer.judge_encoder to a function that returns further figures."
+                )
         if not isinstance(args, PretrainingArguments) or not hasattr(self.data_collator, "strategies"):
             raise ValueError(
                 "TJEPATrainer needs PretrainingArguments as args and a DataCollatorForTJEPA as data_collator, got "
@@ -140,7 +147,8 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self.new_schedule_start: ScheduleStart | None = None  # for the next start of training (`plan_extension`)
         self.token_clock = TokenClock()
         for callback in (self.weight_decay, EpochCallback(), self.resume_state, self.token_clock):
-            self.add_callback(callback)
+            if callback is not self.weight_decay or self._given_optimizer is None:
+                self.add_callback(callback)
         for plain in [c for c in self.callback_handler.callbacks if type(c) in PLAIN_PROGRESS]:
             self.remove_callback(plain)
             self.add_callback(RunProgress(show_bar=not args.disable_tqdm))
@@ -211,6 +219,7 @@ class TJEPATrainer(GradientNormHook, Trainer):
             self.ema.momentum = max(0.0, 1.0 - TRAINED_ENCODER_MOVES / num_schedule_steps)
         self._warn_of_still_target(num_training_steps)
         optimizer = self.optimizer if optimizer is None else optimizer
+        start_lr, final_lr = args.rates_around(optimizer.defaults["lr"])  # of an optimizer or a search, not of args
         num_heads_first_steps = 0
         if not start.first_step and any(group.get("is_head") for group in optimizer.param_groups):
             num_heads_first_steps = int((args.heads_first_ratio or 0.0) * num_schedule_steps)
@@ -218,8 +227,8 @@ class TJEPATrainer(GradientNormHook, Trainer):
             optimizer,
             num_schedule_steps,
             args.get_warmup_steps(num_schedule_steps),
-            args.start_lr if start.start_lr is None else start.start_lr,
-            args.final_lr,
+            start_lr if start.start_lr is None else start.start_lr,
+            final_lr,
             args.schedule_stretch,
             args.lr_scheduler_type.value,
             first_step=start.first_step,

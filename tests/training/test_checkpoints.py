@@ -118,6 +118,9 @@ def test_a_failed_save_is_explained(tmp_path, error):
     make_checkpoint(tmp_path, 2)
     with pytest.raises(error, match="^unrelated$"), explain_failed_save(trainer):
         raise error("unrelated")
+    with pytest.raises(OSError, match=r"runs/mine could not be written .*no space"):
+        with explain_failed_save(trainer, "runs/mine"):
+            raise error("no space")
     unfinished = make_checkpoint(tmp_path, 4, mark=False)
     explained = (
         rf"checkpoint-4 could not be written \({error.__name__}: no space\).* MB are free.*Intact: checkpoint-2\."
@@ -256,6 +259,9 @@ def test_rotation_counts_complete_checkpoints_only(tmp_path):
     assert find_last_checkpoint(tmp_path).name == "checkpoint-8"
     call("on_train_end", args, callback)
     assert args.save_total_limit == 2
+    args.save_total_limit = 1  # a lower limit makes room before the next one is written
+    call("on_train_begin", args, CheckpointCallback(), global_step=8)
+    assert list(list_checkpoints(tmp_path)) == [8, 10]
 
 
 def test_rotation_keeps_the_best_and_the_last_from_before_a_collapse(tmp_path):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from helpers import arguments, make_dataset, make_trainer, run
-from tjepa import run_pretraining
+from helpers import arguments, make_dataset, make_tiny_config, make_trainer, run
+from tjepa import TJEPAForPreTraining, run_pretraining
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.downstream import quickstart_report
 from tjepa.training import publishing
-from tjepa.training.health import collapse_verdict, moment_sums, rank_share
+from tjepa.training.arguments import PretrainingArguments
+from tjepa.training.health import HEALTH_FIGURES, collapse_verdict, moment_sums, rank_share
+from tjepa.training.trainer import TJEPATrainer
 
 
 STEPS = {"eval_strategy": "steps", "eval_steps": 1}
@@ -126,6 +128,8 @@ def test_an_evaluation_is_that_of_one_batch_of_all_documents(tmp_path):
         assert metrics["eval_loss"] == pytest.approx(whole.loss.item(), abs=1e-5)
     plain = make_trainer(tmp_path, per_device_eval_batch_size=3).evaluate()
     assert plain["eval_loss"] == plain["eval_jepa_loss"]
+    ours = {name.removeprefix("eval_") for name in plain if "loss" not in name} - {"epoch"}
+    assert {name for name in ours if not name.startswith(("model_", "runtime", "s"))} == {*HEALTH_FIGURES}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -283,6 +287,18 @@ def test_start_and_final_rate_follow_the_rate(tmp_path):
     trainer.train()
     rates = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
     assert rates[0] == pytest.approx(2e-6) and rates[0] < rates[1] < rates[2] < rates[3] == pytest.approx(1e-5)
+
+
+def test_an_optimizer_that_is_given_keeps_its_rate_and_its_weight_decay(tmp_path):
+    model = TJEPAForPreTraining(make_tiny_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    options = {"max_steps": 6, "warmup_steps": 3, "logging_steps": 1, "save_strategy": "no"}
+    args = PretrainingArguments(str(tmp_path), **options)
+    trainer = TJEPATrainer(model, args, DataCollatorForTJEPA(), make_dataset(), optimizers=(optimizer, None))
+    trainer.train()
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
+    assert rates[0] == pytest.approx(2e-6) and max(rates) == rates[3] == pytest.approx(1e-5)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]
 
 
 def test_another_batch_size_is_found_before_the_schedule_is_made(inputs, tmp_path, monkeypatch):

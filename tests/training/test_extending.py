@@ -45,6 +45,8 @@ def test_another_number_of_steps_needs_a_choice(tmp_path):
     with pytest.raises(ValueError, match="allowed are decay_again, warm_up_again"):
         run(tmp_path, 12, extend_schedule="further")
     assert run(tmp_path, 6).state.global_step == 6  # the end already
+    with pytest.raises(ValueError, match="checkpoint-6 lies at step 6 of 6, so --max_steps 4 leaves nothing to do"):
+        run(tmp_path, 4)
 
 
 def test_the_choice_is_asked_for_before_the_data_is_read(inputs, tmp_path, monkeypatch):

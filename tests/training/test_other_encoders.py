@@ -112,6 +112,13 @@ def test_evaluation_takes_the_trained_predictor(inputs, finished, tmp_path, monk
         run(monkeypatch, options(inputs, folder, source, do_train=False, eval_strategy="no", max_steps=10))
         results = json.loads((folder / "eval_results.json").read_text())
         assert results["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
+        assert results["train_steps"] == 10
+
+
+def test_a_run_over_it_leaves_nothing_that_is_not_its_own(inputs, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=1, overwrite_output_dir=True))
+    assert sentence_files(tmp_path / "out") == [] and not (tmp_path / "out" / "pretraining").exists()
 
 
 @pytest.mark.parametrize("model_type", ["deberta-v2", "modernbert"])

@@ -104,6 +104,8 @@ def test_a_line_fits_and_says_what_matters(tmp_path, capsys):
     assert len(line) <= 120 and "1.23M tokens/s" in line and "{" not in line
     probed = progress.describe({f"eval_{k}": v for k, v in logs.items()} | {"eval_probe_accuracy": 0.5}, trainer.state)
     assert "probe 50.0%" in probed and len(probed) <= 120
+    counted = progress.describe({**logs, "train_runtime": 1.0, "num_input_tokens_seen": 9}, trainer.state)
+    assert counted.startswith("step 1,000,000/1,000,000  loss ")  # with --include_num_input_tokens_seen
 
 
 def test_a_run_that_evaluates_at_its_end_is_not_evaluated_again(inputs, tmp_path, monkeypatch, capsys):

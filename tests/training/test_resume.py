@@ -130,6 +130,18 @@ def test_stopped_at_any_step(tmp_path):
     assert_same_end(whole, resumed, 8)
 
 
+def test_another_number_of_documents_a_step_is_warned_of(tmp_path, caplog):
+    """In a dataset in memory the Trainer skips as many steps of the new size; a stream goes on where it was."""
+    for streaming in (True, False):
+        run(tmp_path / str(streaming), max_steps=2, streaming=streaming)
+        run(tmp_path / str(streaming), tmp_path / str(streaming) / "checkpoint-2", streaming, max_steps=3)
+        assert "documents from here on" not in caplog.text
+    for streaming in (True, False):
+        options = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+        run(tmp_path / str(streaming), tmp_path / str(streaming) / "checkpoint-2", streaming, **options)
+        assert ("A step has 6 documents from here on; up to the checkpoint it had 4" in caplog.text) == (not streaming)
+
+
 def test_the_last_checkpoint_is_the_end(tmp_path):
     """The Trainer itself would do one more step from a checkpoint at max_steps in the middle of an epoch."""
     run(tmp_path, max_steps=4)

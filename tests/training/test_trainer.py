@@ -271,6 +271,8 @@ def test_an_evaluation_without_slots_has_no_figures(tiny_config):
 def test_what_the_trainer_needs_is_named(tmp_path, make_model):
     with pytest.raises(ValueError, match="needs PretrainingArguments as args .* got TrainingArguments and function"):
         TJEPATrainer(make_model(), TrainingArguments(tmp_path))
+    with pytest.raises(ValueError, match="TJEPATrainer takes no compute_metrics"):
+        TJEPATrainer(make_model(), PretrainingArguments(tmp_path), DataCollatorForTJEPA(), compute_metrics=len)
     args = PretrainingArguments(tmp_path, stop_on_collapse=True)
     with pytest.raises(ValueError, match="stop_on_collapse judges one evaluation set, and eval_dataset has .*: a, b"):
         TJEPATrainer(

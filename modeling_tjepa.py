@@ -861,7 +861,9 @@ class TJEPAForMaskedLM(TJEPAHeadModel):
             self.token_head.resize(len(new_embeddings.weight))
 
     def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.token_head(hidden_states, self.decoder.weight)
+        states, bias = self.token_head(hidden_states)
+        logits = self.decoder(states)  # called, not read: LoRA, hooks and quantised layers count
+        return logits + bias.to(logits.dtype)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)

@@ -144,7 +144,8 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """
     config = copy.deepcopy(config)  # T5EncoderModel writes into it, and two encoders must not share one
     config._attn_implementation = None  # what suits it
-    return encoder_class(config).from_config(config, dtype=torch.float32)  # whatever its folder has
+    # whatever its folder has: float32, or what `from_pretrained` was asked for
+    return encoder_class(config).from_config(config, dtype=torch.get_default_dtype())
 
 
 def encoder_class(config: PreTrainedConfig) -> type:
@@ -342,6 +343,11 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
         ValueError: for an encoder whose states depend on what is padding, or not on later tokens; if it is to be
             packed and cannot be.
     """
+    if encoder.dtype.itemsize < 4:  # rounding to 16 bits is larger than what is measured
+        traits = measure_encoder(copy.deepcopy(encoder).float(), mask_token_id, encoder_input)
+        if traits.is_packed:
+            encoder.set_attn_implementation(PACKED_ATTENTION)
+        return traits
     name, was_training = type(encoder).__name__, encoder.training
     encoder.eval()
     views = MadeUpViews.draw(encoder, mask_token_id)

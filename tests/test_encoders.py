@@ -22,7 +22,7 @@ from helpers import make_tiny_config
 from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.encoders_tjepa import encode, lengths_of_views, measure_encoder, replace_tokens
-from tjepa.layers_tjepa import PackedViews
+from tjepa.layers_tjepa import PACKED_ATTENTION, PackedViews
 
 
 ALL = {**PACKED, **PADDED}
@@ -330,6 +330,30 @@ def test_a_folder_in_half_precision_trains_in_float32(tmp_path, dtype):
     model = make_pretraining_model(AutoModel.from_pretrained(tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.encoder_traits.is_packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_a_pretraining_folder_loads_in_half_precision(tmp_path, model_type, dtype):
+    make_pretraining_model(make_encoder(model_type)).save_pretrained(tmp_path)
+    model = TJEPAForPreTraining.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in model.target_encoder.parameters()} == {torch.float32}
+    assert model.context_encoder.dtype == model.predictor.dtype == dtype  # but T5's `wo` in float16
+    assert torch.isfinite(model(**make_batch()).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_all_of_a_model_in_half_precision_is_measured_in_float32(model_type, dtype):
+    traits = measure_encoder(make_encoder(model_type), MASK)
+    encoder = make_encoder(model_type).to(dtype)
+    again = measure_encoder(encoder, MASK)
+    assert (again.is_packed, again.unused_parameters) == (traits.is_packed, traits.unused_parameters)
+    assert encoder.dtype == dtype
+    assert (encoder.config._attn_implementation == PACKED_ATTENTION) == traits.is_packed
+    model = make_pretraining_model(make_encoder(model_type))
+    model.encoder_traits = None
+    assert torch.isfinite(model.to(dtype)(**make_batch()).loss)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])

@@ -405,6 +405,8 @@ def test_config_takes_its_sizes_from_the_encoder():
         assert again.encoder.to_dict() == config.encoder.to_dict() and again.encoder_input == "auto"
     with pytest.raises(StrictDataclassError, match="target_layers must be between 1 and num_hidden_layers .3., got 4"):
         TJEPAConfig(encoder=encoder, target_layers=4)
+    with pytest.raises(StrictDataclassError, match=f"mask_token_id must .* = {NUM_TOKENS - 1}, got {NUM_TOKENS}"):
+        TJEPAConfig(encoder=encoder, mask_token_id=NUM_TOKENS)
     assert TJEPAConfig().encoder is None
     odd = UMT5Config(d_model=32, d_kv=8, num_heads=6)  # as umT5's small one: heads that do not divide the width
     assert TJEPAConfig(encoder=odd).predictor_num_attention_heads == 2

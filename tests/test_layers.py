@@ -88,6 +88,15 @@ def test_attention_of_16_bits_trains_in_float32_on_a_cpu(monkeypatch, how):
     assert all(torch.equal(a.grad, b.grad.bfloat16()) for a, b in zip((query, key, value), wide, strict=True))
 
 
+def test_an_encoder_is_traced():
+    """As TorchScript and its ONNX exporter do; for other shapes than those it was traced with, too."""
+    model = TJEPAModel(make_tiny_config(return_dict=False)).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.arange(22).view(2, 11))
+        other = torch.arange(21).view(3, 7)
+        torch.testing.assert_close(traced(other)[0], model(other)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("width", "dtype"), [(8, torch.float32), (6, torch.float32), (7, torch.float32), (8, torch.bfloat16)]
 )

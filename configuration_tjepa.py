@@ -228,6 +228,8 @@ class TJEPAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.encoder, dict):
+            if "model_type" not in self.encoder:
+                raise ValueError(f"encoder must name its model_type, such as 'bert', got {self.encoder}.")
             self.encoder = AutoConfig.for_model(**self.encoder)
         self.encoder = copy.deepcopy(self.encoder)  # setting our attention backend sets that of a sub-config, too
         for name in ENCODER_SIZES if self.encoder is not None else ():

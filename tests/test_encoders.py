@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForTextEncoding, BertForMaskedLM, UMT5Config
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    ResNetConfig,
+    UMT5Config,
+    ViTConfig,
+)
 
 from encoder_families import (
     COUNTS_FROM_PADDING,
@@ -220,8 +229,31 @@ def test_what_is_no_encoder_of_its_configuration_is_refused():
     TJEPAForPreTraining.from_encoder(whole.bert)  # has no pooler, which no state depends on
     with pytest.raises(ValueError, match="BertForMaskedLM is not the BertModel that its configuration stands for"):
         TJEPAForPreTraining.from_encoder(whole)
+    narrow = TJEPAConfig(encoder=BertConfig(**{**encoder.config.to_dict(), "hidden_size": 16}))
+    with pytest.raises(
+        ValueError, match=r"BertModel has not the sizes .*embeddings.weight is \[\d+, 32\], and \[\d+, 16\]"
+    ):
+        TJEPAForPreTraining.from_encoder(encoder, narrow)
+    with pytest.raises(ValueError, match="needs a model: load it with AutoModel.from_pretrained. Got 'bert'"):
+        TJEPAForPreTraining.from_encoder("bert")
     with pytest.raises(ValueError, match=r"needs TJEPAConfig\(encoder=encoder.config"):
         TJEPAForPreTraining.from_encoder(encoder, TJEPAConfig(predictor_type="boundary"))
+
+
+ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize("config", [ViTConfig(**ONE_LAYER), CLIPVisionConfig(**ONE_LAYER), ResNetConfig()])
+def test_what_reads_no_tokens_is_refused(config):
+    with pytest.raises(ValueError, match="Model has no token embedding: give an encoder of texts"):
+        TJEPAForPreTraining(TJEPAConfig(encoder=config, predictor_type="boundary"))
+
+
+def test_an_encoder_without_a_type_is_refused():
+    with pytest.raises(
+        ValueError, match=r"encoder must name its model_type, such as 'bert', got \{'hidden_size': 8\}"
+    ):
+        TJEPAConfig(encoder={"hidden_size": 8})
 
 
 def test_packing_is_asked_for_or_refused():

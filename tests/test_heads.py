@@ -106,6 +106,20 @@ def test_masked_lm_starts_from_the_pretrained_token_head(make_model, tmp_path):
     assert not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("encoder", ["target", "context"])
+def test_an_untied_decoder_starts_from_the_token_embedding(make_model, tmp_path, encoder):
+    make_model(token_prediction_weight=1.0).save_pretrained(tmp_path / "pretraining")
+    untied = {"tie_word_embeddings": False, "encoder": encoder}
+    model, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "pretraining", output_loading_info=True, **untied)
+    tied = AutoModelForMaskedLM.from_pretrained(tmp_path / "pretraining", encoder=encoder)
+    assert not info["missing_keys"] and model.decoder.weight is not model.get_input_embeddings().weight
+    torch.testing.assert_close(model.eval()(INPUT_IDS).logits, tied.eval()(INPUT_IDS).logits)
+    with torch.no_grad():
+        model.decoder.weight.zero_()
+    model.save_pretrained(tmp_path / "head")
+    assert not AutoModelForMaskedLM.from_pretrained(tmp_path / "head").decoder.weight.any()
+
+
 @pytest.mark.parametrize("how", ["hook", "quantised", "offloaded"])
 def test_masked_lm_calls_its_decoder(make_model, tmp_path, how):
     """Reading its weight would leave out what stands around it, and fail where it has none at hand."""

@@ -171,9 +171,10 @@ class TJEPAConfig(PreTrainedConfig):
             Dropout before the linear layer of the classification and question answering heads.
 
     Raises:
-        StrictDataclassError: (of huggingface_hub) for sizes that do not fit each other, weights below zero,
-            probabilities outside [0, 1), more target layers than there are, a beta that is not positive, and an
-            unknown activation, predictor, pooling, loss or normalisation.
+        StrictDataclassError: (of huggingface_hub) for sizes that do not fit each other, numbers below zero or not
+            finite, probabilities outside [0, 1), token ids outside the vocabulary, more target layers than there are,
+            a base or a beta that is not positive, and an unknown activation, predictor, pooling, loss or
+            normalisation.
     """
 
     model_type = "tjepa"
@@ -195,8 +196,8 @@ class TJEPAConfig(PreTrainedConfig):
     use_bias: bool = True
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -227,6 +228,8 @@ class TJEPAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.encoder, dict):
+            if "model_type" not in self.encoder:
+                raise ValueError(f"encoder must name its model_type, such as 'bert', got {self.encoder}.")
             self.encoder = AutoConfig.for_model(**self.encoder)
         self.encoder = copy.deepcopy(self.encoder)  # setting our attention backend sets that of a sub-config, too
         for name in ENCODER_SIZES if self.encoder is not None else ():
@@ -268,12 +271,25 @@ class TJEPAConfig(PreTrainedConfig):
         for name in ("vocab_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        num_tokens = getattr(self.encoder or self, "vocab_size", None)  # some encoders have it under another name
+        for name in ("mask_token_id", "special_token_ids") if isinstance(num_tokens, int) else ():
+            value = getattr(self, name)
+            token_ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(0 <= token_id < num_tokens for token_id in token_ids):
+                raise ValueError(
+                    f"{name} must be in the vocabulary, from 0 to vocab_size - 1 = {num_tokens - 1}, got {value}."
+                )
+        if not 0.0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be a positive number, such as 10000.0, got {self.rope_theta}.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or a positive number, got {getattr(self, name)}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             if getattr(self, name) is not None and not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in WEIGHTS:
-            if getattr(self, name) < 0.0:
-                raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 (off) or a positive number, got {getattr(self, name)}.")
         if not 0.0 < self.denoising_ratio <= 1.0:
             raise ValueError(f"denoising_ratio must be in (0, 1], got {self.denoising_ratio}; set denoising_weight=0.")
         if not 1 <= self.target_layers <= self.num_hidden_layers:
@@ -303,7 +319,7 @@ class TJEPAConfig(PreTrainedConfig):
     def segment_predictor_config(self) -> "TJEPAConfig":
         """The configuration that makes a `TJEPAPredictor` of segments."""
         sizes = dict.fromkeys(name for name in DERIVED_SIZES if name.startswith("predictor_"))
-        sizes["predictor_type"] = "self_attention"
+        sizes |= {"predictor_type": "self_attention", "mask_token_id": None, "special_token_ids": None}
         sizes["predictor_num_hidden_layers"] = self.segment_predictor_num_hidden_layers
         return TJEPAConfig.from_dict({**self.to_dict(), **sizes}, attn_implementation=self._attn_implementation)
 
@@ -312,7 +328,7 @@ class TJEPAConfig(PreTrainedConfig):
         config = self.to_dict()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "rotary_dim"):
             config[name] = config[f"predictor_{name}"]
-        config["encoder"] = None
+        config["encoder"] = config["mask_token_id"] = config["special_token_ids"] = None  # it reads no tokens
         config["target_layers"] = 1  # the predictor may have fewer layers than the encoder's labels are made of
         return TJEPAConfig.from_dict(config, attn_implementation=self._attn_implementation)
 

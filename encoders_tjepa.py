@@ -140,11 +140,32 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     An encoder of transformers with random weights, of an encoder-decoder (T5) the encoder alone.
 
     Raises:
-        ValueError: if transformers has no model of that kind.
+        ValueError: if transformers has no model of that kind, or it reads no tokens.
     """
     config = copy.deepcopy(config)  # T5EncoderModel writes into it, and two encoders must not share one
     config._attn_implementation = None  # what suits it
-    return encoder_class(config).from_config(config, dtype=torch.float32)  # whatever its folder has
+    # whatever its folder has: float32, or what `from_pretrained` was asked for
+    encoder = encoder_class(config).from_config(config, dtype=torch.get_default_dtype())
+    try:
+        embedding = encoder.get_input_embeddings()
+    except NotImplementedError:  # transformers' own, for sounds and some images
+        embedding = None
+    if not hasattr(embedding, "weight") or embedding.weight.dim() != 2:  # patches of an image have no or another one
+        raise ValueError(f"{type(encoder).__name__} has no token embedding: give an encoder of texts, such as BERT.")
+    return encoder
+
+
+def copy_weights(encoder: nn.Module, copied: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Gives `copied` the weights of `encoder` -> the names that it lacks, and those that `copied` does not know."""
+    weights, own = encoder.state_dict(), copied.state_dict()
+    for name in weights:
+        if name in own and weights[name].shape != own[name].shape:
+            raise ValueError(
+                f"{type(encoder).__name__} has not the sizes of its configuration: {name} is "
+                f"{list(weights[name].shape)}, and {list(own[name].shape)} by the configuration. Give "
+                "TJEPAConfig(encoder=encoder.config, ...) of this encoder."
+            )
+    return tuple(copied.load_state_dict(weights, strict=False))
 
 
 def encoder_class(config: PreTrainedConfig) -> type:
@@ -342,6 +363,11 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
         ValueError: for an encoder whose states depend on what is padding, or not on later tokens; if it is to be
             packed and cannot be.
     """
+    if encoder.dtype.itemsize < 4:  # rounding to 16 bits is larger than what is measured
+        traits = measure_encoder(copy.deepcopy(encoder).float(), mask_token_id, encoder_input)
+        if traits.is_packed:
+            encoder.set_attn_implementation(PACKED_ATTENTION)
+        return traits
     name, was_training = type(encoder).__name__, encoder.training
     encoder.eval()
     views = MadeUpViews.draw(encoder, mask_token_id)

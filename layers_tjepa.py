@@ -412,11 +412,12 @@ def rotate(states: torch.Tensor, rotation: torch.Tensor, num_heads: int) -> torc
     What `apply_rotary_emb` of rotary-embedding-torch computes, some ten times as fast on a CPU.
 
     Args:
-        states (`torch.FloatTensor` of shape `[batch, length, heads, head_dim]`): overwritten, but in a compiled graph.
+        states (`torch.FloatTensor` of shape `[batch, length, heads, head_dim]`): overwritten, but in a graph.
         rotation (`torch.FloatTensor` of shape `[batch, length, rotary_dim / 2, 2]`): of `TJEPARotaryEmbedding`.
         num_heads: the first ones of each token, which are rotated; the rest stays as it is.
     """
-    if not torch.compiler.is_compiling() and states.device.type != "mps":
+    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # neither takes the function in place
+    if not is_graph and states.device.type != "mps":
         return RotationInPlace.apply(states, rotation, num_heads)
     rotated, rest = states.split([num_heads, states.shape[-2] - num_heads], dim=-2)
     pairs, unrotated = rotated.tensor_split([2 * rotation.shape[-2]], dim=-1)

@@ -6,6 +6,7 @@ layers, encoders, predictors, losses. None of them knows masking strategies, tra
 are copied to the Hub beside every checkpoint.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -32,6 +33,7 @@ from .configuration_tjepa import WEIGHTS, TJEPAConfig
 from .encoders_tjepa import (
     EncoderTraits,
     build_encoder,
+    copy_weights,
     encode,
     encode_documents,
     hide_in_place,
@@ -118,8 +120,7 @@ class TJEPAPreTrainedModel(TJEPAModule):
         wants_info = kwargs.pop("output_loading_info", False)
         has_choice = not issubclass(cls, TJEPAForPreTraining)
         if has_choice:  # of an encoder alone the prefix is dropped afterwards
-            renaming = {rf"^{encoder}_encoder\.": "encoder.", **(kwargs.pop("key_mapping", None) or {})}
-            kwargs["key_mapping"] = renaming
+            kwargs["key_mapping"] = {rf"^{encoder}_encoder\.": "encoder.", **(kwargs.get("key_mapping") or {})}
         elif encoder != "target":
             raise ValueError(f"{cls.__name__} holds both encoders: leave out encoder={encoder!r}.")
         model, info = super().from_pretrained(
@@ -331,15 +332,17 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
                 Of predictor and loss; its `encoder` is the configuration of this one. Default: the reference's.
 
         Raises:
-            ValueError: if the encoder cannot be trained (see `measure_encoder`), or is not of the class that AutoModel
-                loads for its configuration; for a `config` of our own architecture.
+            ValueError: if the encoder cannot be trained (see `measure_encoder`), or is not of the class and sizes that
+                AutoModel makes of its configuration; for a `config` of our own architecture.
         """
+        if not isinstance(encoder, nn.Module):
+            raise ValueError(f"from_encoder needs a model: load it with AutoModel.from_pretrained. Got {encoder!r}.")
         config = config or TJEPAConfig(encoder=encoder.config)
         if config.encoder is None:
             raise ValueError("from_encoder needs TJEPAConfig(encoder=encoder.config, ...): this one is of no encoder.")
         model = cls(config)
         for part in (model.context_encoder, model.target_encoder):
-            missing, unknown = part.load_state_dict(encoder.state_dict(), strict=False)
+            missing, unknown = copy_weights(encoder, part)
         if model.token_head is not None:
             model.token_head.fit_to(model.get_input_embeddings().weight)
         needed = set(missing) - set(model.measure_encoders().unused_parameters)
@@ -377,11 +380,12 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         if not context <= missing:
             return
         if target <= missing:
+            flags = shlex.join(["--model_name_or_path", f"{name}-encoder", "--tokenizer_name", str(name)])
             raise ValueError(
                 f"{name} has no weights that {type(self).__name__} could go on with. If it holds a head with its "
                 'encoder, save the encoder by itself: python -c "from transformers import AutoModel; AutoModel.'
                 f"from_pretrained('{name}', trust_remote_code=True).save_pretrained('{name}-encoder')\"; then "
-                f"pretrain with --model_name_or_path {name}-encoder --tokenizer_name {name}."
+                f"pretrain with {flags}."
             )
         self.context_encoder.load_state_dict(self.target_encoder.state_dict())
         info["missing_keys"] = type(info["missing_keys"])(missing - context)
@@ -456,7 +460,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         """The states [num_hidden, hidden_size] that tokens are predicted from, and the predictions of the labels."""
         if is_hidden.all() or not is_hidden.any():
             raise ValueError("There must be a hidden token to predict, and a visible one to predict it from.")
-        was_training, traits = self.training, self.measure_encoders()
+        is_hidden, was_training, traits = is_hidden.bool(), self.training, self.measure_encoders()
         self.eval()
         places, slots = torch.arange(len(input_ids), device=input_ids.device)[None], is_hidden.nonzero().T
         in_place, views = self.config.predictor_type == "in_place", torch.zeros_like(places)
@@ -851,6 +855,13 @@ class TJEPAForMaskedLM(TJEPAHeadModel):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # its bias is the token head's
         self.post_init()
 
+    def _complete(self, info: dict, name: str) -> None:
+        """Untied from the token embedding, the decoder starts equal to it: pretraining has them tied."""
+        super()._complete(info, name)
+        if "decoder.weight" in info["missing_keys"]:
+            self.decoder.weight.data.copy_(self.encoder.token_embedding.weight)
+            info["missing_keys"].remove("decoder.weight")
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.decoder
 
@@ -861,7 +872,9 @@ class TJEPAForMaskedLM(TJEPAHeadModel):
             self.token_head.resize(len(new_embeddings.weight))
 
     def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.token_head(hidden_states, self.decoder.weight)
+        states, bias = self.token_head(hidden_states)
+        logits = self.decoder(states)  # called, not read: LoRA, hooks and quantised layers count
+        return logits + bias.to(logits.dtype)
 
     def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)

@@ -33,6 +33,9 @@ class TJEPAPredictorAttention(TJEPAAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if slot_indices is None:
             return super().forward(hidden_states, rotation, attention_mask)
+        if type(self.qkv_proj) is not nn.Linear:  # LoRA, or quantised: no plain weight to take apart
+            query, key, value = self.project(hidden_states, rotation)
+            return self.attend(query[:, slot_indices], key, value, attention_mask)
         sizes = [hidden_states.shape[-1], 2 * hidden_states.shape[-1]]
         q_weight, kv_weight = self.qkv_proj.weight.split(sizes)
         q_bias, kv_bias = (None, None) if self.qkv_proj.bias is None else self.qkv_proj.bias.split(sizes)
@@ -244,13 +247,20 @@ class TJEPATokenHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(
-        self, hidden_states: torch.Tensor, embedding_weight: torch.Tensor, token_ids: torch.LongTensor | None = None
-    ) -> torch.Tensor:
+        self,
+        hidden_states: torch.Tensor,
+        embedding_weight: torch.Tensor | None = None,
+        token_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
         hidden_states [..., hidden_size], embedding_weight [vocab_size, hidden_size] -> logits [..., vocab_size]; with
-        token_ids [n] for hidden_states [n, hidden_size] -> the cross entropy of each, float32 [n].
+        token_ids [n] for hidden_states [n, hidden_size] -> the cross entropy of each, float32 [n]. Without an
+        embedding_weight -> what a decoder reads [..., hidden_size], and the bias that its output lacks [vocab_size].
         """
-        logits = F.linear(self.norm(F.gelu(self.dense(hidden_states))), embedding_weight, self.bias)
+        states = self.norm(F.gelu(self.dense(hidden_states)))
+        if embedding_weight is None:
+            return states, self.bias
+        logits = F.linear(states, embedding_weight, self.bias)
         if token_ids is None:
             return logits
         return F.cross_entropy(logits.float(), token_ids.long(), reduction="none")

@@ -130,14 +130,13 @@ def _predict_at_masks(
     input_ids[numbers, place] = mask_token_id
     device = next(model.parameters()).device
     inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+    # logits at the hidden places alone: a vocabulary is wide
     if isinstance(model, TJEPAForPreTraining):  # its token head has learned from the context encoder's states
-        encoder, output_embeddings = model.context_encoder, model.get_input_embeddings()
-    elif isinstance(model, TJEPAForMaskedLM):
-        encoder, output_embeddings = model.encoder, model.decoder
-    else:
-        return model(**inputs).logits[numbers, place]
-    # at the hidden places alone: a vocabulary is wide
-    return model.token_head(encoder(**inputs).last_hidden_state[numbers, place], output_embeddings.weight)
+        states = model.context_encoder(**inputs).last_hidden_state[numbers, place]
+        return model.token_head(states, model.get_input_embeddings().weight)
+    if isinstance(model, TJEPAForMaskedLM):
+        return model.compute_logits(model.encoder(**inputs).last_hidden_state[numbers, place], None)
+    return model(**inputs).logits[numbers, place]
 
 
 def prefers_good(scores: Tensor, paradigms: Tensor) -> float:

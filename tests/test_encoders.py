@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModel, AutoModelForTextEncoding, BertForMaskedLM, UMT5Config
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    ResNetConfig,
+    UMT5Config,
+    ViTConfig,
+)
 
 from encoder_families import (
     COUNTS_FROM_PADDING,
@@ -22,7 +31,7 @@ from helpers import make_tiny_config
 from tjepa import TJEPAConfig, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.encoders_tjepa import encode, lengths_of_views, measure_encoder, replace_tokens
-from tjepa.layers_tjepa import PackedViews
+from tjepa.layers_tjepa import PACKED_ATTENTION, PackedViews
 
 
 ALL = {**PACKED, **PADDED}
@@ -220,8 +229,31 @@ def test_what_is_no_encoder_of_its_configuration_is_refused():
     TJEPAForPreTraining.from_encoder(whole.bert)  # has no pooler, which no state depends on
     with pytest.raises(ValueError, match="BertForMaskedLM is not the BertModel that its configuration stands for"):
         TJEPAForPreTraining.from_encoder(whole)
+    narrow = TJEPAConfig(encoder=BertConfig(**{**encoder.config.to_dict(), "hidden_size": 16}))
+    with pytest.raises(
+        ValueError, match=r"BertModel has not the sizes .*embeddings.weight is \[\d+, 32\], and \[\d+, 16\]"
+    ):
+        TJEPAForPreTraining.from_encoder(encoder, narrow)
+    with pytest.raises(ValueError, match="needs a model: load it with AutoModel.from_pretrained. Got 'bert'"):
+        TJEPAForPreTraining.from_encoder("bert")
     with pytest.raises(ValueError, match=r"needs TJEPAConfig\(encoder=encoder.config"):
         TJEPAForPreTraining.from_encoder(encoder, TJEPAConfig(predictor_type="boundary"))
+
+
+ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize("config", [ViTConfig(**ONE_LAYER), CLIPVisionConfig(**ONE_LAYER), ResNetConfig()])
+def test_what_reads_no_tokens_is_refused(config):
+    with pytest.raises(ValueError, match="Model has no token embedding: give an encoder of texts"):
+        TJEPAForPreTraining(TJEPAConfig(encoder=config, predictor_type="boundary"))
+
+
+def test_an_encoder_without_a_type_is_refused():
+    with pytest.raises(
+        ValueError, match=r"encoder must name its model_type, such as 'bert', got \{'hidden_size': 8\}"
+    ):
+        TJEPAConfig(encoder={"hidden_size": 8})
 
 
 def test_packing_is_asked_for_or_refused():
@@ -332,6 +364,30 @@ def test_a_folder_in_half_precision_trains_in_float32(tmp_path, dtype):
     assert model.encoder_traits.is_packed
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_a_pretraining_folder_loads_in_half_precision(tmp_path, model_type, dtype):
+    make_pretraining_model(make_encoder(model_type)).save_pretrained(tmp_path)
+    model = TJEPAForPreTraining.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in model.target_encoder.parameters()} == {torch.float32}
+    assert model.context_encoder.dtype == model.predictor.dtype == dtype  # but T5's `wo` in float16
+    assert torch.isfinite(model(**make_batch()).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_all_of_a_model_in_half_precision_is_measured_in_float32(model_type, dtype):
+    traits = measure_encoder(make_encoder(model_type), MASK)
+    encoder = make_encoder(model_type).to(dtype)
+    again = measure_encoder(encoder, MASK)
+    assert (again.is_packed, again.unused_parameters) == (traits.is_packed, traits.unused_parameters)
+    assert encoder.dtype == dtype
+    assert (encoder.config._attn_implementation == PACKED_ATTENTION) == traits.is_packed
+    model = make_pretraining_model(make_encoder(model_type))
+    model.encoder_traits = None
+    assert torch.isfinite(model.to(dtype)(**make_batch()).loss)
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_a_first_forward_measures_in_float32(tmp_path, mode):
     make_pretraining_model(make_encoder("bert")).save_pretrained(tmp_path)
@@ -381,6 +437,8 @@ def test_config_takes_its_sizes_from_the_encoder():
         assert again.encoder.to_dict() == config.encoder.to_dict() and again.encoder_input == "auto"
     with pytest.raises(StrictDataclassError, match="target_layers must be between 1 and num_hidden_layers .3., got 4"):
         TJEPAConfig(encoder=encoder, target_layers=4)
+    with pytest.raises(StrictDataclassError, match=f"mask_token_id must .* = {NUM_TOKENS - 1}, got {NUM_TOKENS}"):
+        TJEPAConfig(encoder=encoder, mask_token_id=NUM_TOKENS)
     assert TJEPAConfig().encoder is None
     odd = UMT5Config(d_model=32, d_kv=8, num_heads=6)  # as umT5's small one: heads that do not divide the width
     assert TJEPAConfig(encoder=odd).predictor_num_attention_heads == 2

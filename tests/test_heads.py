@@ -106,6 +106,42 @@ def test_masked_lm_starts_from_the_pretrained_token_head(make_model, tmp_path):
     assert not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize("encoder", ["target", "context"])
+def test_an_untied_decoder_starts_from_the_token_embedding(make_model, tmp_path, encoder):
+    make_model(token_prediction_weight=1.0).save_pretrained(tmp_path / "pretraining")
+    untied = {"tie_word_embeddings": False, "encoder": encoder}
+    model, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "pretraining", output_loading_info=True, **untied)
+    tied = AutoModelForMaskedLM.from_pretrained(tmp_path / "pretraining", encoder=encoder)
+    assert not info["missing_keys"] and model.decoder.weight is not model.get_input_embeddings().weight
+    torch.testing.assert_close(model.eval()(INPUT_IDS).logits, tied.eval()(INPUT_IDS).logits)
+    with torch.no_grad():
+        model.decoder.weight.zero_()
+    model.save_pretrained(tmp_path / "head")
+    assert not AutoModelForMaskedLM.from_pretrained(tmp_path / "head").decoder.weight.any()
+
+
+@pytest.mark.parametrize("how", ["hook", "quantised", "offloaded"])
+def test_masked_lm_calls_its_decoder(make_model, tmp_path, how):
+    """Reading its weight would leave out what stands around it, and fail where it has none at hand."""
+    make_model(token_prediction_weight=1.0).save_pretrained(tmp_path / "folder")
+    model = TJEPAForMaskedLM.from_pretrained(tmp_path / "folder").eval()
+    with torch.no_grad():
+        model.token_head.bias.normal_()
+        before = model(INPUT_IDS).logits
+        model.save_pretrained(tmp_path / "head")
+        tolerance = {"rtol": 1e-5, "atol": 1e-5}
+        if how == "hook":
+            model.decoder.register_forward_hook(lambda module, args, output: 2 * output)
+            before = 2 * before - model.token_head.bias
+        elif how == "quantised":
+            model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+            tolerance = {"rtol": 0, "atol": 0.5}
+        else:
+            places = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offloaded"}
+            model = TJEPAForMaskedLM.from_pretrained(tmp_path / "head", **places)
+        torch.testing.assert_close(model(INPUT_IDS).logits, before, **tolerance)
+
+
 def test_remote_code_in_a_clean_process(folder, tmp_path):
     code = f"""
 import sys; sys.modules["tjepa"] = None

@@ -1,11 +1,14 @@
 """The layer's parts by hand: which entries may attend to which, local attention, dropout, what is saved."""
 
+import copy
+
 import pytest
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
-from helpers import make_tiny_config
+from helpers import make_examples, make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel
+from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.layers_tjepa import (
     PackedViews,
     TJEPARotaryEmbedding,
@@ -85,6 +88,15 @@ def test_attention_of_16_bits_trains_in_float32_on_a_cpu(monkeypatch, how):
     assert all(torch.equal(a.grad, b.grad.bfloat16()) for a, b in zip((query, key, value), wide, strict=True))
 
 
+def test_an_encoder_is_traced():
+    """As TorchScript and its ONNX exporter do; for other shapes than those it was traced with, too."""
+    model = TJEPAModel(make_tiny_config(return_dict=False)).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.arange(22).view(2, 11))
+        other = torch.arange(21).view(3, 7)
+        torch.testing.assert_close(traced(other)[0], model(other)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("width", "dtype"), [(8, torch.float32), (6, torch.float32), (7, torch.float32), (8, torch.bfloat16)]
 )
@@ -106,6 +118,31 @@ def test_rotation_is_that_of_the_library(monkeypatch, width, dtype, compiling):
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # half a bit of bfloat16
     torch.testing.assert_close(ours, rotated, rtol=0, atol=tolerance)
     torch.testing.assert_close(states.grad, expected.grad, rtol=0, atol=tolerance)
+
+
+class Adapted(torch.nn.Linear):
+    """As LoRA wraps a linear layer: its weight is not all that it computes."""
+
+    def forward(self, states):
+        return super().forward(states) + states.repeat(1, 1, 3)
+
+
+@pytest.mark.parametrize("predictor_type", ["self_attention", "cross_attention"])
+def test_the_predictor_calls_projections_that_are_more_than_a_weight(predictor_type):
+    config = make_tiny_config(predictor_type=predictor_type, predictor_hidden_size=32)
+    model = TJEPAForPreTraining(config).eval()
+    batch = DataCollatorForTJEPA()(make_examples([40, 23, 7]))
+    attention = model.predictor.layers[-1].attention
+    plain, adapted = attention.qkv_proj, Adapted(32, 96)
+    adapted.load_state_dict(plain.state_dict())
+    merged = copy.deepcopy(plain)
+    with torch.no_grad():
+        merged.weight += torch.eye(32).repeat(3, 1)
+    losses = []
+    for attention.qkv_proj in (merged, adapted, plain):
+        losses.append(model(**batch).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-3
 
 
 def test_rotary_frequencies_are_not_saved():

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
-from helpers import TINY, arguments, make_examples, run
+from helpers import TINY, arguments, make_examples, make_tiny_config, run
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.segments import SegmentCollator, cut_into_segments
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
@@ -77,6 +78,17 @@ def test_what_in_place_needs_is_named(make_model):
     model.config.mask_token_id = None
     with pytest.raises(ValueError, match="mask_token_id"):
         model(**in_place(DataCollatorForTJEPA(SINGLE))(examples))
+
+
+@pytest.mark.parametrize("options", [{"predictor_type": "in_place", "segment_weight": 1.0}, {}])
+def test_a_mask_token_may_be_one_that_the_vocabulary_is_about_to_get(options, tmp_path):
+    config = make_tiny_config(**options)
+    config.mask_token_id, config.special_token_ids = 60, [61]
+    model = TJEPAForPreTraining(config)
+    with pytest.raises(StrictDataclassError, match="mask_token_id must be in the vocabulary, .* = 59, got 60"):
+        model.save_pretrained(tmp_path)
+    model.resize_token_embeddings(62)
+    model.save_pretrained(tmp_path)
 
 
 def test_denoising_leaves_hidden_places(make_model):

@@ -74,7 +74,8 @@ def test_predictions_are_those_of_the_same_view_in_a_batch(make_model, predictor
     torch.testing.assert_close(model.predict_states(changed, is_hidden), expected[order], atol=1e-5, rtol=1e-4)
     read = output.context_states[batch["hidden_indices"]] if in_place else expected
     logits = model.token_head(read[order], model.get_input_embeddings().weight)
-    torch.testing.assert_close(model.predict_tokens(ids, is_hidden), logits, atol=1e-4, rtol=1e-4)
+    for mask in (is_hidden, is_hidden.long()):
+        torch.testing.assert_close(model.predict_tokens(ids, mask), logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_in_training_predicts_without_dropout_and_goes_on_training(make_model):

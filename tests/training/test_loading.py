@@ -137,7 +137,7 @@ def execute_python_command(message: str) -> None:
 
 @pytest.mark.parametrize("head", [TJEPAForSequenceClassification, TJEPAForMaskedLM])
 def test_a_head_is_refused_and_the_advice_works(head, folder, tokenizer, tmp_path):
-    source = tmp_path / "head"
+    source = tmp_path / "a head"
     model = head.from_pretrained(folder)
     model.save_pretrained(source)
     tokenizer.save_pretrained(source)

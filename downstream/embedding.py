@@ -122,7 +122,7 @@ def load_embedder(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     if tokenizer is None:
         tokenizer = load_tokenizer(name, flag, **for_hub)
-    return Embedder(model, tokenizer, choose_max_length(name, model.config, tokenizer, max_length), pooling, modules)
+    return Embedder(model, tokenizer, choose_max_length(name, model, tokenizer, max_length), pooling, modules)
 
 
 class UnitLength(nn.Module):
@@ -170,15 +170,15 @@ def read_sentence_modules(folder: Path) -> tuple[Literal["mean", "first"], list[
     return pooling, layers, longest
 
 
-def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length: int | None) -> int:
+def choose_max_length(name: str, model: torch.nn.Module, tokenizer, max_length: int | None) -> int:
     """
     Raises:
         ValueError: if the model is not made for so many tokens.
     """
-    longest = longest_input(tokenizer, config)
+    longest = longest_input(tokenizer, model)
     if max_length is None:
         return min(longest, MAX_DEFAULT_LENGTH)
-    if max_length > longest and config.model_type != "tjepa":  # whose rotary positions do not end
+    if max_length > longest and model.config.model_type != "tjepa":  # whose rotary positions do not end
         raise ValueError(f"--max_length is {max_length}, but {name} is made for {longest} tokens at most.")
     return max_length
 

@@ -387,11 +387,12 @@ def probe_model(
     config = load_config(name, **args.for_hub())
     tokenizer = load_tokenizer(name, "--model_name_or_path", **args.for_hub())
     chosen = {"encoder": args.encoder} if config.model_type == "tjepa" else {}
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
     adds_special_tokens = args.add_special_tokens
     if adds_special_tokens is None:
         adds_special_tokens = reads_special_tokens(config) and tokenizer.num_special_tokens_to_add() > 0
     options = {
-        "max_length": choose_max_length(name, config, tokenizer, args.max_length),
+        "max_length": choose_max_length(name, model, tokenizer, args.max_length),
         "batch_size": args.batch_size,
         "add_special_tokens": adds_special_tokens,
     }
@@ -400,7 +401,6 @@ def probe_model(
         f"with{'' if options['add_special_tokens'] else 'out'} special tokens"
     )
     report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
     with_head, lack = None, None
     if grammar := [task.name for task in tasks if task.kind == MINIMAL_PAIRS]:
         with_head, lack = load_with_token_head(name, config, tokenizer, args)

@@ -82,7 +82,7 @@ class Demo:
     def __init__(self, name: str, file: str | None = None, text_column_name: str = "text"):
         self.model, self.tokenizer = load_for_filling(name, "FOLDER")
         self.reader, self.around = text_reader(self.tokenizer), tokens_around(self.model, self.tokenizer)
-        longest = min(longest_input(self.tokenizer, self.model.config), MAX_TOKENS)
+        longest = min(longest_input(self.tokenizer, self.model), MAX_TOKENS)
         self.max_length = longest - sum(map(len, self.around))
         self.strategies = name_strategies(name)
         self.index = open_index(name, file, text_column_name)

@@ -93,7 +93,7 @@ def export_sentence_transformer(
         raise ValueError(f"{model_name_or_path} is a {model_type} model; only T-JEPA models are exported here.")
     model = AutoModel.from_pretrained(model_name_or_path, encoder=encoder)
     tokenizer = load_tokenizer(str(model_name_or_path), flag)
-    max_length = max_length or longest_input(tokenizer, model.config)
+    max_length = max_length or longest_input(tokenizer, model)
 
     whitening = None
     if whitening_texts is not None:

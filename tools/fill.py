@@ -79,7 +79,7 @@ def read_gaps(text: str, model: TJEPAForPreTraining, tokenizer: PreTrainedTokeni
     # a space belongs to the word behind it, and some tokenizers put one before every text by themselves
     adds_space = reader.tokenize("a")[0].startswith(SPACE_MARKS)
     before, behind = tokens_around(model, tokenizer)
-    max_length = longest_input(tokenizer, model.config)
+    max_length = longest_input(tokenizer, model)
     input_ids, is_hidden = list(before), [False] * len(before)
     for place, piece in enumerate(pieces[0::2]):
         if place < len(lengths):

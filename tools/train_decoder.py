@@ -132,7 +132,7 @@ def main():
     strategies = folder / STRATEGIES_FILE
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
     collator.fit_to(model.config)
-    max_length = longest_input(tokenizer, model.config)
+    max_length = longest_input(tokenizer, model)
     collator.special_tokens = tokens_around(model, tokenizer)
     max_length -= sum(map(len, collator.special_tokens))
     if args.file is None:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from encoder_folders import make_folder as make_stock_folder
+from encoder_folders import make_tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 import tjepa
@@ -108,6 +109,17 @@ def test_embed_is_what_sentence_transformers_encodes(tmp_path, pooling):
     model = library.SentenceTransformer(modules=[*parts, modules.Normalize()], device="cpu")
     model.save(str(tmp_path / "saved"))
     torch.testing.assert_close(tjepa.embed(tmp_path / "saved", TEXTS), torch.tensor(model.encode(TEXTS)))
+
+
+def test_long_texts_are_cut_to_the_positions_that_tokens_may_have(tmp_path):
+    """RoBERTa has 160, and counts from its padding id + 1, which is 2."""
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 512
+    for saved in (make_encoder("roberta"), tokenizer):
+        saved.save_pretrained(tmp_path)
+    vectors = tjepa.embed(tmp_path, [" ".join(["fox"] * number) for number in (156, 157, 999)])
+    assert torch.equal(vectors[1], vectors[2])
+    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_embedded_is_said(folder, tmp_path):

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from encoder_families import make_encoder
 from finetuning_helpers import COLOURS, arguments, make_rows, run, write
 from helpers import make_tiny_config, run_elsewhere
 from tjepa import TJEPAForSequenceClassification, TJEPAModel
@@ -351,12 +352,16 @@ def test_arguments_that_are_refused(folder, tmp_path, monkeypatch, overrides, er
 
 def test_max_length(folder, caplog):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")  # for 32 tokens
-    assert find_max_length(None, tokenizer, make_tiny_config(max_position_embeddings=20)) == 20
-    assert find_max_length(8, tokenizer, make_tiny_config()) == 8
-    assert find_max_length(99, tokenizer, BertConfig(max_position_embeddings=24)) == 24  # BERT has no more positions
-    assert "24 it is" in caplog.text
-    config = make_tiny_config(max_position_embeddings=32)  # rotary positions go on
-    assert find_max_length(99, tokenizer, config) == config.max_position_embeddings == tokenizer.model_max_length == 99
+    model = TJEPAModel(make_tiny_config(max_position_embeddings=20))
+    assert find_max_length(None, tokenizer, model) == 20
+    assert find_max_length(8, tokenizer, model) == 8
+    model.config.max_position_embeddings = 32  # rotary positions go on
+    assert find_max_length(99, tokenizer, model) == model.config.max_position_embeddings == 99
+    assert tokenizer.model_max_length == 99
+    tokenizer.model_max_length = 999
+    for name, longest in (("bert", 160), ("roberta", 158), ("mpnet", 158)):  # of 160 positions; two count from 2
+        assert find_max_length(999, tokenizer, make_encoder(name)) == longest
+        assert f"{longest} it is" in caplog.text
 
 
 def test_tokenizer_without_padding_or_separator(folder, tmp_path):

@@ -284,7 +284,7 @@ def test_sources_that_are_refused(data, tmp_path):
 
 
 def test_lengths_and_names(models):
-    bert, ours = (AutoModel.from_pretrained(models / name).config for name in ("bert", "ours"))
+    bert, ours = (AutoModel.from_pretrained(models / name) for name in ("bert", "ours"))
     tokenizer = AutoTokenizer.from_pretrained(models / "bert")
     assert choose_max_length("bert", bert, tokenizer, None) == 16  # the tokenizer's
     with pytest.raises(ValueError, match="--max_length is 17, but bert is made for 16 tokens"):

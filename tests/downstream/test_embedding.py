@@ -6,6 +6,7 @@ import pytest
 import torch
 from encoder_folders import make_folder as make_stock_folder
 from encoder_folders import make_tokenizer
+from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer
 
 import tjepa
@@ -133,6 +134,19 @@ def test_what_cannot_be_embedded_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="Text 1 of 2 has no tokens"):
         tjepa.embed(folder / "encoder", ["a fox", ""])
     stock = make_stock_folder(tmp_path / "stock")
+    (stock / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": true}')
+    with pytest.raises(ValueError, match="has do_lower_case in sentence_bert_config.json, which is not computed"):
+        tjepa.embed(stock, TEXTS)
+    tokenizer = AutoTokenizer.from_pretrained(stock)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(stock)  # which sentence-transformers leaves as it is
+    assert torch.equal(tjepa.embed(stock, ["A Fox"]), tjepa.embed(stock, ["a fox"]))
+    prompts = {"prompts": {"query": "query: ", "other": ""}, "default_prompt_name": "other"}
+    (stock / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    tjepa.embed(stock, TEXTS)
+    (stock / "config_sentence_transformers.json").write_text(json.dumps({**prompts, "default_prompt_name": "query"}))
+    with pytest.raises(ValueError, match="has the default prompt 'query: ', which is not computed here"):
+        tjepa.embed(stock, TEXTS)
     pooling = json.loads((stock / "1_Pooling" / "config.json").read_text())
     pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
     (stock / "1_Pooling" / "config.json").write_text(json.dumps(pooling))

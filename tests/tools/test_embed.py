@@ -124,11 +124,24 @@ def test_what_it_refuses(model, texts, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"vectors of another max_length \(32; now 4\): choose another --output"):
         run(monkeypatch, *command, "--max_length", 4)
     write(file, [{"text": text} for text in texts[1:]])
-    with pytest.raises(ValueError, match="vectors of another file"):
+    with pytest.raises(ValueError, match=r"vectors of another file \(\S*texts.jsonl changed\)"):
         run(monkeypatch, *command)
     write(file, [{"text": "a fox", "key": 1}, {"text": "a hen", "key": None}])
     with pytest.raises(ValueError, match="a row without an id in its column 'key'"):
         run(monkeypatch, file, "--model", model, "--output", tmp_path / "b", "--id_column_name", "key")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "1_Pooling/config.json"])
+def test_vectors_of_a_model_that_has_changed_are_not_kept(model, texts, tmp_path, monkeypatch, name):
+    file = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    changed = shutil.copytree(model, tmp_path / "model") / name
+    changed.parent.mkdir(exist_ok=True)
+    command = [file, "--output", tmp_path / "out", "--model", tmp_path / "model"]
+    run(monkeypatch, *command)
+    before = changed.read_bytes() if changed.exists() else b"{}"
+    changed.write_bytes(before)
+    with pytest.raises(ValueError, match=rf"vectors of another model \(\S*{name} changed\)"):
+        run(monkeypatch, *command)
 
 
 def test_settings_are_read_by_nobody_else(model, texts, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ from ..corpus.files import CODECS, has_columns, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
-from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
+from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, encode_texts, reads_special_tokens
 from .labels import IGNORED, class_name, flatten, is_finite_number, read_labels
 from .mteb_tasks import load_mteb_tasks, run_mteb
 from .probe import EmbeddingLayer, ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
@@ -406,6 +406,8 @@ def probe_model(
         with_head, lack = load_with_token_head(name, config, tokenizer, args)
     if lack:
         logger.info(f"{column}: left out {', '.join(grammar)}, because {lack}")
+    if with_head is not None:
+        tasks = without_single_tokens(with_head, tokenizer, tasks, options["max_length"], adds_special_tokens)
     results = {column: probe_encoder(model, tokenizer, tasks, seeds, options, with_head)}
     logger.info(f"{column}, its embedding layer alone")
     layer = probe_encoder(EmbeddingLayer(model), tokenizer, tasks, seeds, options)
@@ -490,6 +492,31 @@ def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, ad
         encoded = reader(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         if num_cut := sum(len(ids) > max_length for ids in encoded):
             logger.info(f"  {task.name}: {num_cut:,} of {len(texts):,} texts are longer and cut")
+
+
+def without_single_tokens(
+    model: PreTrainedModel, tokenizer, tasks: Sequence[ProbeTask], max_length: int, add_special_tokens: bool
+) -> list[ProbeTask]:
+    """The tasks without the minimal pairs that `score_texts` refuses: of a single token nothing else tells."""
+    kept = []
+    for task in tasks:
+        if task.kind == MINIMAL_PAIRS:
+            pairs, usable = task.splits["test"], [True] * count_rows(task, "test")
+            for column in ("good", "bad"):
+                encoded = encode_texts(model, tokenizer, pairs[column], max_length, add_special_tokens)["input_ids"]
+                usable = [can and len(ids) >= 2 for can, ids in zip(usable, encoded, strict=True)]
+            if not all(usable):
+                left_out = "" if any(usable) else ", which leaves none"
+                logger.info(
+                    f"  {task.name}: {usable.count(False):,} of {len(usable):,} pairs dropped{left_out} (a sentence "
+                    "of fewer than two tokens)"
+                )
+            if not any(usable):
+                continue
+            chosen = {name: list(itertools.compress(values, usable)) for name, values in pairs.items()}
+            task = ProbeTask(task.name, task.kind, {"test": chosen})
+        kept.append(task)
+    return kept
 
 
 def short_names(names: Sequence[str]) -> list[str]:

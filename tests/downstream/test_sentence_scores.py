@@ -200,3 +200,24 @@ def test_the_command_scores_what_has_a_token_head(tmp_path, tokenizer, pairs, mo
         else:
             assert results[f"{name} untrained"] == {} and f"{name}: left out grammar, because" in caplog.text
     assert results["TF-IDF"] == results["bert-mlm embeddings"] == {}
+
+
+@pytest.mark.parametrize("num_usable", [60, 0])
+def test_pairs_of_a_single_token_are_dropped_and_counted(tmp_path, tokenizer, pairs, monkeypatch, caplog, num_usable):
+    caplog.set_level(logging.INFO)
+    model = make_ours(token_prediction_weight=1.0)  # which adds no special tokens
+    model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    columns = {name: values[:num_usable] for name, values in pairs.splits["test"].items()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows += [{"paradigm": "a", "good": "fox", "bad": "one fox"}, {"paradigm": "c", "good": "one fox", "bad": "fox"}]
+    arguments = ["--dataset", f"grammar={write(tmp_path / 'pairs.jsonl', rows)}", "--output", tmp_path / "out.json"]
+    arguments += ["--num_seeds", 1, "--model_name_or_path", tmp_path / "ours"]
+    monkeypatch.setattr(sys, "argv", ["run_probing.py", *map(str, arguments)])
+    run_probing.main()
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    left_out = "" if num_usable else ", which leaves none"
+    assert f"grammar: 2 of {len(rows)} pairs dropped{left_out} (a sentence of fewer than two" in caplog.text
+    assert results["ours"] == (
+        pytest.approx(probe_tasks(model, tokenizer, [pairs], max_length=16)) if rows[2:] else {}
+    )

@@ -88,6 +88,8 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     counts = {}
     with args.main_process_first(desc="preparing the rows"):
         splits = DatasetDict(load_splits(data_args, SPLITS, model_args.cache_dir, model_args.token))
+        if empty := [split for split, dataset in splits.items() if not len(dataset)]:
+            raise ValueError(f"Nothing is left of the {empty[0]} split: it has no rows.")
         task = task_class(splits, data_args, config)
         if not args.do_train:
             check_same_classes(task.names, model_args.model_name_or_path, config)
@@ -218,9 +220,15 @@ def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:
             judged.append(row)
     is_predicted = split == "test"
     reasons = Counter(faults.values()) if is_predicted and unlabelled else Counter(faults.values()) + label_faults
-    why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+
+    def listed(reasons: Counter) -> str:
+        return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+
+    why = listed(reasons)
     if not judged and (split == "train" or set(label_faults) != {NO_LABEL}):
-        raise ValueError(f"Nothing is left of the {split} split: {f'dropped {why}' if why else 'it has no rows'}.")
+        raise ValueError(
+            f"Nothing is left of the {split} split: dropped {listed(Counter(faults.values()) + label_faults)}."
+        )
     logger.info(f"{split}: {len(dataset):,} rows, {len(judged):,} kept{f'; dropped: {why}' if why else ''}")
     if not judged:
         logger.warning(f"{split}: none of its {len(unlabelled):,} rows has a label, so it is not evaluated")

@@ -298,7 +298,9 @@ TEXT = "the fox runs"
         ([{"text": TEXT, "label": ["a"]}] * 4, {"problem_type": "regression"}, "must not be a list"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "multi_label_classification"}, "be a list of classes"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "regression"}, "label is not a finite number 4"),
+        ([], {}, "Nothing is left of the train split: it has no rows"),
         ([{"body": TEXT, "label": "a"}] * 4, {}, r"--text_column.*\['body', 'label'\], and none of the usual names"),
+        ([{"x": 1}], {}, r"'question', 'sentence', 'text', 'content'\]"),  # each once
         ([{"text": TEXT, "label": "a", "score": 1}] * 4, {}, r"--label_column.*\['label', 'score'\] are all usual"),
         ([{"text": TEXT, "label": "a"}] * 4, {"text_column": "body"}, r"no column 'body'; it has \['label', 'text'\]"),
         ([{"text": TEXT, "label": "a"}] * 4, {"text_pair_column": "label"}, "pass --text_column, the first"),
@@ -320,6 +322,9 @@ def test_label_sets_that_differ_are_refused(folder, tmp_path, monkeypatch):
     missing = write(tmp_path / "columns.jsonl", [{"text": TEXT, "target": "red"}])  # is target the label?
     with pytest.raises(ValueError, match=r"The test split has no column 'label'; it has \['target', 'text'\]"):
         run(monkeypatch, arguments(folder, tmp_path / "out", test_file=missing))
+    numbers = write(tmp_path / "numbers.jsonl", [{"text": TEXT, "label": label} for label in (0.5, 1.5, 2.5)])
+    with pytest.raises(ValueError, match="left of the test split: dropped label is not a finite number 4"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", train_file=numbers, test_file=test))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,11 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
         raise ValueError(
             f"{flag} {name} is a {config.model_type} model: it has no predictor, which pretraining makes."
         )
+    architecture = next(iter(config.architectures or ()), None)
+    if architecture not in ("TJEPAForPreTraining", "TJEPAModel", None):
+        raise ValueError(
+            f"{flag} {name} is a {architecture}: it has no predictor. Name the folder of the pretraining run."
+        )
     model, info = TJEPAForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if any(key.startswith("predictor.") for key in info["missing_keys"]):
         raise ValueError(f"{flag} {name} is the folder of an encoder without its predictor: name that of the run.")

@@ -195,7 +195,7 @@ def test_export_names_a_missing_folder_and_its_neighbour(folder, tmp_path):
 
 
 def test_export_refuses_what_it_can_not_do(folder, tokenizer, tmp_path):
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match="choose another one, or empty it"):
         export_sentence_transformer(folder, folder)
     config = BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

@@ -20,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from helpers import make_tiny_config, make_word_tokenizer
+from helpers import make_tiny_config, make_word_tokenizer, with_target_of_its_own
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream.embedding import embed_texts
@@ -44,10 +44,7 @@ def tokenizer():
 def folder(tokenizer, tmp_path_factory):
     """A pretraining folder with its tokenizer; its two encoders differ."""
     torch.manual_seed(0)
-    model = TJEPAForPreTraining(make_tiny_config(max_position_embeddings=MAX_LENGTH))
-    with torch.no_grad():
-        for parameter in model.target_encoder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = with_target_of_its_own(TJEPAForPreTraining(make_tiny_config(max_position_embeddings=MAX_LENGTH)))
     folder = tmp_path_factory.mktemp("neighbours") / "pretraining"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

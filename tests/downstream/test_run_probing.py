@@ -12,7 +12,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from helpers import make_tiny_config
+from helpers import make_tiny_config, write_jsonl
 from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.corpus.files import load_table
 from tjepa.corpus.train_tokenizer import train_tokenizer
@@ -46,7 +46,7 @@ def make_row(rng: np.random.Generator) -> dict:
 
 
 def write(path, rows: list[dict], columns: tuple[str, ...]) -> None:
-    path.write_text("\n".join(json.dumps({name: row[name] for name in columns}) for row in rows) + "\n")
+    write_jsonl(path, [{name: row[name] for name in columns} for row in rows])
 
 
 @pytest.fixture(scope="module")

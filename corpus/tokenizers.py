@@ -14,7 +14,8 @@ from types import MappingProxyType
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from .paths import check_exists, hint_at_nearest
@@ -130,10 +131,15 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     raise ValueError(f"The special tokens of {type(tokenizer).__name__} do not stand before and behind a text.")
 
 
-def longest_input(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+def longest_input(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
     """Tokens that a text may have: the fewer of those that tokenizer and model are made for, where they say it."""
-    num_positions = getattr(config, "max_position_embeddings", None) or 0
-    return min(tokenizer.model_max_length, num_positions if num_positions > 0 else NO_LIMIT, NO_LIMIT)
+    num_positions = getattr(model.config, "max_position_embeddings", None) or 0
+    limits = [tokenizer.model_max_length, num_positions if num_positions > 0 else NO_LIMIT, NO_LIMIT]
+    for name, module in model.named_modules():
+        # RoBERTa and its like count positions from their padding id + 1, which no configuration says
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(len(module.weight) - module.padding_idx - 1)
+    return min(limits)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

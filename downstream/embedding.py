@@ -111,7 +111,7 @@ def load_embedder(
 ) -> Embedder:
     """Arguments and errors as in `embed`; `for_hub` is what `HubArguments.for_hub` returns."""
     name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
-    pooling, modules = "mean", []
+    folder, pooling, modules = None, "mean", []
     if not isinstance(model, PreTrainedModel):
         config = load_config(name, flag=flag, **for_hub)
         folder = find_sentence_modules(name, "main", for_hub.get("cache_dir"), for_hub.get("token"))
@@ -122,7 +122,9 @@ def load_embedder(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     if tokenizer is None:
         tokenizer = load_tokenizer(name, flag, **for_hub)
-    return Embedder(model, tokenizer, choose_max_length(name, model.config, tokenizer, max_length), pooling, modules)
+    if folder is not None:
+        check_sentence_options(folder, tokenizer)
+    return Embedder(model, tokenizer, choose_max_length(name, model, tokenizer, max_length), pooling, modules)
 
 
 class UnitLength(nn.Module):
@@ -138,47 +140,62 @@ def read_sentence_modules(folder: Path) -> tuple[Literal["mean", "first"], list[
     Raises:
         ValueError: for anything else.
     """
-
-    def refuse(what: str):
-        return ValueError(
-            f"{folder} has {what}, which is not computed here: use SentenceTransformer({str(folder)!r}).encode."
-        )
-
     pooling, layers = "mean", []
     for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
         path, kind = folder / module["path"], module["type"].rpartition(".")[2]
-        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+        config = read_options(path / "config.json")
         if kind == "Pooling":
             older = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
             modes = [key.removeprefix("pooling_mode_") for key in older] or [config.get("pooling_mode", "mean")]
             if modes not in (["mean_tokens"], ["mean"], ["cls_token"], ["cls"]):
-                raise refuse(f"the pooling {', '.join(map(str, modes))}")
+                raise not_computed(folder, f"the pooling {', '.join(map(str, modes))}")
             pooling = "first" if modes[0].startswith("cls") else "mean"
         elif kind == "Dense":
             weights = load_file(path / "model.safetensors") if (path / "model.safetensors").is_file() else {}
             if not config.get("activation_function", "").endswith(".Identity") or "linear.weight" not in weights:
-                raise refuse(f"a Dense layer with {config.get('activation_function')}")
+                raise not_computed(folder, f"a Dense layer with {config.get('activation_function')}")
             layer = nn.Linear(config["in_features"], config["out_features"], bias=config["bias"])
             layer.load_state_dict({name.removeprefix("linear."): weight for name, weight in weights.items()})
             layers.append(layer)
         elif kind == "Normalize":
             layers.append(UnitLength())
         elif kind != "Transformer":
-            raise refuse(f"a module {kind}")
-    options = folder / "sentence_bert_config.json"
-    longest = json.loads(options.read_text()).get("max_seq_length") if options.is_file() else None
-    return pooling, layers, longest
+            raise not_computed(folder, f"a module {kind}")
+    return pooling, layers, read_options(folder / "sentence_bert_config.json").get("max_seq_length")
 
 
-def choose_max_length(name: str, config: PreTrainedConfig, tokenizer, max_length: int | None) -> int:
+def check_sentence_options(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        ValueError: if sentence-transformers would change a text before the folder's tokenizer reads it.
+    """
+    options = read_options(folder / "config_sentence_transformers.json")
+    if prompt := (options.get("prompts") or {}).get(options.get("default_prompt_name")):
+        raise not_computed(folder, f"the default prompt {prompt!r}")
+    is_cased = tokenizer.tokenize("The A I") != tokenizer.tokenize("the a i")
+    if is_cased and read_options(folder / "sentence_bert_config.json").get("do_lower_case"):
+        raise not_computed(folder, "do_lower_case in sentence_bert_config.json")
+
+
+def read_options(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def not_computed(folder: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{folder} has {what}, which is not computed here: use SentenceTransformer({str(folder)!r}).encode."
+    )
+
+
+def choose_max_length(name: str, model: torch.nn.Module, tokenizer, max_length: int | None) -> int:
     """
     Raises:
         ValueError: if the model is not made for so many tokens.
     """
-    longest = longest_input(tokenizer, config)
+    longest = longest_input(tokenizer, model)
     if max_length is None:
         return min(longest, MAX_DEFAULT_LENGTH)
-    if max_length > longest and config.model_type != "tjepa":  # whose rotary positions do not end
+    if max_length > longest and model.config.model_type != "tjepa":  # whose rotary positions do not end
         raise ValueError(f"--max_length is {max_length}, but {name} is made for {longest} tokens at most.")
     return max_length
 

@@ -84,10 +84,12 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args, config)  # what is wrong with it shows before a row is read
 
-    # Rows -> token ids and labels
+    # Rows, model, and rows -> token ids and labels
     counts = {}
     with args.main_process_first(desc="preparing the rows"):
         splits = DatasetDict(load_splits(data_args, SPLITS, model_args.cache_dir, model_args.token))
+        if empty := [split for split, dataset in splits.items() if not len(dataset)]:
+            raise ValueError(f"Nothing is left of the {empty[0]} split: it has no rows.")
         task = task_class(splits, data_args, config)
         if not args.do_train:
             check_same_classes(task.names, model_args.model_name_or_path, config)
@@ -103,7 +105,10 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         task.check_labels({split: part.labels for split, part in rows.items() if part.labels})
         if len(task.columns) == 2:
             separate_pairs(tokenizer)
-        max_length = find_max_length(data_args.max_length, tokenizer, config)
+    task.set_head(config)
+    model = load_model(task.auto_class, model_args, config, tokenizer, needs_head=not args.do_train)
+    max_length = find_max_length(data_args.max_length, tokenizer, model)
+    with args.main_process_first(desc="tokenizing the rows"):
         reader = text_reader(tokenizer)
         encoded = {
             split: task.encode(splits[split].select(part.judged), part.labels, reader, max_length, split)
@@ -117,9 +122,7 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         report_truncation(dataset["num_tokens"][:], max_length, split, counts)
         task.report_encoded(dataset, split, counts)
 
-    # Model and Trainer
-    task.set_head(config)
-    model = load_model(task.auto_class, model_args, config, tokenizer, needs_head=not args.do_train)
+    # Trainer
     inputs = {split: without_our_columns(dataset) for split, dataset in encoded.items()}
     trainer = FinetuningTrainer(
         model=model,
@@ -217,9 +220,15 @@ def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:
             judged.append(row)
     is_predicted = split == "test"
     reasons = Counter(faults.values()) if is_predicted and unlabelled else Counter(faults.values()) + label_faults
-    why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+
+    def listed(reasons: Counter) -> str:
+        return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+
+    why = listed(reasons)
     if not judged and (split == "train" or set(label_faults) != {NO_LABEL}):
-        raise ValueError(f"Nothing is left of the {split} split: {f'dropped {why}' if why else 'it has no rows'}.")
+        raise ValueError(
+            f"Nothing is left of the {split} split: dropped {listed(Counter(faults.values()) + label_faults)}."
+        )
     logger.info(f"{split}: {len(dataset):,} rows, {len(judged):,} kept{f'; dropped: {why}' if why else ''}")
     if not judged:
         logger.warning(f"{split}: none of its {len(unlabelled):,} rows has a label, so it is not evaluated")
@@ -327,19 +336,19 @@ def separate_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
     logger.info(f"The tokenizer puts nothing between the texts of a pair: from now on {separator!r}")
 
 
-def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+def find_max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """
     Tokens that a text may have: `asked`, by default what tokenizer and model are made for. Only T-JEPA takes more:
     its rotary positions have no end, and its config and tokenizer then say so.
     """
-    longest = longest_input(tokenizer, config)
+    longest = longest_input(tokenizer, model)
     if asked is None or asked <= longest:
         return asked or longest
-    if config.model_type != "tjepa":
+    if model.config.model_type != "tjepa":
         logger.warning(f"--max_length {asked} is more than model and tokenizer take: {longest} it is")
         return longest
     logger.warning(f"--max_length {asked} is more than the {longest} tokens that the model was made for")
-    tokenizer.model_max_length = config.max_position_embeddings = asked
+    tokenizer.model_max_length = model.config.max_position_embeddings = asked
     return asked
 
 

@@ -35,7 +35,7 @@ from ..corpus.files import CODECS, has_columns, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
-from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, reads_special_tokens
+from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, encode_texts, reads_special_tokens
 from .labels import IGNORED, class_name, flatten, is_finite_number, read_labels
 from .mteb_tasks import load_mteb_tasks, run_mteb
 from .probe import EmbeddingLayer, ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
@@ -387,11 +387,12 @@ def probe_model(
     config = load_config(name, **args.for_hub())
     tokenizer = load_tokenizer(name, "--model_name_or_path", **args.for_hub())
     chosen = {"encoder": args.encoder} if config.model_type == "tjepa" else {}
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
     adds_special_tokens = args.add_special_tokens
     if adds_special_tokens is None:
         adds_special_tokens = reads_special_tokens(config) and tokenizer.num_special_tokens_to_add() > 0
     options = {
-        "max_length": choose_max_length(name, config, tokenizer, args.max_length),
+        "max_length": choose_max_length(name, model, tokenizer, args.max_length),
         "batch_size": args.batch_size,
         "add_special_tokens": adds_special_tokens,
     }
@@ -400,12 +401,13 @@ def probe_model(
         f"with{'' if options['add_special_tokens'] else 'out'} special tokens"
     )
     report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
     with_head, lack = None, None
     if grammar := [task.name for task in tasks if task.kind == MINIMAL_PAIRS]:
         with_head, lack = load_with_token_head(name, config, tokenizer, args)
     if lack:
         logger.info(f"{column}: left out {', '.join(grammar)}, because {lack}")
+    if with_head is not None:
+        tasks = without_single_tokens(with_head, tokenizer, tasks, options["max_length"], adds_special_tokens)
     results = {column: probe_encoder(model, tokenizer, tasks, seeds, options, with_head)}
     logger.info(f"{column}, its embedding layer alone")
     layer = probe_encoder(EmbeddingLayer(model), tokenizer, tasks, seeds, options)
@@ -490,6 +492,31 @@ def report_truncation(tokenizer, tasks: Sequence[ProbeTask], max_length: int, ad
         encoded = reader(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         if num_cut := sum(len(ids) > max_length for ids in encoded):
             logger.info(f"  {task.name}: {num_cut:,} of {len(texts):,} texts are longer and cut")
+
+
+def without_single_tokens(
+    model: PreTrainedModel, tokenizer, tasks: Sequence[ProbeTask], max_length: int, add_special_tokens: bool
+) -> list[ProbeTask]:
+    """The tasks without the minimal pairs that `score_texts` refuses: of a single token nothing else tells."""
+    kept = []
+    for task in tasks:
+        if task.kind == MINIMAL_PAIRS:
+            pairs, usable = task.splits["test"], [True] * count_rows(task, "test")
+            for column in ("good", "bad"):
+                encoded = encode_texts(model, tokenizer, pairs[column], max_length, add_special_tokens)["input_ids"]
+                usable = [can and len(ids) >= 2 for can, ids in zip(usable, encoded, strict=True)]
+            if not all(usable):
+                left_out = "" if any(usable) else ", which leaves none"
+                logger.info(
+                    f"  {task.name}: {usable.count(False):,} of {len(usable):,} pairs dropped{left_out} (a sentence "
+                    "of fewer than two tokens)"
+                )
+            if not any(usable):
+                continue
+            chosen = {name: list(itertools.compress(values, usable)) for name, values in pairs.items()}
+            task = ProbeTask(task.name, task.kind, {"test": chosen})
+        kept.append(task)
+    return kept
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -132,7 +132,7 @@ class TextTask(Task):
         if args.text_column is None:
             columns = set(splits["train"].column_names) | {None}
             given = next((pair for pair in self.TEXT_COLUMNS if columns >= set(pair)), (None, None))
-        usual = tuple(name for pair in self.TEXT_COLUMNS for name in pair if name is not None)
+        usual = tuple(dict.fromkeys(name for pair in self.TEXT_COLUMNS for name in pair if name is not None))
         self.columns = [find_column(splits, "--text_column", given[0], usual, can_lack=False)]
         if given[1] is not None:
             self.columns.append(find_column(splits, "--text_pair_column", given[1], usual, can_lack=False))

@@ -1,7 +1,6 @@
 """What several test files share: where the shared data lies, a tiny model, documents, batches."""
 
 import gc
-import json
 import os
 from pathlib import Path
 
@@ -13,7 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait
 import pytest
 import torch
 
-from helpers import SHARED_FOLDER, make_examples, make_texts, make_tiny_config
+from helpers import (
+    SHARED_FOLDER,
+    make_examples,
+    make_texts,
+    make_tiny_config,
+    with_target_of_its_own,
+    write_jsonl,
+)
 from tjepa import TJEPAConfig, TJEPAForPreTraining, run_pretraining
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
@@ -59,11 +65,7 @@ def make_model():
         attn_implementation = overrides.pop("attn_implementation", "sdpa")
         config = make_tiny_config(**overrides)
         config._attn_implementation = attn_implementation
-        model = TJEPAForPreTraining(config)
-        with torch.no_grad():  # a target encoder of its own, so that mixing the encoders up would show
-            for parameter in model.target_encoder.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return model
+        return with_target_of_its_own(TJEPAForPreTraining(config))
 
     return make
 
@@ -78,8 +80,8 @@ def inputs(tmp_path_factory) -> Path:
     """A folder with documents, some of them unusable, and a tokenizer."""
     folder = tmp_path_factory.mktemp("inputs")
     rows = [{"text": text} for text in make_texts(60)] + [{"text": None}, {"text": " "}, {"text": "a"}]
-    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    (folder / "validation.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(8, 1)) + "\n")
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "validation.jsonl", [{"text": text} for text in make_texts(8, 1)])
     (folder / "empty.jsonl").write_text("")
     (folder / "short.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
     train_tokenizer(make_texts(60), vocab_size=300, model_max_length=64).save_pretrained(folder / "tokenizer")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helpers import make_tiny_config
+from helpers import make_tiny_config, with_target_of_its_own, write_jsonl
 from tjepa import TJEPAForPreTraining
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream import run_classification
@@ -28,11 +28,6 @@ def make_rows(num_rows: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return path
-
-
 def make_folder(folder: Path) -> Path:
     """A pretraining folder (with dropout) and an encoder folder, whose tokenizer knows the words; train and test."""
     tokenizer = train_tokenizer([" ".join([*WORDS, *COLOURS])] * 50, vocab_size=320, model_max_length=32)
@@ -40,16 +35,13 @@ def make_folder(folder: Path) -> Path:
     config = make_tiny_config(
         vocab_size=320, max_position_embeddings=32, hidden_dropout_prob=0.1, initializer_range=0.02, pad_token_id=0
     )
-    model = TJEPAForPreTraining(config)
-    with torch.no_grad():
-        for parameter in model.target_encoder.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = with_target_of_its_own(TJEPAForPreTraining(config), scale=0.02)
     for name, saved in (("pretraining", model), ("encoder", model.context_encoder)):
         saved.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / "tokenizer")
-    write(folder / "train.jsonl", make_rows(200))
-    write(folder / "test.jsonl", make_rows(60, seed=1))
+    write_jsonl(folder / "train.jsonl", make_rows(200))
+    write_jsonl(folder / "test.jsonl", make_rows(60, seed=1))
     return folder
 
 

@@ -1,8 +1,10 @@
 """What several test files share: tiny models, documents, batches, Trainers, and runs of the scripts."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -51,6 +53,19 @@ def make_examples(lengths: list[int], vocab_size: int = 60, seed: int = 0, epoch
 def make_texts(num_documents: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(WORDS, size=rng.integers(20, 60))) for _ in range(num_documents)]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def with_target_of_its_own(model: TJEPAForPreTraining, scale: float = 0.1) -> TJEPAForPreTraining:
+    """The target encoder differs from the context encoder, so that mixing them up would show."""
+    with torch.no_grad():
+        for parameter in model.target_encoder.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model
 
 
 def make_word_tokenizer(

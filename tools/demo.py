@@ -11,6 +11,8 @@ other texts of which the target encoder says nearly the same: those are the labe
 import argparse
 import json
 import logging
+import re
+import shlex
 import shutil
 import sys
 import tomllib
@@ -82,7 +84,7 @@ class Demo:
     def __init__(self, name: str, file: str | None = None, text_column_name: str = "text"):
         self.model, self.tokenizer = load_for_filling(name, "FOLDER")
         self.reader, self.around = text_reader(self.tokenizer), tokens_around(self.model, self.tokenizer)
-        longest = min(longest_input(self.tokenizer, self.model.config), MAX_TOKENS)
+        longest = min(longest_input(self.tokenizer, self.model), MAX_TOKENS)
         self.max_length = longest - sum(map(len, self.around))
         self.strategies = name_strategies(name)
         self.index = open_index(name, file, text_column_name)
@@ -461,9 +463,10 @@ def main() -> None:
         launch(name, args.file, args.text_column_name)
         return
     export(name, args.export, args.file, args.text_column_name)
+    repository = re.sub(r"[^A-Za-z0-9._-]+", "-", args.export.name)  # the Hub takes nothing else
     print(
         f"Wrote {args.export}. Try it with `pip install -r requirements.txt && python app.py` in that folder, and put "
-        f"it on the Hub: hf upload you/{args.export.name} {args.export} --repo-type space"
+        f"it on the Hub: hf upload you/{repository} {shlex.quote(str(args.export))} --repo-type space"
     )
 
 

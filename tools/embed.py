@@ -83,10 +83,15 @@ def claim_folder(folder: Path, settings: dict) -> None:
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
         for name, value in settings.items():
-            if there.get(name) != value:
+            if (before := there.get(name)) != value:
+                differs = f"{before}; now {value}"
+                if isinstance(before, list) and isinstance(value, list):
+                    changed = sorted(
+                        {state[0] for state in before + value if state not in before or state not in value}
+                    )
+                    differs = f"{changed[0]}{f' and {len(changed) - 1} more' if changed[1:] else ''} changed"
                 raise ValueError(
-                    f"{folder} holds vectors of another {name} ({there.get(name)}; now {value}): choose another "
-                    "--output, or delete it."
+                    f"{folder} holds vectors of another {name} ({differs}): choose another --output, or delete it."
                 )
     elif holds_something(folder):
         raise FileExistsError(f"{folder} holds other files: choose another --output.")
@@ -123,8 +128,11 @@ def embed_file(args: argparse.Namespace) -> tuple[int, int]:
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.cache_dir)
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")
     folder = Path(args.model)
-    # its own weights and those of modules (2_Dense); not checkpoints, nor the index that `tjepa search` keeps there
-    model_files = sorted(str(path) for name in ("*", "[0-9]*_*/*") for path in folder.glob(f"{name}.safetensors"))
+    # what is its own and its modules' (2_Dense); not checkpoints, nor the index that `tjepa search` keeps there
+    endings = (".safetensors", ".bin", ".json")
+    model_files = sorted(
+        str(path) for name in ("*", "[0-9]*_*/*") for path in folder.glob(name) if path.suffix in endings
+    )
     settings = {
         "model": states_of(model_files) or args.model,
         "file": states_of(find_paths(args.file)) or args.file,

@@ -10,6 +10,7 @@ fitted on --whitening_file, else on the documents that the run was trained on.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -93,7 +94,7 @@ def export_sentence_transformer(
         raise ValueError(f"{model_name_or_path} is a {model_type} model; only T-JEPA models are exported here.")
     model = AutoModel.from_pretrained(model_name_or_path, encoder=encoder)
     tokenizer = load_tokenizer(str(model_name_or_path), flag)
-    max_length = max_length or longest_input(tokenizer, model.config)
+    max_length = max_length or longest_input(tokenizer, model)
 
     whitening = None
     if whitening_texts is not None:
@@ -159,7 +160,7 @@ def export_onnx(encoder: PreTrainedModel, path: Path, sentence_folder: Path | No
     Batch and length are free.
 
     Args:
-        encoder: with `attn_implementation="eager"`.
+        encoder: with `attn_implementation="eager"`. The graph is in float32, whatever the encoder is in.
         path: the file to write.
         sentence_folder: where the modules of sentence-transformers lie that make a vector of the states (pooling,
             whitening, length 1). Default: the vector is the mean over the tokens.
@@ -167,6 +168,8 @@ def export_onnx(encoder: PreTrainedModel, path: Path, sentence_folder: Path | No
     pooling, modules = "mean", []
     if sentence_folder is not None:
         pooling, modules, _ = read_sentence_modules(sentence_folder)
+    if encoder.dtype != torch.float32:  # 16 bits in some nodes and 32 in others make no graph
+        encoder = copy.deepcopy(encoder).float()
     names = ("input_ids", "attention_mask")
     tokens = torch.arange(5, 15).view(2, 5) % encoder.config.vocab_size
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing, say

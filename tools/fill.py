@@ -54,6 +54,11 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
         raise ValueError(
             f"{flag} {name} is a {config.model_type} model: it has no predictor, which pretraining makes."
         )
+    architecture = next(iter(config.architectures or ()), None)
+    if architecture not in ("TJEPAForPreTraining", "TJEPAModel", None):
+        raise ValueError(
+            f"{flag} {name} is a {architecture}: it has no predictor. Name the folder of the pretraining run."
+        )
     model, info = TJEPAForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if any(key.startswith("predictor.") for key in info["missing_keys"]):
         raise ValueError(f"{flag} {name} is the folder of an encoder without its predictor: name that of the run.")
@@ -79,7 +84,7 @@ def read_gaps(text: str, model: TJEPAForPreTraining, tokenizer: PreTrainedTokeni
     # a space belongs to the word behind it, and some tokenizers put one before every text by themselves
     adds_space = reader.tokenize("a")[0].startswith(SPACE_MARKS)
     before, behind = tokens_around(model, tokenizer)
-    max_length = longest_input(tokenizer, model.config)
+    max_length = longest_input(tokenizer, model)
     input_ids, is_hidden = list(before), [False] * len(before)
     for place, piece in enumerate(pieces[0::2]):
         if place < len(lengths):

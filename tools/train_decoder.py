@@ -8,6 +8,7 @@ words. Afterwards `tjepa fill` and `predict_tokens` work on the folder, which pr
 """
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ def main():
     strategies = folder / STRATEGIES_FILE
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
     collator.fit_to(model.config)
-    max_length = longest_input(tokenizer, model.config)
+    max_length = longest_input(tokenizer, model)
     collator.special_tokens = tokens_around(model, tokenizer)
     max_length -= sum(map(len, collator.special_tokens))
     if args.file is None:
@@ -145,7 +146,7 @@ def main():
     print(
         f"{folder} has a token head now. At {figures.num_places:,} hidden places of texts that it was not fitted on, "
         f"it names the right token for {figures.accuracy:.1%}; always naming the most frequent one is right for "
-        f'{figures.most_frequent:.1%}.\nNext: tjepa fill "The [3] sat on the mat" --model {args.folder}'
+        f'{figures.most_frequent:.1%}.\nNext: tjepa fill "The [3] sat on the mat" --model {shlex.quote(args.folder)}'
     )
 
 

@@ -1,13 +1,12 @@
 """The report on what continued pretraining did to an encoder: measures with known answers, and what the lines say."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import label_ranking_average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
 
+from helpers import write_jsonl
 from tjepa.downstream import before_after
 from tjepa.downstream.before_after import (
     MAX_TEXTS,
@@ -128,7 +127,7 @@ def test_of_many_texts_some_are_drawn_each_once():
 
 
 def write_labelled(path, rows):
-    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    write_jsonl(path, [{"text": text, "label": label} for text, label in rows])
     return str(path)
 
 

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from encoder_folders import make_folder as make_stock_folder
+from encoder_folders import make_tokenizer
+from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer
 
 import tjepa
@@ -110,6 +112,17 @@ def test_embed_is_what_sentence_transformers_encodes(tmp_path, pooling):
     torch.testing.assert_close(tjepa.embed(tmp_path / "saved", TEXTS), torch.tensor(model.encode(TEXTS)))
 
 
+def test_long_texts_are_cut_to_the_positions_that_tokens_may_have(tmp_path):
+    """RoBERTa has 160, and counts from its padding id + 1, which is 2."""
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 512
+    for saved in (make_encoder("roberta"), tokenizer):
+        saved.save_pretrained(tmp_path)
+    vectors = tjepa.embed(tmp_path, [" ".join(["fox"] * number) for number in (156, 157, 999)])
+    assert torch.equal(vectors[1], vectors[2])
+    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=1e-5)
+
+
 def test_what_cannot_be_embedded_is_said(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         tjepa.embed(folder / "nowhere", TEXTS)
@@ -121,6 +134,19 @@ def test_what_cannot_be_embedded_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="Text 1 of 2 has no tokens"):
         tjepa.embed(folder / "encoder", ["a fox", ""])
     stock = make_stock_folder(tmp_path / "stock")
+    (stock / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": true}')
+    with pytest.raises(ValueError, match="has do_lower_case in sentence_bert_config.json, which is not computed"):
+        tjepa.embed(stock, TEXTS)
+    tokenizer = AutoTokenizer.from_pretrained(stock)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(stock)  # which sentence-transformers leaves as it is
+    assert torch.equal(tjepa.embed(stock, ["A Fox"]), tjepa.embed(stock, ["a fox"]))
+    prompts = {"prompts": {"query": "query: ", "other": ""}, "default_prompt_name": "other"}
+    (stock / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    tjepa.embed(stock, TEXTS)
+    (stock / "config_sentence_transformers.json").write_text(json.dumps({**prompts, "default_prompt_name": "query"}))
+    with pytest.raises(ValueError, match="has the default prompt 'query: ', which is not computed here"):
+        tjepa.embed(stock, TEXTS)
     pooling = json.loads((stock / "1_Pooling" / "config.json").read_text())
     pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
     (stock / "1_Pooling" / "config.json").write_text(json.dumps(pooling))

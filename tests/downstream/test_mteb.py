@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from finetuning_helpers import COLOURS, make_folder, write
+from finetuning_helpers import COLOURS, make_folder
+from helpers import write_jsonl
 from hub_server import card_errors
 from tjepa.downstream import run_probing
 
@@ -39,7 +40,7 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "colours").mkdir()
     rows = [{"text": f"{colour} {colour} {colour}", "label": i} for i, colour in enumerate(COLOURS)] * 10
     for split in ("train", "test"):
-        write(tmp_path / "colours" / f"{split}.jsonl", rows)
+        write_jsonl(tmp_path / "colours" / f"{split}.jsonl", rows)
     flags = ("--model_name_or_path", "pretraining", "--mteb", TASK, "--mteb_output", "results-of-mteb")
     probe(monkeypatch, *flags)
     probe(monkeypatch, *flags)  # a second time replaces the figures of the first

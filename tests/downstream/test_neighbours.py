@@ -20,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from helpers import make_tiny_config, make_word_tokenizer
+from helpers import make_tiny_config, make_word_tokenizer, with_target_of_its_own
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAForSequenceClassification, TJEPAModel
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream.embedding import embed_texts
@@ -44,10 +44,7 @@ def tokenizer():
 def folder(tokenizer, tmp_path_factory):
     """A pretraining folder with its tokenizer; its two encoders differ."""
     torch.manual_seed(0)
-    model = TJEPAForPreTraining(make_tiny_config(max_position_embeddings=MAX_LENGTH))
-    with torch.no_grad():
-        for parameter in model.target_encoder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = with_target_of_its_own(TJEPAForPreTraining(make_tiny_config(max_position_embeddings=MAX_LENGTH)))
     folder = tmp_path_factory.mktemp("neighbours") / "pretraining"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -195,7 +192,7 @@ def test_export_names_a_missing_folder_and_its_neighbour(folder, tmp_path):
 
 
 def test_export_refuses_what_it_can_not_do(folder, tokenizer, tmp_path):
-    with pytest.raises(FileExistsError, match="choose another folder"):
+    with pytest.raises(FileExistsError, match="choose another one, or empty it"):
         export_sentence_transformer(folder, folder)
     config = BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

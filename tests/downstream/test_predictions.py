@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from fault_injection import Fault, InjectedError
-from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, run, write
-from helpers import make_tiny_config, make_word_tokenizer
+from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, run
+from helpers import make_tiny_config, make_word_tokenizer, write_jsonl
 from tjepa import TJEPAModel
 from tjepa.downstream import run_token_classification
 
@@ -34,7 +34,7 @@ def test_predictions_of_classes_labelled_or_not(folder, tmp_path, monkeypatch, c
     """A line for each row in its order, whether it has a label, lacks one, or cannot be read."""
     rows = make_rows(6, seed=1)
     test = [rows[0], {**rows[1], "label": None}, {"text": " ", "label": "red"}, *rows[2:]]
-    options = {"test_file": write(tmp_path / "test.jsonl", test), "max_steps": 30}
+    options = {"test_file": write_jsonl(tmp_path / "test.jsonl", test), "max_steps": 30}
     results = run(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert (results["test_samples"], results["test_unlabelled"], results["test_dropped"]) == (5, 1, 1)
     lines = read_predictions(tmp_path / "out")
@@ -49,7 +49,7 @@ def test_predictions_of_classes_labelled_or_not(folder, tmp_path, monkeypatch, c
         assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
 
     # without a column of labels: the same predictions, no figures of the test split
-    bare = write(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in test])
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"text": row["text"]} for row in test])
     model = {"model_name_or_path": tmp_path / "out", "do_train": False}
     with caplog.at_level(logging.INFO, logger="tjepa"):
         results = run(monkeypatch, arguments(folder, tmp_path / "bare", test_file=bare, **model))
@@ -80,7 +80,10 @@ def test_predictions_of_words(folder, tmp_path, monkeypatch):
         {"tokens": ["fox"] * 40, "tags": None},
         {"tokens": ["hen", "fox"], "tags": [-100, -100]},
     ]
-    files = {"train_file": write(tmp_path / "train.jsonl", train), "test_file": write(tmp_path / "test.jsonl", test)}
+    files = {
+        "train_file": write_jsonl(tmp_path / "train.jsonl", train),
+        "test_file": write_jsonl(tmp_path / "test.jsonl", test),
+    }
     argv = arguments(folder, tmp_path / "out", **files, validation_split_percentage=0, max_steps=30)
     results = run(monkeypatch, argv, script=run_token_classification)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -111,7 +114,7 @@ def test_pipelines_read_texts_as_fine_tuning_does(tmp_path, monkeypatch, is_ours
     rows = [
         {name: f"[SEP] {row['text']} [CLS]" for name in columns} | {"label": row["label"]} for row in make_rows(30)
     ]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     options = {"model_name_or_path": tmp_path / "model", "train_file": train, "test_file": train, "max_steps": 20}
     run(monkeypatch, arguments(tmp_path, tmp_path / "out", **options, cache_dir=tmp_path / "cache"))
 
@@ -135,9 +138,9 @@ def make_scores(num_rows: int) -> list[dict]:
 
 def test_hidden_scores_are_no_labels(folder, tmp_path, monkeypatch, caplog):
     """STS-B's test split has -1.0 throughout."""
-    files = {"train_file": write(tmp_path / "train.jsonl", make_scores(40))}
+    files = {"train_file": write_jsonl(tmp_path / "train.jsonl", make_scores(40))}
     hidden = [{**row, "score": -1.0} for row in make_scores(5)]
-    files["test_file"] = write(tmp_path / "test.jsonl", hidden)
+    files["test_file"] = write_jsonl(tmp_path / "test.jsonl", hidden)
     results = run(monkeypatch, arguments(folder, tmp_path / "out", **files, max_steps=2))
     assert "none of its 5 rows has a label" in caplog.text and "test_loss" not in results
     lines = read_predictions(tmp_path / "out")
@@ -147,8 +150,8 @@ def test_hidden_scores_are_no_labels(folder, tmp_path, monkeypatch, caplog):
 def test_an_undefined_figure_is_null_in_files_and_named_on_screen(folder, tmp_path, monkeypatch, capsys):
     """All scores of the test and validation splits are the same: a correlation with them does not exist."""
     same = [{**row, "score": 0.5} for row in make_scores(6)]
-    files = {"train_file": write(tmp_path / "train.jsonl", make_scores(40))}
-    files |= {f"{split}_file": write(tmp_path / f"{split}.jsonl", same) for split in ("validation", "test")}
+    files = {"train_file": write_jsonl(tmp_path / "train.jsonl", make_scores(40))}
+    files |= {f"{split}_file": write_jsonl(tmp_path / f"{split}.jsonl", same) for split in ("validation", "test")}
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     results = run(monkeypatch, arguments(folder, tmp_path / "out", **files, **steps, max_steps=2))
     assert results["test_pearson"] is None and results["eval_spearman"] is None and results["test_loss"] > 0
@@ -171,7 +174,7 @@ def test_an_undefined_figure_is_null_in_files_and_named_on_screen(folder, tmp_pa
 )
 def test_one_hot_rows_of_two_classes_are_refused(folder, tmp_path, monkeypatch, labels, message):
     rows = [{"text": row["text"], "label": labels[index % 2]} for index, row in enumerate(make_rows(20))]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     with pytest.raises(ValueError, match=f"{message}.*list the classes that apply"):
         run(monkeypatch, arguments(folder, tmp_path / "out", train_file=train, validation_split_percentage=0))
 
@@ -260,7 +263,7 @@ def test_resumed_and_evaluated_from_a_checkpoint(folder, tmp_path, monkeypatch, 
     assert all(load_file(tmp_path / "out" / "model.safetensors")[name].equal(again[name]) for name in again)
 
     renamed = [{**row, "label": f"not {row['label']}"} for row in make_rows(40)]
-    data = {"train_file": write(tmp_path / "renamed.jsonl", renamed), "max_steps": 4}
+    data = {"train_file": write_jsonl(tmp_path / "renamed.jsonl", renamed), "max_steps": 4}
     for way in ({"resume_from_checkpoint": "last"}, checkpoint):  # the head knows other classes
         with pytest.raises(ValueError, match="tells the classes .*apart, and the data has .*'not "):
             run(monkeypatch, arguments(folder, tmp_path / "out", **{**data, **way}))

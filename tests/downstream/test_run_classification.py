@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetuning_helpers import COLOURS, arguments, make_rows, run, write
-from helpers import make_tiny_config, run_elsewhere
+from encoder_families import make_encoder
+from finetuning_helpers import COLOURS, arguments, make_rows, run
+from helpers import make_tiny_config, run_elsewhere, write_jsonl
 from tjepa import TJEPAForSequenceClassification, TJEPAModel
 from tjepa.downstream.arguments import ModelArguments
 from tjepa.downstream.finetuning import find_max_length, freeze_encoder, load_tokenizer, separate_pairs
@@ -88,7 +89,7 @@ def test_regression_on_pairs(folder, tmp_path, monkeypatch):
         {"sentence1": row["text"], "sentence2": "the hen", "score": 0.5 + COLOURS.index(row["label"])}
         for row in make_rows(150)
     ]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     results = run(monkeypatch, arguments(folder, tmp_path / "out", train_file=train, max_steps=80))
     assert results["eval_pearson"] > 0.8 and "eval_spearman" in results
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -127,7 +128,7 @@ def test_whole_numbers_with_a_point_are_asked_about(labels):
 
 def test_problem_type_is_overridden(folder, tmp_path, monkeypatch):
     rows = [{**row, "label": COLOURS.index(row["label"])} for row in make_rows(60)]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     results = run(
         monkeypatch, arguments(folder, tmp_path / "out", train_file=train, problem_type="regression", max_steps=2)
     )
@@ -222,8 +223,8 @@ def test_output_folder_that_holds_a_run(folder, tmp_path, monkeypatch):
 
 def test_bad_rows_are_dropped_and_counted(folder, tmp_path, monkeypatch, caplog):
     bad = [{"text": None, "label": "red"}, {"text": " ", "label": "red"}, {"text": "red", "label": None}]
-    train = write(tmp_path / "train.jsonl", [*bad, *make_rows(40), {"text": "red", "label": ""}])
-    test = write(tmp_path / "test.jsonl", [*make_rows(5), bad[1], {"text": "fox " * 100, "label": "red"}])
+    train = write_jsonl(tmp_path / "train.jsonl", [*bad, *make_rows(40), {"text": "red", "label": ""}])
+    test = write_jsonl(tmp_path / "test.jsonl", [*make_rows(5), bad[1], {"text": "fox " * 100, "label": "red"}])
     files = {"train_file": train, "test_file": test, "validation_split_percentage": 0}
     with caplog.at_level(logging.INFO, logger="tjepa"):
         results = run(monkeypatch, arguments(folder, tmp_path / "out", **files, max_steps=1))
@@ -235,7 +236,7 @@ def test_bad_rows_are_dropped_and_counted(folder, tmp_path, monkeypatch, caplog)
 
 
 def test_test_split_without_labels_is_not_evaluated(folder, tmp_path, monkeypatch, caplog):
-    test = write(tmp_path / "test.jsonl", [{"text": "a fox", "label": None}] * 3)
+    test = write_jsonl(tmp_path / "test.jsonl", [{"text": "a fox", "label": None}] * 3)
     results = run(monkeypatch, arguments(folder, tmp_path / "out", test_file=test, max_steps=1))
     assert "none of its 3 rows has a label" in caplog.text
     assert "test_loss" not in results and "eval_loss" in results
@@ -297,14 +298,16 @@ TEXT = "the fox runs"
         ([{"text": TEXT, "label": ["a"]}] * 4, {"problem_type": "regression"}, "must not be a list"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "multi_label_classification"}, "be a list of classes"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "regression"}, "label is not a finite number 4"),
+        ([], {}, "Nothing is left of the train split: it has no rows"),
         ([{"body": TEXT, "label": "a"}] * 4, {}, r"--text_column.*\['body', 'label'\], and none of the usual names"),
+        ([{"x": 1}], {}, r"'question', 'sentence', 'text', 'content'\]"),  # each once
         ([{"text": TEXT, "label": "a", "score": 1}] * 4, {}, r"--label_column.*\['label', 'score'\] are all usual"),
         ([{"text": TEXT, "label": "a"}] * 4, {"text_column": "body"}, r"no column 'body'; it has \['label', 'text'\]"),
         ([{"text": TEXT, "label": "a"}] * 4, {"text_pair_column": "label"}, "pass --text_column, the first"),
     ],
 )
 def test_data_that_is_refused(folder, tmp_path, monkeypatch, rows, overrides, message):
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     options = {"train_file": train, "validation_split_percentage": 0, **overrides}
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, arguments(folder, tmp_path / "out", **options))
@@ -313,12 +316,15 @@ def test_data_that_is_refused(folder, tmp_path, monkeypatch, rows, overrides, me
 
 def test_label_sets_that_differ_are_refused(folder, tmp_path, monkeypatch):
     rows = [{"text": TEXT, "label": label} for label in ("red", "purple", "purple", "pink")]
-    test = write(tmp_path / "test.jsonl", rows)
+    test = write_jsonl(tmp_path / "test.jsonl", rows)
     with pytest.raises(ValueError, match=r"test split has labels.*\['pink', 'purple'\], 3 times.*\['blue', 'green'"):
         run(monkeypatch, arguments(folder, tmp_path / "out", test_file=test))
-    missing = write(tmp_path / "columns.jsonl", [{"text": TEXT, "target": "red"}])  # is target the label?
+    missing = write_jsonl(tmp_path / "columns.jsonl", [{"text": TEXT, "target": "red"}])  # is target the label?
     with pytest.raises(ValueError, match=r"The test split has no column 'label'; it has \['target', 'text'\]"):
         run(monkeypatch, arguments(folder, tmp_path / "out", test_file=missing))
+    numbers = write_jsonl(tmp_path / "numbers.jsonl", [{"text": TEXT, "label": label} for label in (0.5, 1.5, 2.5)])
+    with pytest.raises(ValueError, match="left of the test split: dropped label is not a finite number 4"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", train_file=numbers, test_file=test))
 
 
 @pytest.mark.parametrize(
@@ -351,12 +357,16 @@ def test_arguments_that_are_refused(folder, tmp_path, monkeypatch, overrides, er
 
 def test_max_length(folder, caplog):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")  # for 32 tokens
-    assert find_max_length(None, tokenizer, make_tiny_config(max_position_embeddings=20)) == 20
-    assert find_max_length(8, tokenizer, make_tiny_config()) == 8
-    assert find_max_length(99, tokenizer, BertConfig(max_position_embeddings=24)) == 24  # BERT has no more positions
-    assert "24 it is" in caplog.text
-    config = make_tiny_config(max_position_embeddings=32)  # rotary positions go on
-    assert find_max_length(99, tokenizer, config) == config.max_position_embeddings == tokenizer.model_max_length == 99
+    model = TJEPAModel(make_tiny_config(max_position_embeddings=20))
+    assert find_max_length(None, tokenizer, model) == 20
+    assert find_max_length(8, tokenizer, model) == 8
+    model.config.max_position_embeddings = 32  # rotary positions go on
+    assert find_max_length(99, tokenizer, model) == model.config.max_position_embeddings == 99
+    assert tokenizer.model_max_length == 99
+    tokenizer.model_max_length = 999
+    for name, longest in (("bert", 160), ("roberta", 158), ("mpnet", 158)):  # of 160 positions; two count from 2
+        assert find_max_length(999, tokenizer, make_encoder(name)) == longest
+        assert f"{longest} it is" in caplog.text
 
 
 def test_tokenizer_without_padding_or_separator(folder, tmp_path):

@@ -12,7 +12,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from helpers import make_tiny_config
+from helpers import make_tiny_config, write_jsonl
 from tjepa import TJEPAForPreTraining, TJEPAModel
 from tjepa.corpus.files import load_table
 from tjepa.corpus.train_tokenizer import train_tokenizer
@@ -46,7 +46,7 @@ def make_row(rng: np.random.Generator) -> dict:
 
 
 def write(path, rows: list[dict], columns: tuple[str, ...]) -> None:
-    path.write_text("\n".join(json.dumps({name: row[name] for name in columns}) for row in rows) + "\n")
+    write_jsonl(path, [{name: row[name] for name in columns} for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_sources_that_are_refused(data, tmp_path):
 
 
 def test_lengths_and_names(models):
-    bert, ours = (AutoModel.from_pretrained(models / name).config for name in ("bert", "ours"))
+    bert, ours = (AutoModel.from_pretrained(models / name) for name in ("bert", "ours"))
     tokenizer = AutoTokenizer.from_pretrained(models / "bert")
     assert choose_max_length("bert", bert, tokenizer, None) == 16  # the tokenizer's
     with pytest.raises(ValueError, match="--max_length is 17, but bert is made for 16 tokens"):

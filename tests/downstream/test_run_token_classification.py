@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig
 
-from finetuning_helpers import WORDS, arguments, run, write
-from helpers import run_elsewhere
+from finetuning_helpers import WORDS, arguments, run
+from helpers import run_elsewhere, write_jsonl
 from tjepa.downstream import run_token_classification
 from tjepa.downstream.arguments import WordArguments
 from tjepa.downstream.labels import IGNORED
@@ -39,7 +39,8 @@ def tag(monkeypatch, argv: list[str]) -> dict:
 
 
 def test_tagging_then_loaded_elsewhere(folder, tmp_path, monkeypatch, caplog):
-    train, test = write(tmp_path / "train.jsonl", make_rows(200)), write(tmp_path / "test.jsonl", make_rows(40, 1))
+    train = write_jsonl(tmp_path / "train.jsonl", make_rows(200))
+    test = write_jsonl(tmp_path / "test.jsonl", make_rows(40, 1))
     options = {"train_file": train, "test_file": test, "max_length": 64}
     results = tag(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert results["test_f1"] > 0.9 and results["test_accuracy"] > 0.9
@@ -68,7 +69,7 @@ print(sorted(tags))
 
 def test_frozen_encoder_and_numbered_tags(folder, tmp_path, monkeypatch):
     rows = [{"words": row["tokens"], "labels": [len(word) for word in row["tokens"]]} for row in make_rows(60)]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     options = {"train_file": train, "freeze_encoder": True, "label_all_tokens": True, "max_steps": 3}
     results = tag(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert "eval_accuracy" in results and "eval_f1" not in results  # no B- and I-: there are no chunks
@@ -158,7 +159,7 @@ def test_rows_that_can_not_be_used(words, tags, fault):
 def test_bad_rows_and_long_sentences_are_counted(folder, tmp_path, monkeypatch, caplog):
     bad = [{"tokens": None, "tags": ["O"]}, {"tokens": ["a"], "tags": ["O", "O"]}, {"tokens": ["a"], "tags": None}]
     long = {"tokens": ["fox"] * 40, "tags": ["O"] * 40}
-    train = write(tmp_path / "train.jsonl", [*make_rows(20), *bad, long])
+    train = write_jsonl(tmp_path / "train.jsonl", [*make_rows(20), *bad, long])
     options = {"train_file": train, "validation_split_percentage": 0, "max_steps": 1}
     with caplog.at_level(logging.INFO, logger="tjepa"):
         results = tag(monkeypatch, arguments(folder, tmp_path / "out", **options))
@@ -185,9 +186,9 @@ def test_bad_rows_and_long_sentences_are_counted(folder, tmp_path, monkeypatch, 
     ],
 )
 def test_data_that_is_refused(folder, tmp_path, monkeypatch, train, test, message):
-    options = {"train_file": write(tmp_path / "train.jsonl", train), "validation_split_percentage": 0}
+    options = {"train_file": write_jsonl(tmp_path / "train.jsonl", train), "validation_split_percentage": 0}
     if test is not None:
-        options["test_file"] = write(tmp_path / "test.jsonl", test)
+        options["test_file"] = write_jsonl(tmp_path / "test.jsonl", test)
     with pytest.raises(ValueError, match=message):
         tag(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
-from helpers import make_tiny_config, make_word_tokenizer
+from helpers import make_tiny_config, make_word_tokenizer, write_jsonl
 from tjepa import TJEPAForMaskedLM, TJEPAForPreTraining, TJEPAModel
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.downstream import run_probing
@@ -147,28 +147,23 @@ def test_what_cannot_score_says_why(tokenizer, pairs, caplog):
         score_texts(slots, tokenizer, ["fox"], max_length=16)
 
 
-def write(path, rows: list[dict]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return str(path)
-
-
 def test_only_balanced_rows_count(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="tjepa")
     rows = [
         {"paradigm": "a", "good": f"good {i}", "bad": "bad", "balanced": balanced}
         for i, balanced in enumerate([1, 0, 1])
     ]
-    (task,) = load_tasks([f"mine={write(tmp_path / 'a.jsonl', rows)}"], None)
+    (task,) = load_tasks([f"mine={write_jsonl(tmp_path / 'a.jsonl', rows)}"], None)
     assert task.splits == {"test": {"paradigm": ["a"] * 2, "good": ["good 0", "good 2"], "bad": ["bad"] * 2}}
     assert "mine: 1 of 3 rows are not balanced and do not count" in caplog.text
     (tmp_path / "a.csv").write_text("paradigm,good,bad,balanced\na,x,y,True\na,v,w,False\n")
     (task,) = load_tasks([f"mine={tmp_path}/a.csv"], None)
     assert task.splits["test"]["good"] == ["x"]
     bare = [{"paradigm": "a", "good": "x", "bad": "y"}, {"paradigm": "a", "good": None, "bad": "y"}]
-    (task,) = load_tasks([f"mine={write(tmp_path / 'b.jsonl', bare)}"], None)  # without the column all rows count
+    (task,) = load_tasks([f"mine={write_jsonl(tmp_path / 'b.jsonl', bare)}"], None)  # without it all rows count
     assert task.splits["test"]["good"] == ["x"] and "1 rows of test dropped (paradigm or good or bad" in caplog.text
     with pytest.raises(ValueError, match="no row has a 1 or true in the column balanced"):
-        load_tasks([f"mine={write(tmp_path / 'c.jsonl', [{**rows[0], 'balanced': 0}])}"], None)
+        load_tasks([f"mine={write_jsonl(tmp_path / 'c.jsonl', [{**rows[0], 'balanced': 0}])}"], None)
 
 
 def test_the_command_scores_what_has_a_token_head(tmp_path, tokenizer, pairs, monkeypatch, caplog):
@@ -186,8 +181,15 @@ def test_the_command_scores_what_has_a_token_head(tmp_path, tokenizer, pairs, mo
         tokenizer.save_pretrained(tmp_path / name)
     columns = pairs.splits["test"]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    arguments = ["--dataset", f"grammar={write(tmp_path / 'pairs.jsonl', rows)}", "--output", tmp_path / "out.json"]
-    arguments += ["--num_seeds", 2, "--model_name_or_path", *(tmp_path / name for name in made)]
+    arguments = ["--dataset", f"grammar={write_jsonl(tmp_path / 'pairs.jsonl', rows)}"]
+    arguments += [
+        "--output",
+        tmp_path / "out.json",
+        "--num_seeds",
+        2,
+        "--model_name_or_path",
+        *(tmp_path / name for name in made),
+    ]
     monkeypatch.setattr(sys, "argv", ["run_probing.py", *map(str, arguments)])
     run_probing.main()
     results = json.loads((tmp_path / "out.json").read_text())["results"]
@@ -200,3 +202,24 @@ def test_the_command_scores_what_has_a_token_head(tmp_path, tokenizer, pairs, mo
         else:
             assert results[f"{name} untrained"] == {} and f"{name}: left out grammar, because" in caplog.text
     assert results["TF-IDF"] == results["bert-mlm embeddings"] == {}
+
+
+@pytest.mark.parametrize("num_usable", [60, 0])
+def test_pairs_of_a_single_token_are_dropped_and_counted(tmp_path, tokenizer, pairs, monkeypatch, caplog, num_usable):
+    caplog.set_level(logging.INFO)
+    model = make_ours(token_prediction_weight=1.0)  # which adds no special tokens
+    model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    columns = {name: values[:num_usable] for name, values in pairs.splits["test"].items()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows += [{"paradigm": "a", "good": "fox", "bad": "one fox"}, {"paradigm": "c", "good": "one fox", "bad": "fox"}]
+    arguments = ["--dataset", f"grammar={write_jsonl(tmp_path / 'pairs.jsonl', rows)}"]
+    arguments += ["--output", tmp_path / "out.json", "--num_seeds", 1, "--model_name_or_path", tmp_path / "ours"]
+    monkeypatch.setattr(sys, "argv", ["run_probing.py", *map(str, arguments)])
+    run_probing.main()
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    left_out = "" if num_usable else ", which leaves none"
+    assert f"grammar: 2 of {len(rows)} pairs dropped{left_out} (a sentence of fewer than two" in caplog.text
+    assert results["ours"] == (
+        pytest.approx(probe_tasks(model, tokenizer, [pairs], max_length=16)) if rows[2:] else {}
+    )

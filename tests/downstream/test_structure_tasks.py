@@ -1,6 +1,5 @@
 """Order and retrieval: what a bag of words cannot see is found in vectors that hold it, and not in others."""
 
-import json
 import logging
 
 import numpy as np
@@ -10,7 +9,7 @@ from scipy.sparse import csr_matrix
 from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from helpers import make_word_tokenizer
+from helpers import make_word_tokenizer, write_jsonl
 from tjepa.downstream import probe
 from tjepa.downstream.probe import (
     EmbeddingLayer,
@@ -187,11 +186,6 @@ def test_the_mrr_of_a_guess():
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
-def write(path, rows: list[dict]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return str(path)
-
-
 PAIRS = [{"sentence1": "a", "sentence2": "b", "label": "yes"}, {"sentence1": "b", "sentence2": "a", "label": "no"}]
 PLACES = [{"sentences": ["a", "b", "c"], "label": 2}, {"sentences": ["b", "c"], "label": 0}]
 BOOKS = [{"title": "x", "segments": ["a", "b", "c"]}, {"title": "x", "segments": ["d", "e"]}]
@@ -201,10 +195,10 @@ def test_kinds_are_seen_from_the_columns(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="tjepa")
     for name, rows in {"pairs": PAIRS, "places": PLACES, "books": BOOKS}.items():
         for split in ("train", "test"):
-            write(tmp_path / f"{name}-{split}.jsonl", rows)
+            write_jsonl(tmp_path / f"{name}-{split}.jsonl", rows)
     broken = [{"title": "x", "segments": ["a"]}, {"title": None, "segments": ["a", "b"]}]
     broken += [{"title": "x", "segments": ["a", None]}, {"title": "x", "segments": None}]
-    write(tmp_path / "books-test.jsonl", BOOKS + broken)
+    write_jsonl(tmp_path / "books-test.jsonl", BOOKS + broken)
     books, pairs, places = load_tasks(None, str(tmp_path))
     assert (books.kind, pairs.kind, places.kind) == ("retrieval", "pair order", "position")
     assert pairs.splits["test"] == {"sentence1": ["a", "b"], "sentence2": ["b", "a"], "label": [1, 0]}
@@ -234,14 +228,14 @@ def test_kinds_are_seen_from_the_columns(tmp_path, caplog):
     ],
 )
 def test_data_that_is_refused(tmp_path, rows, message):
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=message):
         load_tasks([f"mine={path},{path}"], None)
 
 
 def test_a_task_that_is_trained_needs_a_training_part(tmp_path):
     with pytest.raises(ValueError, match="mine is for pair order, which needs the splits train and test"):
-        load_tasks([f"mine={write(tmp_path / 'a.jsonl', PAIRS)}"], None)
+        load_tasks([f"mine={write_jsonl(tmp_path / 'a.jsonl', PAIRS)}"], None)
 
 
 def test_shared_sets(shared_folder):

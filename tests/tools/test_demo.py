@@ -268,6 +268,13 @@ def test_the_command_serves_the_newest_run(monkeypatch, tmp_path):
     assert served == [("runs/newest", "texts.csv", "body"), ("runs/quickstart", None, "text")]
 
 
+def test_what_the_command_says_to_type_can_be_copied(monkeypatch, capsys):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(demo_tool, "export", lambda *args: None)
+    run(monkeypatch, "demo", "runs/quickstart", "--export", "spaces/my début")
+    assert "hf upload you/my-d-but 'spaces/my début' --repo-type space" in capsys.readouterr().out
+
+
 def test_the_space_holds_what_it_needs_and_nothing_of_the_run(space, folder):
     _, header, _ = (space / "README.md").read_text().split("---\n")
     header = yaml.safe_load(header)

@@ -10,7 +10,8 @@ import torch
 from pyarrow import parquet
 
 import tjepa
-from finetuning_helpers import make_folder, make_rows, write
+from finetuning_helpers import make_folder, make_rows
+from helpers import write_jsonl
 from tjepa.downstream.embedding import Embedder
 from tjepa.tools import embed
 
@@ -46,7 +47,7 @@ def test_vectors_have_the_ids_of_their_texts(model, texts, tmp_path, monkeypatch
         "tokenize",
         lambda self, texts: [[] if text == "\u0007" else tokenize(self, [text])[0] for text in texts],
     )
-    file = write(tmp_path / "texts.jsonl", rows)
+    file = write_jsonl(tmp_path / "texts.jsonl", rows)
     options = ["--model", model, "--text_column_name", "body", "--id_column_name", "key", "--format", format]
     run(monkeypatch, file, "--output", tmp_path / "out", *options)
     kept = [row for index, row in enumerate(rows) if index not in (2, 9, 10)]
@@ -97,7 +98,7 @@ def test_an_interrupted_command_goes_on(model, texts, tmp_path, monkeypatch, cap
 def test_the_newest_run_and_numbers_of_rows_are_the_defaults(model, texts, tmp_path, monkeypatch):
     shutil.copytree(model, tmp_path / "runs" / "mine")
     (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
-    write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "texts.jsonl", "--output", "embeddings")
     found = parquet.read_table("embeddings").to_pydict()
@@ -106,7 +107,7 @@ def test_the_newest_run_and_numbers_of_rows_are_the_defaults(model, texts, tmp_p
 
 
 def test_what_it_refuses(model, texts, tmp_path, monkeypatch, capsys):
-    file = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     out = tmp_path / "out"
     command = [file, "--output", out, "--model", model]
     with pytest.raises(FileExistsError, match="holds other files: choose another --output"):
@@ -123,19 +124,32 @@ def test_what_it_refuses(model, texts, tmp_path, monkeypatch, capsys):
     run(monkeypatch, *command)
     with pytest.raises(ValueError, match=r"vectors of another max_length \(32; now 4\): choose another --output"):
         run(monkeypatch, *command, "--max_length", 4)
-    write(file, [{"text": text} for text in texts[1:]])
-    with pytest.raises(ValueError, match="vectors of another file"):
+    write_jsonl(file, [{"text": text} for text in texts[1:]])
+    with pytest.raises(ValueError, match=r"vectors of another file \(\S*texts.jsonl changed\)"):
         run(monkeypatch, *command)
-    write(file, [{"text": "a fox", "key": 1}, {"text": "a hen", "key": None}])
+    write_jsonl(file, [{"text": "a fox", "key": 1}, {"text": "a hen", "key": None}])
     with pytest.raises(ValueError, match="a row without an id in its column 'key'"):
         run(monkeypatch, file, "--model", model, "--output", tmp_path / "b", "--id_column_name", "key")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "1_Pooling/config.json"])
+def test_vectors_of_a_model_that_has_changed_are_not_kept(model, texts, tmp_path, monkeypatch, name):
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    changed = shutil.copytree(model, tmp_path / "model") / name
+    changed.parent.mkdir(exist_ok=True)
+    command = [file, "--output", tmp_path / "out", "--model", tmp_path / "model"]
+    run(monkeypatch, *command)
+    before = changed.read_bytes() if changed.exists() else b"{}"
+    changed.write_bytes(before)
+    with pytest.raises(ValueError, match=rf"vectors of another model \(\S*{name} changed\)"):
+        run(monkeypatch, *command)
 
 
 def test_settings_are_read_by_nobody_else(model, texts, tmp_path, monkeypatch):
     """The folder is a dataset of parquet files, as it is."""
     from datasets import load_dataset
 
-    file = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     run(monkeypatch, file, "--output", tmp_path / "out", "--model", model)
     rows = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows.column_names == ["id", "embedding"] and len(rows) == 20

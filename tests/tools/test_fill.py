@@ -1,5 +1,6 @@
 """Guessing hidden words: what is asked of the predictor, the token head that is fitted afterwards, the commands."""
 
+import shlex
 import sys
 
 import encoder_folders
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     pipeline,
@@ -194,6 +196,10 @@ def test_the_folder_of_an_encoder_has_no_predictor(save, tmp_path):
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="without its predictor"):
         load_for_filling(str(tmp_path / "encoder"))
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "fine-tuned")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "fine-tuned")
+    with pytest.raises(ValueError, match="is a TJEPAForSequenceClassification: it has no predictor. Name the folder"):
+        load_for_filling(str(tmp_path / "fine-tuned"))
     bert = encoder_folders.make_folder(tmp_path / "bert")
     with pytest.raises(ValueError, match="is a bert model"):
         load_for_filling(str(bert))
@@ -207,7 +213,7 @@ def test_a_fitted_head_reads_the_predictions_and_changes_nothing_else(kind, save
     if kind == "own":
         root = folder = save(initializer_range=0.05)
     else:  # the root is the encoder, and what goes on pretraining lies below
-        root = encoder_folders.make_folder(tmp_path / "bert")
+        root = encoder_folders.make_folder(tmp_path / "a bert")
         folder = root / "pretraining"
         encoder = AutoTokenizer.from_pretrained(root), encoder_folders.make_encoder("bert")
         model = TJEPAForPreTraining.from_encoder(encoder[1])
@@ -217,7 +223,7 @@ def test_a_fitted_head_reads_the_predictions_and_changes_nothing_else(kind, save
     (tmp_path / "texts.txt").write_text("\n".join(" ".join(["fox", "hen", "night"] * n) for n in range(4, 14)) + "\n")
     before = load_file(folder / "model.safetensors")
     run(monkeypatch, "train-decoder", root, "--file", tmp_path / "texts.txt", "--num_steps", 10)
-    assert "has a token head now" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f" --model {shlex.quote(str(root))}\n")
     after = load_file(folder / "model.safetensors")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"token_head"}

@@ -1,6 +1,7 @@
 """What servers expect of a folder, from their documentation and sources: config keys, module files, an ONNX graph."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -76,12 +77,17 @@ def test_text_embeddings_inference_takes_our_architecture_as_a_graph(ours):
     check_graph(ours, session)
 
 
-def test_onnx_runtime_on_a_stock_encoder(stock, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_onnx_runtime_on_a_stock_encoder(stock, tmp_path, dtype):
     from onnxruntime import InferenceSession
 
-    encoder = AutoModel.from_pretrained(stock, attn_implementation="eager")
-    export_onnx(encoder, tmp_path / "model.onnx", stock)
-    check_graph(stock, InferenceSession(tmp_path / "model.onnx"))
+    shutil.copytree(stock, tmp_path / "stock")
+    AutoModel.from_pretrained(stock, dtype=dtype).save_pretrained(tmp_path / "stock")
+    encoder = AutoModel.from_pretrained(tmp_path / "stock", attn_implementation="eager")
+    export_onnx(encoder, tmp_path / "model.onnx", tmp_path / "stock")
+    assert encoder.dtype == dtype
+    encoder.float().save_pretrained(tmp_path / "stock")  # to compare with, the same rounded weights
+    check_graph(tmp_path / "stock", InferenceSession(tmp_path / "model.onnx"))
 
 
 def check_graph(folder, session):

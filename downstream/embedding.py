@@ -187,7 +187,7 @@ def not_computed(folder: Path, what: str) -> ValueError:
     )
 
 
-def choose_max_length(name: str, model: torch.nn.Module, tokenizer, max_length: int | None) -> int:
+def choose_max_length(name: str, model: nn.Module, tokenizer, max_length: int | None) -> int:
     """
     Raises:
         ValueError: if the model is not made for so many tokens.

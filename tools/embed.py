@@ -128,11 +128,9 @@ def embed_file(args: argparse.Namespace) -> tuple[int, int]:
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.cache_dir)
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")
     folder = Path(args.model)
-    # what is its own and its modules' (2_Dense); not checkpoints, nor the index that `tjepa search` keeps there
-    endings = (".safetensors", ".bin", ".json")
-    model_files = sorted(
-        str(path) for name in ("*", "[0-9]*_*/*") for path in folder.glob(name) if path.suffix in endings
-    )
+    # its own and its modules' (2_Dense); not what a run keeps beside them, nor the index of `tjepa search`
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*config*.json", "tokenizer.json", "modules.json", "[0-9]*_*/*")
+    model_files = sorted(str(path) for pattern in patterns for path in folder.glob(pattern))
     settings = {
         "model": states_of(model_files) or args.model,
         "file": states_of(find_paths(args.file)) or args.file,

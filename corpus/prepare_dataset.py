@@ -95,7 +95,7 @@ def check_output_dir(args: PreparationArguments) -> None:
             raise FileExistsError(
                 f"{args.output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir."
             )
-        if not (output / "dataset_dict.json").is_file():
+        if read_preparation(output) is None:  # of no other folder can it be made again
             raise FileExistsError(
                 f"{args.output_dir} is not a prepared dataset and is not overwritten; pass another folder."
             )

@@ -347,6 +347,12 @@ def test_output_folder_is_refused_kept_or_replaced(tmp_path, stories_file, token
     with pytest.raises(FileExistsError, match="is not a prepared dataset"):
         prepare_dataset(preparation(tmp_path, tokenizer, **arguments))
     assert (tmp_path / "thesis" / "chapter1.md").exists()
+    datasets.DatasetDict(train=Dataset.from_dict({"text": DOCUMENTS})).save_to_disk(tmp_path / "raw")
+    arguments = {"overwrite_output_dir": True, "output_dir": str(tmp_path / "raw")}
+    for source in ({"train_file": stories_file}, {"dataset_name": str(tmp_path / "raw")}):
+        with pytest.raises(FileExistsError, match="raw is not a prepared dataset"):
+            prepare_dataset(preparation(tmp_path, tokenizer, **arguments, **source))
+    assert load_from_disk(tmp_path / "raw")["train"]["text"][:] == DOCUMENTS
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "prepared")
     with pytest.raises(OSError, match="is a mount point, which cannot be replaced: name a folder in it"):
         prepare_dataset(overwriting)

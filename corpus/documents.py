@@ -114,6 +114,12 @@ class SourceArguments:
         source, others = ("train_file", of_names) if self.dataset_name is None else ("dataset_name", of_files)
         if misplaced := [f"--{name}" for name in others if getattr(self, name) is not None]:
             raise ValueError(f"{', '.join(misplaced)}: not used with --{source}; leave it out.")
+        for name in [name for name in of_names[1:] if name != "train_split_name"]:
+            if self.train_split_name is not None and getattr(self, name) == self.train_split_name:
+                raise ValueError(
+                    f"--train_split_name and --{name} are both {self.train_split_name!r}, so that what is trained on "
+                    f"would be judged by itself: name another split, or leave --{name} out."
+                )
 
     @property
     def validation_flags(self) -> str:
@@ -231,6 +237,9 @@ def load_splits(
         }
     found = _load_by_name(args, cache_dir, token, text_column_name, streaming)
     names = {split: getattr(args, f"{split}_split_name") or split for split in splits}
+    for split in splits:  # where "validation" is trained on, there is no other of that name
+        if split == names["train"] != "train" and getattr(args, f"{split}_split_name") is None:
+            del names[split]
     for split, name in names.items():
         if name not in found and (split == "train" or name != split):
             raise ValueError(

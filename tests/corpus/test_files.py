@@ -322,6 +322,23 @@ def test_names_of_splits(tmp_path, caplog):
         load_documents(DataArguments(dataset_name=name, validation_split_name="dev"))
 
 
+def test_the_train_split_is_not_the_validation_split_too(tmp_path):
+    name = save(tmp_path / "saved", test=TEXTS[:10], validation=TEXTS[10:])
+    documents = load_documents(DataArguments(dataset_name=name, train_split_name="validation"))
+    assert [len(documents[split]) for split in ("train", "validation")] == [19, 1]
+    assert sorted([*documents["train"]["text"], *documents["validation"]["text"]]) == sorted(TEXTS[10:])
+    splits = load_splits(TextArguments(dataset_name=name, train_split_name="test"), ("train", "validation", "test"))
+    assert set(splits) == {"train", "validation"}
+    given = {"dataset_name": name, "train_split_name": "validation"}
+    documents = load_documents(DataArguments(**given, validation_split_name="test"))
+    assert [len(documents[split]) for split in ("train", "validation")] == [20, 10]
+    for arguments in (DataArguments, TextArguments):
+        with pytest.raises(ValueError, match="--train_split_name and --validation_split_name are both 'validation'"):
+            arguments(**given, validation_split_name="validation")
+    with pytest.raises(ValueError, match="leave --test_split_name out"):
+        TextArguments(**given, test_split_name="validation")
+
+
 def test_flags_of_the_other_source_are_refused(tmp_path):
     name = save(tmp_path / "saved", train=TEXTS)
     with pytest.raises(ValueError, match="--validation_file: not used with --dataset_name"):

@@ -7,6 +7,7 @@ import lzma
 import sys
 
 import datasets
+import pandas
 import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
@@ -166,6 +167,31 @@ def test_tsv_files(tmp_path):
     expected = ['He said "no', '"Quoted"', 'a "b" c', None]
     assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == expected
     assert load_files("train_file", str(tmp_path / "train.tsv"))["label"][:] == ["None", "007", None, "x"]
+
+
+@pytest.mark.parametrize(
+    "columns", [["text", "label"], ["label", "text"], ["text", "note"], ["note", "text", "label"]]
+)
+def test_tsv_fields_of_several_lines(tmp_path, columns):
+    """As pandas writes them, which puts quotes around a field with a line break, and doubles those in it."""
+    texts = ["one\ntwo", 'a\n\n"b"\nc', '"whole"\n', '\n"', "plain", '"', '"a" b', 'x\r\n"y', '""\n""', 'b "c"']
+    rows = {"text": texts, "label": [*"0123456789"], "note": texts[::-1]}
+    rows = {column: rows[column] for column in columns}
+    pandas.DataFrame(rows).to_csv(tmp_path / "train.tsv", sep="\t", index=False)
+    loaded = load_files("train_file", str(tmp_path / "train.tsv"))
+    assert {column: loaded[column][:] for column in columns} == rows
+    assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == texts
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_lone_quote_in_a_tsv_file_is_text(tmp_path, order):
+    """As of a quotation that goes on in the next sentence."""
+    texts = ['" I went there .', "and left .", 'and slept . "', '"', '"', 'x"', '"y', '""', '"""', "end", '"open']
+    lines = ["\t".join([text, f'"{row}'][::order]) for row, text in enumerate(texts)]
+    (tmp_path / "train.tsv").write_text("\n".join(["\t".join(["text", "label"][::order]), *lines]) + "\n")
+    assert texts_of(tmp_path / "train.tsv") == texts
+    (tmp_path / "one.tsv").write_text("\n".join(["text", *texts]) + "\n")
+    assert texts_of(tmp_path / "one.tsv") == texts
 
 
 def test_labels_of_json_files_keep_their_types(tmp_path):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import sys
 
 import datasets
@@ -111,6 +112,46 @@ def test_a_folder_of_such_files(tmp_path, streaming):
     (tmp_path / "data" / "train[1].jsonl").write_bytes(to_jsonl(rows))
     args = DataArguments(dataset_name=str(tmp_path / "data"), validation_split_percentage=0, streaming=streaming)
     assert [row["text"] for row in load_documents(args)["train"]] == [row["text"] for row in rows]
+
+
+@both
+def test_a_folder_of_parquet_files_that_differ(tmp_path, streaming):
+    """As --train_file reads them: other columns, and one that is damaged."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, column, value in (("a", "title", "t"), ("b", "score", 1.5), ("c", "score", 1.5)):
+        Dataset.from_dict({column: [value], "text": [f"text of {name}"]}).to_parquet(folder / f"{name}.parquet")
+    (folder / "c.parquet").write_bytes((folder / "c.parquet").read_bytes()[:-100])
+    args = DataArguments(dataset_name=str(folder), validation_split_percentage=0, streaming=streaming)
+    assert [row["text"] for row in load_documents(args)["train"]] == ["text of a", "text of b", None]
+    (tmp_path / "rows").mkdir()
+    Dataset.from_dict({"input_ids": [[1, 2, 3]], "text": ["abc"]}).to_parquet(tmp_path / "rows" / "train.parquet")
+    args = DataArguments(dataset_name=str(tmp_path / "rows"), validation_split_percentage=0, streaming=streaming)
+    assert next(iter(load_documents(args)["train"])) == {"input_ids": [1, 2, 3], "text": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (
+            ["a.jsonl", "b.csv", "c.csv", "notes.md", ".hidden.txt", "__x/x.txt", "config.json"],
+            "a.jsonl",
+        ),
+        (["train-a.txt", "b.txt", "test.txt", "c.txt"], "b.txt, c.txt"),
+        (["train/x.txt", "test/x.txt", "other/x.txt.gz"], "other/x.txt.gz"),
+        (["train.txt", "test.txt", "README.md"], None),
+        (["a.txt", "b.txt", "more/c.txt"], None),
+    ],
+)
+def test_files_that_a_folder_leaves_out_are_named(tmp_path, monkeypatch, caplog, names, left_out):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "data" / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(b"text\n") if path.suffix == ".gz" else b'text\n"a"\n')
+    with caplog.at_level("WARNING"):
+        load_documents(DataArguments(dataset_name="data", validation_split_percentage=0))
+    warning = re.search("data: [0-9]+ of its files are left out: (.*)[.] Of a folder .* --train_file", caplog.text)
+    assert (warning and warning[1]) == left_out
 
 
 @both

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DataArguments, hash_text
-from .faults import DROP_REASONS, DUPLICATE, KEPT, TOO_SHORT, find_fault
+from .faults import DROP_REASONS, DUPLICATE, KEPT, TOO_SHORT, advise, find_fault, list_reasons
 from .files import FAULT_COLUMN
 from .tokenizers import text_reader
 
@@ -213,7 +213,8 @@ def drop_and_count(
         rows["drop_reason"] = drop_reason[np.cumsum(is_first) - 1]
     counts = DocumentCounts.from_tally(tally(rows, max_length=int(rows["num_tokens"].max())))
     if not counts.num_kept:
-        raise ValueError(f"Every document of the {desc} split was dropped:\n{counts}")
+        dropped = counts.dropped
+        raise ValueError(f"Every document of the {desc} split was dropped: {list_reasons(dropped)}. {advise(dropped)}")
     is_kept = rows["drop_reason"] == KEPT
     tokenized = encoded.select_columns(list(columns))
     return (tokenized if is_kept.all() else tokenized.select(np.flatnonzero(is_kept))), counts

@@ -21,7 +21,7 @@ from .arguments import parse_arguments
 from .atomic_writes import replacing_files
 from .command_line import start
 from .documents import SourceArguments, load_documents
-from .faults import DROP_REASONS, KEPT, find_fault
+from .faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
 from .files import FAULT_COLUMN
 from .tokenization import check_columns
 
@@ -42,13 +42,16 @@ class TokenizerArguments(SourceArguments):
     model_max_length: int = HfArg(default=1024, help="Tokens to which the tokenizer truncates when asked to.")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, model_max_length: int, left_out: Counter | None = None
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
     Args:
         texts (`Iterable[str]`): The documents; what is not text (null, empty, invalid unicode) is passed over.
         vocab_size (`int`): Tokens in the vocabulary at most; few texts may not have that many different pieces.
         model_max_length (`int`): The length, in tokens, to which the tokenizer truncates when asked to.
+        left_out (`Counter`, *optional*): Counts what is passed over, by reason.
 
     Returns:
         `PreTrainedTokenizerFast`: With the special tokens `<pad>`, `<mask>`, `<s>` and `</s>`, none of which it adds
@@ -64,11 +67,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
             f"vocab_size is {vocab_size}; it must be at least {min_vocab_size}: {len(alphabet)} bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens."
         )
-    texts = tqdm(texts, desc="Training the tokenizer", unit=" documents")
-    usable_texts = (text for text in texts if find_fault(text) is None)
+    left_out = Counter() if left_out is None else left_out
+
+    def keep_usable() -> Iterator[str]:
+        for text in tqdm(texts, desc="Training the tokenizer", unit=" documents"):
+            fault = find_fault(text)
+            if fault is None:
+                yield text
+            else:
+                left_out[DROP_REASONS[fault]] += 1
+
+    usable_texts = keep_usable()
     first_text = next(usable_texts, None)
     if first_text is None:
-        raise ValueError("There is no text to train the tokenizer on: every document was null, empty or not a string.")
+        why = f"{list_reasons(left_out)}. {advise(left_out)}" if left_out else "there are no documents."
+        raise ValueError(f"There is no text to train the tokenizer on: {why}")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,20 +112,18 @@ def main():
 
     def texts() -> Iterator[str]:
         for row in documents:
-            text = row[args.text_column_name]
-            fault = find_fault(text) if row.get(FAULT_COLUMN, KEPT) == KEPT else row[FAULT_COLUMN]
-            if fault is None:
-                yield text
+            fault = row.get(FAULT_COLUMN, KEPT)
+            if fault == KEPT:
+                yield row[args.text_column_name]
             else:
                 left_out[DROP_REASONS[fault]] += 1
 
-    tokenizer = train_tokenizer(texts(), args.vocab_size, args.model_max_length)
+    tokenizer = train_tokenizer(texts(), args.vocab_size, args.model_max_length, left_out)
     with replacing_files(args.output_dir) as folder:
         tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer):,} tokens; written to {args.output_dir}")
     if left_out:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.most_common())
-        print(f"{left_out.total():,} documents were left out: {reasons}")
+        print(f"{left_out.total():,} documents were left out: {list_reasons(left_out)}")
 
 
 if __name__ == "__main__":

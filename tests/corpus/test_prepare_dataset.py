@@ -200,10 +200,17 @@ def test_counts_every_reason_and_never_crashes(tmp_path, tokenizer):
     assert reasons.count("invalid unicode") == 1 and reasons.count("not a string") == 4
 
 
-def test_a_column_of_numbers_or_nulls_is_dropped_with_counts(tokenizer):
-    for values, reason in (([1, 2, 3], "not a string"), ([None, None], "null")):
-        with pytest.raises(ValueError, match=f"(?s)Every document of the train split was dropped.*{reason}"):
-            tokenize_documents(Dataset.from_dict({"text": values}), tokenizer, DataArguments(), "train")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 2, 3], "not a string 3. --text_column_name names the column that holds the text."),
+        ([None, None], "null 2. --text_column_name names the column that holds the text."),
+        ([" ", "a", "b"], "shorter than min_tokens 2, empty or whitespace only 1. A lower --min_tokens"),
+    ],
+)
+def test_a_split_without_usable_texts_says_why_in_one_line(tokenizer, values, message):
+    with pytest.raises(ValueError, match=f"^Every document of the train split was dropped: {message}[^\n]*$"):
+        tokenize_documents(Dataset.from_dict({"text": values}), tokenizer, DataArguments(), "train")
 
 
 def test_no_special_tokens_are_added(tokenizer):
@@ -308,6 +315,10 @@ def test_deduplication_reaches_across_splits(tmp_path, tokenizer):
     counts = prepare_dataset(preparation(tmp_path, tokenizer, **arguments, deduplicate=True))
     assert counts["train"].dropped == {"null": 2, "duplicate": 2} and counts["train"].num_kept == 4
     assert counts["validation"].dropped == {"duplicate": 2} and counts["validation"].num_kept == 1
+    write_jsonl(tmp_path / "validation.jsonl", DOCUMENTS[:2])
+    with pytest.raises(ValueError, match="the validation split was dropped: duplicate 2. .* other documents as --val"):
+        all_again = {**arguments, "deduplicate": True, "output_dir": str(tmp_path / "other")}
+        prepare_dataset(preparation(tmp_path, tokenizer, **all_again))
     with_duplicates = preparation(tmp_path, tokenizer, **arguments, overwrite_output_dir=True)
     assert prepare_dataset(with_duplicates)["train"].dropped == {"null": 2}
 

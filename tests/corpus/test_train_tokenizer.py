@@ -76,8 +76,18 @@ def test_what_is_no_text_is_passed_over():
 def test_errors():
     with pytest.raises(ValueError, match="vocab_size is 100; it must be at least 260"):
         train_tokenizer(TEXTS, vocab_size=100, model_max_length=128)
-    with pytest.raises(ValueError, match="no text to train the tokenizer on"):
-        train_tokenizer([None, " "], vocab_size=400, model_max_length=128)
+    with pytest.raises(ValueError, match="tokenizer on: null 2, empty or whitespace only 1. --text_column_name"):
+        train_tokenizer([None, " ", None], vocab_size=400, model_max_length=128)
+    with pytest.raises(ValueError, match="no text to train the tokenizer on: there are no documents"):
+        train_tokenizer([], vocab_size=400, model_max_length=128)
+
+
+def test_a_file_without_usable_texts_says_why(tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 at night\n" * 3 + b"\n")
+    flags = ["--train_file", str(tmp_path / "latin.txt"), "--output_dir", str(tmp_path / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", ["tokenizer", *flags, "--validation_split_percentage", "0"])
+    with pytest.raises(ValueError, match="invalid unicode 3, empty or whitespace only 1. Files are read as UTF-8"):
+        main()
 
 
 def test_a_file_is_not_a_folder_for_it(tmp_path, monkeypatch):

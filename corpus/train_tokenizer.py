@@ -23,6 +23,7 @@ from .command_line import start
 from .documents import SourceArguments, load_documents
 from .faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
 from .files import FAULT_COLUMN
+from .preparation import read_preparation
 from .tokenization import check_columns
 
 
@@ -31,6 +32,9 @@ from .tokenization import check_columns
 # takes the space before it, as RoBERTa's does: the word that stood there has that space in its own first token.
 MASK = AddedToken("<mask>", lstrip=True, special=True, normalized=False)
 SPECIAL_TOKENS = {"pad_token": "<pad>", "mask_token": MASK, "bos_token": "<s>", "eos_token": "</s>"}
+
+# what tokenizers of other kinds or older versions have beside tokenizer.json and tokenizer_config.json
+FILES_OF_OTHERS = ("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 
 
 @dataclass(kw_only=True)
@@ -97,15 +101,30 @@ def train_tokenizer(
     )
 
 
+def check_output_dir(folder: Path) -> None:
+    """Raises a `FileExistsError` if a tokenizer written to the folder would not be alone there, or not be its own."""
+    if folder.is_file():
+        raise FileExistsError(f"--output_dir {folder} is a file: name a folder.")
+    if (folder / "config.json").is_file():
+        raise FileExistsError(
+            f"--output_dir {folder} holds a model, which would read its texts by another tokenizer from then on: name "
+            "another folder."
+        )
+    if read_preparation(folder) is not None:
+        raise FileExistsError(
+            f"--output_dir {folder} holds a prepared dataset, whose token ids are those of the tokenizer that is "
+            "there: name another folder."
+        )
+    if others := sorted(path.name for pattern in FILES_OF_OTHERS for path in folder.glob(pattern)):
+        raise FileExistsError(
+            f"--output_dir {folder} holds files of another tokenizer, which would be read along with the new one's: "
+            f"{', '.join(others)}. Name another folder, or remove them."
+        )
+
+
 def main():
     (args,) = parse_arguments(TokenizerArguments, description=__doc__)
-    if Path(args.output_dir).is_file():
-        raise FileExistsError(f"--output_dir {args.output_dir} is a file: name a folder.")
-    if (Path(args.output_dir) / "config.json").is_file():
-        raise FileExistsError(
-            f"--output_dir {args.output_dir} holds a model, which would read its texts by another tokenizer from then "
-            "on: name another folder."
-        )
+    check_output_dir(Path(args.output_dir))
     documents = load_documents(args)["train"]
     check_columns(documents, args.text_column_name, "train")
     left_out = Counter()

@@ -90,16 +90,34 @@ def test_a_file_without_usable_texts_says_why(tmp_path, monkeypatch):
         main()
 
 
-def test_a_file_is_not_a_folder_for_it(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    flags = ["--train_file", "nowhere.txt", "--output_dir", str(tmp_path / "file")]
-    monkeypatch.setattr(sys, "argv", ["tokenizer", *flags])
-    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("", "", "is a file: name a folder"),
+        ("config.json", "{}", "holds a model, which would read its texts by another tokenizer"),
+        ("preparation.json", "{}", "holds a prepared dataset, whose token ids are those of the tokenizer"),
+        ("special_tokens_map.json", "{}", "files of another tokenizer, .*: special_tokens_map.json. Name another"),
+        ("vocab.txt", "a", "files of another tokenizer, .*: vocab.txt. Name another"),
+        ("tokenizer.model", "a", "files of another tokenizer, .*: tokenizer.model. Name another"),
+    ],
+)
+def test_folders_that_it_is_not_written_to(tmp_path, monkeypatch, name, content, message):
+    folder = tmp_path / "folder"
+    if name:
+        folder.mkdir()
+    (folder / name).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--train_file", "nowhere.txt", "--output_dir", str(folder)])
+    with pytest.raises(FileExistsError, match=message):
         main()
-    (tmp_path / "config.json").touch()
-    monkeypatch.setattr(sys, "argv", ["tokenizer", "--train_file", "nowhere.txt", "--output_dir", str(tmp_path)])
-    with pytest.raises(FileExistsError, match="holds a model, which would read its texts by another tokenizer"):
+
+
+def test_a_tokenizer_of_ones_own_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    flags = ["--train_file", str(tmp_path / "texts.txt"), "--output_dir", str(tmp_path / "tokenizer")]
+    for vocab_size in (300, 280):
+        monkeypatch.setattr(sys, "argv", ["tokenizer", *flags, "--vocab_size", str(vocab_size)])
         main()
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == vocab_size
 
 
 def test_script(tmp_path):

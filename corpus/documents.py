@@ -21,8 +21,8 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
-from datasets.data_files import FILES_TO_IGNORE
-from datasets.exceptions import DatasetNotFoundError
+from datasets.data_files import FILES_TO_IGNORE, EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -32,7 +32,7 @@ from transformers.hf_argparser import HfArg
 
 from .command_line import CONFIGS
 from .faults import find_fault
-from .files import can_be_read, is_damage, load_files, load_paths, without_query
+from .files import EXTENSIONS, can_be_read, is_damage, load_files, load_paths, without_query
 from .paths import check_exists, hint_at_nearest, list_names
 from .preparation import settle_with_preparation
 from .quickstart import load_quickstart_documents
@@ -265,12 +265,18 @@ def _load_by_name(
 ) -> dict[str, Dataset | IterableDataset]:
     name, folder = args.dataset_name, Path(args.dataset_name)
     check_dataset_exists(name)
-    if (folder / "dataset_dict.json").is_file():
-        return load_from_disk(name)
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return {"train": load_from_disk(name)}
+    has_splits = (folder / "dataset_dict.json").is_file()
+    if has_splits or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        if args.dataset_config_name is not None:
+            raise ValueError(
+                f"--dataset_config_name {args.dataset_config_name}: {name} is a dataset as it was saved, which has "
+                "no configurations; leave it out."
+            )
+        return load_from_disk(name) if has_splits else {"train": load_from_disk(name)}
     try:
         builder = load_dataset_builder(name, args.dataset_config_name, cache_dir=cache_dir, token=token)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise _no_file_to_read(name) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"--dataset_name {name}: there is no such folder (seen from {os.getcwd()}), and no dataset of that name "
@@ -287,7 +293,17 @@ def _load_by_name(
             str(split): load_paths(name, list(paths), streaming, cache_dir, text_column_name, token)
             for split, paths in builder.config.data_files.items()
         }
-    return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
+    try:
+        return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
+    except DataFilesNotFoundError as error:
+        raise _no_file_to_read(name) from error
+
+
+def _no_file_to_read(name: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"--dataset_name {name}: there is no file in it that can be read, which is one of {EXTENSIONS}. "
+        f"{hint_at_nearest(name)}".rstrip()
+    )
 
 
 def check_dataset_exists(name: str) -> None:
@@ -295,9 +311,12 @@ def check_dataset_exists(name: str) -> None:
     Refuses a folder that is not there before its name is taken for one on the Hub.
 
     Raises:
+        ValueError: if it is a file.
         FileNotFoundError: naming the command that prepares the folder, where one of our configs does, else the
             nearest name.
     """
+    if Path(name).is_file() and can_be_read([name]):
+        raise ValueError(f"--dataset_name {name}: it is a file, which is given with --train_file {name}.")
     if Path(name).exists():
         return
     for path in sorted(CONFIGS.glob("prepare_*.yaml")):

@@ -51,6 +51,7 @@ CODECS: dict[str, Callable[[BinaryIO], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda file: pyarrow.CompressedInputStream(file, "zstd"),
 }
+EXTENSIONS = f"{', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(CODECS)})"  # for messages
 FAULT_COLUMN = "fault_found_when_read"
 # of a quoted field of a tsv file, whose own quotes are doubled: its beginning, a line of it, and its end
 OPEN_FIELD = re.compile(r'(?:^|\t)"[^"\t]*(?:""[^"\t]*)*$')
@@ -96,6 +97,11 @@ def load_files(
     paths = find_paths(pattern)
     if not paths:
         hint = "" if "://" in pattern else hint_at_nearest(pattern)
+        if os.path.isdir(pattern):
+            hint = (
+                "It is a folder, which is given with --dataset_name; its files are given with a glob in quotes, such "
+                f"as {os.path.join(pattern, '*.jsonl')!r}."
+            )
         raise FileNotFoundError(
             f"--{argument}: no file {without_query(pattern)!r} (seen from {os.getcwd()}). {hint}".rstrip()
         )
@@ -103,8 +109,7 @@ def load_files(
     if len(formats) > 1 or None in formats:
         raise ValueError(
             f"--{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
-            f"must be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(CODECS)}). "
-            "A folder is given with --dataset_name."
+            f"must be one of {EXTENSIONS}. A folder is given with --dataset_name."
         )
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
         raise ValueError(f"--{argument}: {pattern!r} is empty; it must hold at least one document.")

@@ -125,9 +125,7 @@ def encode_batch(
     if known_faults is not None:
         faults = [fault if known == KEPT else known for fault, known in zip(faults, known_faults, strict=True)]
     valid_texts = [text for text, fault in zip(texts, faults, strict=True) if fault is None]
-    # verbose=False: that a document is longer than the tokenizer's model_max_length is not news here.
-    encoding = tokenizer(valid_texts, add_special_tokens=False, verbose=False) if valid_texts else {"input_ids": []}
-    token_lists = iter(encoding["input_ids"])
+    token_lists = iter(_tokenize(valid_texts, tokenizer))
 
     rows = []
     for text, fault in zip(texts, faults, strict=True):
@@ -145,6 +143,22 @@ def encode_batch(
         for index, piece in enumerate(pieces):
             rows.append((piece, drop_reason, index, len(piece), len(token_ids), text_hash, row_hash))
     return dict(zip(ENCODED_FEATURES, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    try:
+        # verbose=False: that a document is longer than the tokenizer's model_max_length is not news here.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # those of the library tokenizers are
+            raise
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ValueError(
+            f"The tokenizer {name} has no tokens for some of the texts ({error}). Give it an unknown token, or pass "
+            "another; `tjepa tokenizer` makes one that can write every text."
+        ) from error
 
 
 def check_columns(dataset: Dataset | IterableDataset, text_column_name: str, desc: str) -> None:

@@ -80,6 +80,23 @@ def test_a_name_that_is_nearly_right(tmp_path):
         texts_of(tmp_path / "storys.jsonl")
 
 
+def test_a_folder_as_a_file_and_a_file_as_a_folder(tmp_path):
+    (tmp_path / "stories.jsonl").write_bytes(to_jsonl([{"text": "x"}]))
+    with pytest.raises(FileNotFoundError, match="It is a folder, which is given with --dataset_name; .*a glob"):
+        texts_of(tmp_path)
+    with pytest.raises(ValueError, match="it is a file, which is given with --train_file .*stories.jsonl"):
+        load_documents(DataArguments(dataset_name=str(tmp_path / "stories.jsonl")))
+
+
+@pytest.mark.parametrize("names", [["a.md"], ["a.docx"], []])
+def test_a_folder_of_files_that_are_not_read(tmp_path, names):
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / "data" / name).write_text("text\n")
+    with pytest.raises(FileNotFoundError, match="no file in it that can be read, which is one of .parquet, .*holds"):
+        load_documents(DataArguments(dataset_name=str(tmp_path / "data")))
+
+
 # ---- columns ----
 
 
@@ -370,6 +387,9 @@ def test_a_saved_dataset_of_one_split_is_train(tmp_path):
     args = DataArguments(dataset_name=str(tmp_path / "saved"), validation_split_percentage=10)
     documents = load_documents(args)
     assert sorted([*documents["train"]["text"], *documents["validation"]["text"]]) == sorted(TEXTS)
+    for name in (args.dataset_name, save(tmp_path / "splits", train=TEXTS)):
+        with pytest.raises(ValueError, match="--dataset_config_name en: .* has no configurations; leave it out"):
+            load_documents(DataArguments(dataset_name=name, dataset_config_name="en"))
     fine_tuning = TextArguments(dataset_name=str(tmp_path / "saved"))
     assert load_splits(fine_tuning, ("train", "validation", "test"))["train"]["text"][:] == TEXTS
 

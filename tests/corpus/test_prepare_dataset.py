@@ -12,8 +12,11 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from tjepa.corpus import prepare_dataset as script
 from tjepa.corpus.arguments import parse_arguments
@@ -211,6 +214,15 @@ def test_counts_every_reason_and_never_crashes(tmp_path, tokenizer):
 def test_a_split_without_usable_texts_says_why_in_one_line(tokenizer, values, message):
     with pytest.raises(ValueError, match=f"^Every document of the train split was dropped: {message}[^\n]*$"):
         tokenize_documents(Dataset.from_dict({"text": values}), tokenizer, DataArguments(), "train")
+
+
+def test_a_tokenizer_without_an_unknown_token(tmp_path, stories_file):
+    words = Tokenizer(WordLevel({"the": 0, "cat": 1}))
+    words.pre_tokenizer = Whitespace()
+    with pytest.raises(ValueError, match="has no tokens for some of the texts .*Missing .UNK.* an unknown token"):
+        prepare_dataset(
+            preparation(tmp_path, PreTrainedTokenizerFast(tokenizer_object=words), train_file=stories_file)
+        )
 
 
 def test_no_special_tokens_are_added(tokenizer):

@@ -1,16 +1,18 @@
 """Files and folders that are whole or not there, whatever interrupts the writing of them."""
 
+import glob
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 UNFINISHED = ".unfinished-"
 SECONDS_TO_WRITE = 3600  # no file takes longer
+SECONDS_TO_PREPARE = 24 * 3600  # in which a folder may wait for what is to be written
 
 
 def flush(path: str | Path) -> None:
@@ -31,6 +33,14 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def _clear_if_left_over(unfinished: Path, num_seconds: float) -> None:
+    """Removes the folder of a process that was killed, not that of one that is writing."""
+    with suppress(FileNotFoundError):  # another process has done so
+        newest = max(path.stat().st_mtime for path in (unfinished, *unfinished.rglob("*")))
+        if time.time() - newest > num_seconds:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """
@@ -39,9 +49,8 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed here, not of one that is writing
-        if time.time() - leftover.stat().st_mtime > SECONDS_TO_WRITE:
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        _clear_if_left_over(leftover, SECONDS_TO_WRITE)
     with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as unfinished:
         yield Path(unfinished)
         files = files_in(Path(unfinished))
@@ -66,7 +75,12 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     if folder.is_mount():
         raise OSError(f"{folder} is a mount point, which cannot be replaced: name a folder in it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}{UNFINISHED}") as parent:
+    prefix = f".{folder.name}{UNFINISHED}"
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        if not folder.exists() and (leftover / "old").exists():  # killed between the two renames below
+            (leftover / "old").rename(folder)
+        _clear_if_left_over(leftover, SECONDS_TO_PREPARE)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as parent:
         unfinished = Path(parent) / folder.name
         unfinished.mkdir()
         yield unfinished

@@ -21,16 +21,19 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
-from datasets.exceptions import DatasetNotFoundError
+from datasets.data_files import FILES_TO_IGNORE, EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.text.text import Text
+from pyarrow import parquet
 from transformers.hf_argparser import HfArg
 
 from .command_line import CONFIGS
 from .faults import find_fault
-from .files import can_be_read, load_files, load_paths, without_query
-from .paths import check_exists, hint_at_nearest
+from .files import EXTENSIONS, can_be_read, is_damage, load_files, load_paths, without_query
+from .paths import check_exists, hint_at_nearest, list_names
 from .preparation import settle_with_preparation
 from .quickstart import load_quickstart_documents
 
@@ -114,6 +117,12 @@ class SourceArguments:
         source, others = ("train_file", of_names) if self.dataset_name is None else ("dataset_name", of_files)
         if misplaced := [f"--{name}" for name in others if getattr(self, name) is not None]:
             raise ValueError(f"{', '.join(misplaced)}: not used with --{source}; leave it out.")
+        for name in [name for name in of_names[1:] if name != "train_split_name"]:
+            if self.train_split_name is not None and getattr(self, name) == self.train_split_name:
+                raise ValueError(
+                    f"--train_split_name and --{name} are both {self.train_split_name!r}, so that what is trained on "
+                    f"would be judged by itself: name another split, or leave --{name} out."
+                )
 
     @property
     def validation_flags(self) -> str:
@@ -231,6 +240,9 @@ def load_splits(
         }
     found = _load_by_name(args, cache_dir, token, text_column_name, streaming)
     names = {split: getattr(args, f"{split}_split_name") or split for split in splits}
+    for split in splits:  # where "validation" is trained on, there is no other of that name
+        if split == names["train"] != "train" and getattr(args, f"{split}_split_name") is None:
+            del names[split]
     for split, name in names.items():
         if name not in found and (split == "train" or name != split):
             raise ValueError(
@@ -253,12 +265,18 @@ def _load_by_name(
 ) -> dict[str, Dataset | IterableDataset]:
     name, folder = args.dataset_name, Path(args.dataset_name)
     check_dataset_exists(name)
-    if (folder / "dataset_dict.json").is_file():
-        return load_from_disk(name)
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        return {"train": load_from_disk(name)}
+    has_splits = (folder / "dataset_dict.json").is_file()
+    if has_splits or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        if args.dataset_config_name is not None:
+            raise ValueError(
+                f"--dataset_config_name {args.dataset_config_name}: {name} is a dataset as it was saved, which has "
+                "no configurations; leave it out."
+            )
+        return load_from_disk(name) if has_splits else {"train": load_from_disk(name)}
     try:
         builder = load_dataset_builder(name, args.dataset_config_name, cache_dir=cache_dir, token=token)
+    except (DataFilesNotFoundError, EmptyDatasetError) as error:
+        raise _no_file_to_read(name) from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"--dataset_name {name}: there is no such folder (seen from {os.getcwd()}), and no dataset of that name "
@@ -268,12 +286,24 @@ def _load_by_name(
     except ValueError as error:  # of several configurations none is named, or another one
         flags = f"--dataset_name {name} --dataset_config_name {args.dataset_config_name}"
         raise ValueError(f"{flags}: {error}") from error
-    if _is_plain_text(builder, text_column_name is not None):
+    if folder.is_dir():
+        _warn_of_files_left_out(args, builder)
+    if _is_plain_text(builder, text_column_name is not None, folder.is_dir()):
         return {
             str(split): load_paths(name, list(paths), streaming, cache_dir, text_column_name, token)
             for split, paths in builder.config.data_files.items()
         }
-    return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
+    try:
+        return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
+    except DataFilesNotFoundError as error:
+        raise _no_file_to_read(name) from error
+
+
+def _no_file_to_read(name: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"--dataset_name {name}: there is no file in it that can be read, which is one of {EXTENSIONS}. "
+        f"{hint_at_nearest(name)}".rstrip()
+    )
 
 
 def check_dataset_exists(name: str) -> None:
@@ -281,9 +311,12 @@ def check_dataset_exists(name: str) -> None:
     Refuses a folder that is not there before its name is taken for one on the Hub.
 
     Raises:
+        ValueError: if it is a file.
         FileNotFoundError: naming the command that prepares the folder, where one of our configs does, else the
             nearest name.
     """
+    if Path(name).is_file() and can_be_read([name]):
+        raise ValueError(f"--dataset_name {name}: it is a file, which is given with --train_file {name}.")
     if Path(name).exists():
         return
     for path in sorted(CONFIGS.glob("prepare_*.yaml")):
@@ -295,13 +328,39 @@ def check_dataset_exists(name: str) -> None:
     check_exists(name, "--dataset_name")
 
 
-def _is_plain_text(builder: DatasetBuilder, needs_text_only: bool) -> bool:
+def _paths_of(builder: DatasetBuilder) -> list[str]:
+    return [path for files in (builder.config.data_files or {}).values() for path in files]
+
+
+def _warn_of_files_left_out(args: Any, builder: DatasetBuilder) -> None:
+    """`datasets` takes the files of one format, and where some are named as splits are, those alone."""
+    folder = Path(args.dataset_name).resolve()
+    read = {Path(path).resolve() for path in _paths_of(builder)}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve() not in read]
+    names = [
+        str(path)
+        for path in (path.relative_to(folder) for path in found)
+        if can_be_read([path.name])
+        and path.name not in FILES_TO_IGNORE
+        and not any(part.startswith((".", "__")) for part in path.parts)
+    ]
+    if names and args.dataset_config_name is None:
+        logger.warning(
+            f"--dataset_name {args.dataset_name}: {len(names)} of its files are left out: {list_names(names)}. Of a "
+            "folder the files of one format are read, and where some are named as splits are (train, validation, "
+            "test), those alone; --train_file with a glob in quotes reads all files of a format."
+        )
+
+
+def _is_plain_text(builder: DatasetBuilder, needs_text_only: bool, is_local: bool) -> bool:
     """
     Whether a dataset consists of files of text that are read as they are. `datasets` guesses what is in such files
-    from the first rows, and gives up on those that differ.
+    from the first rows, and gives up on those that differ; of parquet files it gives up on those that have other
+    columns, and on damaged ones.
     """
-    config = builder.config
-    paths = [path for files in (config.data_files or {}).values() for path in files]
+    config, paths = builder.config, _paths_of(builder)
+    if isinstance(builder, Parquet):
+        return needs_text_only and is_local and can_be_read(paths) and not any(map(_holds_token_ids, paths))
     if not isinstance(builder, Csv | Json | Text) or not can_be_read(paths):
         return False
     # "sep" is that of .tsv files, and the rest says how to find them
@@ -310,6 +369,16 @@ def _is_plain_text(builder: DatasetBuilder, needs_text_only: bool) -> bool:
         return False
     features = builder.info.features or {}
     return needs_text_only or not any("ClassLabel" in str(feature) for feature in features.values())
+
+
+def _holds_token_ids(path: str) -> bool:
+    """Whether a parquet file has a column `input_ids`, and is no text to read."""
+    try:
+        return "input_ids" in parquet.read_schema(path).names
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        return False
 
 
 def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:

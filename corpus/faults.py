@@ -1,5 +1,7 @@
 """Why a document cannot be used."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -13,6 +15,16 @@ DROP_REASONS = (
     "unreadable",
 )
 NULL, NOT_A_STRING, EMPTY, INVALID_UNICODE, TOO_SHORT, DUPLICATE, UNREADABLE = range(len(DROP_REASONS))
+COLUMN_ADVICE = "--text_column_name names the column that holds the text."
+ADVICE = {
+    NULL: COLUMN_ADVICE,
+    NOT_A_STRING: COLUMN_ADVICE,
+    EMPTY: COLUMN_ADVICE,
+    INVALID_UNICODE: "Files are read as UTF-8: convert them, as with iconv -f LATIN1 -t UTF-8.",
+    TOO_SHORT: "A lower --min_tokens (2 is the lowest) keeps shorter ones.",
+    DUPLICATE: "Pass --validation_split_percentage 0, or other documents as --validation_file.",
+    UNREADABLE: "A jsonl file holds one JSON object a line, and the fields of a csv file are separated by commas.",
+}
 KEPT = -1
 DAMAGED = object()  # stands for a document that is in a file but cannot be read from it
 
@@ -32,3 +44,14 @@ def find_fault(text: Any) -> int | None:
     except UnicodeEncodeError:  # half of a surrogate pair, on which tokenizers would raise
         return INVALID_UNICODE
     return None
+
+
+def list_reasons(counts: Mapping[str, int]) -> str:
+    """How many documents for which reason, the commonest first, in a line."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in Counter(counts).most_common())
+
+
+def advise(counts: Mapping[str, int]) -> str:
+    """What can be done about the commonest of the reasons, which are of `DROP_REASONS`."""
+    [(reason, _)] = Counter(counts).most_common(1)
+    return ADVICE[DROP_REASONS.index(reason)]

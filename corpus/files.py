@@ -14,8 +14,9 @@ import json
 import logging
 import lzma
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,7 +51,12 @@ CODECS: dict[str, Callable[[BinaryIO], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda file: pyarrow.CompressedInputStream(file, "zstd"),
 }
+EXTENSIONS = f"{', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(CODECS)})"  # for messages
 FAULT_COLUMN = "fault_found_when_read"
+# of a quoted field of a tsv file, whose own quotes are doubled: its beginning, a line of it, and its end
+OPEN_FIELD = re.compile(r'(?:^|\t)"[^"\t]*(?:""[^"\t]*)*$')
+MIDDLE_OF_FIELD = re.compile(r'[^"\t]*(?:""[^"\t]*)*')
+END_OF_FIELD = re.compile(r'[^"\t]*(?:""[^"\t]*)*"(?=\t|$)')
 NUM_SAMPLED_BYTES = 4096  # from which the encoding is told
 NUM_SAMPLED_ROWS = 1000  # in which the text column must occur
 DECODING_ERRORS = (
@@ -91,6 +97,11 @@ def load_files(
     paths = find_paths(pattern)
     if not paths:
         hint = "" if "://" in pattern else hint_at_nearest(pattern)
+        if os.path.isdir(pattern):
+            hint = (
+                "It is a folder, which is given with --dataset_name; its files are given with a glob in quotes, such "
+                f"as {os.path.join(pattern, '*.jsonl')!r}."
+            )
         raise FileNotFoundError(
             f"--{argument}: no file {without_query(pattern)!r} (seen from {os.getcwd()}). {hint}".rstrip()
         )
@@ -98,8 +109,7 @@ def load_files(
     if len(formats) > 1 or None in formats:
         raise ValueError(
             f"--{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
-            f"must be one of {', '.join(FILE_FORMATS)}, as it is or compressed ({', '.join(CODECS)}). "
-            "A folder is given with --dataset_name."
+            f"must be one of {EXTENSIONS}. A folder is given with --dataset_name."
         )
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
         raise ValueError(f"--{argument}: {pattern!r} is empty; it must hold at least one document.")
@@ -310,7 +320,7 @@ def read_rows(
             csv.field_size_limit(2**31 - 1)
             yield from _read_table(csv.reader(lines))
         elif extension == ".tsv":
-            yield from _read_table([_unquote(f) for f in line.rstrip("\r\n").split("\t")] for line in lines)
+            yield from _read_table(_split_tsv(lines))
         else:
             yield from _read_json(lines, is_one_value=extension == ".json")
 
@@ -356,10 +366,44 @@ def _read_table(rows: Iterator[list[str]]) -> Iterator[dict | Any]:
             yield {column: field or None for column, field in zip_longest(header, fields)}
 
 
+def _split_tsv(lines: Iterable[str]) -> Iterator[list[str]]:
+    """
+    The fields of each row of a tsv file. A row is a line; it is several where a quoted field is over several lines and
+    they have, together, just the tabs of the header. That no two rows have, so a lone quote is text, as in the files
+    of shared tasks. Where there is one column, without tabs, each line is a row.
+    """
+    num_tabs, held = None, []  # the lines of a row whose last field is still open
+    for line in lines:
+        num_tabs = line.count("\t") if num_tabs is None else num_tabs
+        content = line.rstrip("\r\n")
+        if held and MIDDLE_OF_FIELD.fullmatch(content):
+            held.append(line)
+            continue
+        if held and (end := END_OF_FIELD.match(content)):
+            row = "".join([*held, content])
+            if row.count("\t") <= num_tabs and OPEN_FIELD.search(content, end.end()):
+                held.append(line)
+                continue
+            if row.count("\t") == num_tabs:
+                held = []
+                yield [_unquote(field) for field in row.split("\t")]
+                continue
+        yield from map(_split_line, held)
+        held = [line] if num_tabs and OPEN_FIELD.search(content) else []
+        if not held:
+            yield _split_line(line)
+    yield from map(_split_line, held)
+
+
+def _split_line(line: str) -> list[str]:
+    return [_unquote(field) for field in line.rstrip("\r\n").split("\t")]
+
+
 def _unquote(field: str) -> str:
     """A field of a tsv file, without the quotes that some programs put around it when they double those inside."""
     inner = field[1:-1]
-    is_quoted = field[:1] == field[-1:] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+    is_quoted = field[:1] == field[-1:] == '"' and ('""' in inner or "\n" in inner)
+    is_quoted = is_quoted and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if is_quoted else field
 
 

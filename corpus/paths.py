@@ -45,8 +45,12 @@ def hint_at_nearest(name: str | Path) -> str:
 
 def _list_folder(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    listed = ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
-    return f"{folder} holds: {listed or 'nothing'}."
+    return f"{folder} holds: {list_names(names) or 'nothing'}."
+
+
+def list_names(names: list[str]) -> str:
+    """The first names of a list, in a line."""
+    return ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
 
 
 def find_newest_run(folder: str | Path = "runs") -> Path:

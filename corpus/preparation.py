@@ -51,7 +51,7 @@ def settle_with_preparation(folder: str | None, given: dict[str, Any], defaults:
         if value is not None and name in made_with and value != made_with[name]:
             raise ValueError(
                 f"{folder} was prepared with --{name} {made_with[name]}, so --{name} {value} has no effect on it. "
-                f"Leave it out, or prepare the documents again: {preparation_command(record, **{name: value})}"
+                f"Leave it out, or prepare the documents again: {preparation_command(record, folder, **{name: value})}"
             )
     fallback = {name: made_with.get(name, default) for name, default in defaults.items()}
     return {name: value if given[name] is None else given[name] for name, value in fallback.items()}
@@ -76,12 +76,12 @@ def check_vocabulary(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
         f"{folder} holds token ids of another vocabulary ({len(made_with):,} tokens, from "
         f"{record['arguments'].get('tokenizer_name')}) than that of {name} ({len(tokenizer):,} tokens). Leave "
         "--tokenizer_name and --model_name_or_path out, or prepare the documents again: "
-        f"{preparation_command(record, tokenizer_name=name)}"
+        f"{preparation_command(record, folder, tokenizer_name=name)}"
     )
 
 
-def preparation_command(record: dict, **changes: Any) -> str:
-    """The command that a folder was prepared with, with some arguments changed."""
-    arguments = {**record["arguments"], **changes, "overwrite_output_dir": True}
+def preparation_command(record: dict, folder: str | Path, **changes: Any) -> str:
+    """The command that a folder was prepared with, with some arguments changed, to put the result in its place."""
+    arguments = {**record["arguments"], **changes, "output_dir": folder, "overwrite_output_dir": True}
     flags = [f"--{name}={value}" for name, value in arguments.items() if value is not None and value is not False]
     return shlex.join(["tjepa", "prepare", *flags])

@@ -7,9 +7,11 @@ how long its document was, so the statistics are the same whether the work was j
 folder says what it was made with, and training on it follows that.
 """
 
+import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers.hf_argparser import HfArg
@@ -17,7 +19,7 @@ from transformers.hf_argparser import HfArg
 from .arguments import parse_arguments
 from .atomic_writes import holds_something, replacing_folder
 from .command_line import start
-from .documents import PIECE_COLUMN, DataArguments, load_documents
+from .documents import PIECE_COLUMN, DataArguments, load_documents, record_source
 from .files import without_query
 from .preparation import read_preparation, write_preparation
 from .tokenization import ENCODED_FEATURES, DocumentCounts, drop_and_count, encode_documents, warn_of_loss
@@ -82,9 +84,19 @@ def prepare_dataset(args: PreparationArguments) -> dict[str, DocumentCounts]:
                 warn_of_loss(counts[name], args, name)
             splits.save_to_disk(folder)
         tokenizer.save_pretrained(folder)
-        arguments = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items() if k != "token"}
-        write_preparation(folder, arguments, {name: count.to_dict() for name, count in counts.items()}, tokenizer)
+        write_preparation(
+            folder, record_arguments(args), {name: count.to_dict() for name, count in counts.items()}, tokenizer
+        )
     return counts
+
+
+def record_arguments(args: PreparationArguments) -> dict[str, Any]:
+    """What was given, without secrets, such that it means the same from any folder of this machine."""
+    record = {k: without_query(v) if isinstance(v, str) else v for k, v in asdict(args).items() if k != "token"}
+    for name in ("tokenizer_name", "cache_dir", "output_dir"):
+        if record[name] is not None and (name != "tokenizer_name" or Path(record[name]).exists()):
+            record[name] = os.path.abspath(record[name])
+    return {**record, **record_source(args)}
 
 
 def check_output_dir(args: PreparationArguments) -> None:
@@ -95,7 +107,7 @@ def check_output_dir(args: PreparationArguments) -> None:
             raise FileExistsError(
                 f"{args.output_dir} is not empty. Pass --overwrite_output_dir, or another --output_dir."
             )
-        if not (output / "dataset_dict.json").is_file():
+        if read_preparation(output) is None:  # of no other folder can it be made again
             raise FileExistsError(
                 f"{args.output_dir} is not a prepared dataset and is not overwritten; pass another folder."
             )

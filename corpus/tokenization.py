@@ -11,7 +11,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .documents import DataArguments, hash_text
-from .faults import DROP_REASONS, DUPLICATE, KEPT, TOO_SHORT, find_fault
+from .faults import DROP_REASONS, DUPLICATE, KEPT, TOO_SHORT, advise, find_fault, list_reasons
 from .files import FAULT_COLUMN
 from .tokenizers import text_reader
 
@@ -125,9 +125,7 @@ def encode_batch(
     if known_faults is not None:
         faults = [fault if known == KEPT else known for fault, known in zip(faults, known_faults, strict=True)]
     valid_texts = [text for text, fault in zip(texts, faults, strict=True) if fault is None]
-    # verbose=False: that a document is longer than the tokenizer's model_max_length is not news here.
-    encoding = tokenizer(valid_texts, add_special_tokens=False, verbose=False) if valid_texts else {"input_ids": []}
-    token_lists = iter(encoding["input_ids"])
+    token_lists = iter(_tokenize(valid_texts, tokenizer))
 
     rows = []
     for text, fault in zip(texts, faults, strict=True):
@@ -145,6 +143,22 @@ def encode_batch(
         for index, piece in enumerate(pieces):
             rows.append((piece, drop_reason, index, len(piece), len(token_ids), text_hash, row_hash))
     return dict(zip(ENCODED_FEATURES, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    try:
+        # verbose=False: that a document is longer than the tokenizer's model_max_length is not news here.
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        if type(error) is not Exception:  # those of the library tokenizers are
+            raise
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ValueError(
+            f"The tokenizer {name} has no tokens for some of the texts ({error}). Give it an unknown token, or pass "
+            "another; `tjepa tokenizer` makes one that can write every text."
+        ) from error
 
 
 def check_columns(dataset: Dataset | IterableDataset, text_column_name: str, desc: str) -> None:
@@ -213,7 +227,8 @@ def drop_and_count(
         rows["drop_reason"] = drop_reason[np.cumsum(is_first) - 1]
     counts = DocumentCounts.from_tally(tally(rows, max_length=int(rows["num_tokens"].max())))
     if not counts.num_kept:
-        raise ValueError(f"Every document of the {desc} split was dropped:\n{counts}")
+        dropped = counts.dropped
+        raise ValueError(f"Every document of the {desc} split was dropped: {list_reasons(dropped)}. {advise(dropped)}")
     is_kept = rows["drop_reason"] == KEPT
     tokenized = encoded.select_columns(list(columns))
     return (tokenized if is_kept.all() else tokenized.select(np.flatnonzero(is_kept))), counts

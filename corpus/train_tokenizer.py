@@ -21,8 +21,9 @@ from .arguments import parse_arguments
 from .atomic_writes import replacing_files
 from .command_line import start
 from .documents import SourceArguments, load_documents
-from .faults import DROP_REASONS, KEPT, find_fault
+from .faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
 from .files import FAULT_COLUMN
+from .preparation import read_preparation
 from .tokenization import check_columns
 
 
@@ -31,6 +32,9 @@ from .tokenization import check_columns
 # takes the space before it, as RoBERTa's does: the word that stood there has that space in its own first token.
 MASK = AddedToken("<mask>", lstrip=True, special=True, normalized=False)
 SPECIAL_TOKENS = {"pad_token": "<pad>", "mask_token": MASK, "bos_token": "<s>", "eos_token": "</s>"}
+
+# what tokenizers of other kinds or older versions have beside tokenizer.json and tokenizer_config.json
+FILES_OF_OTHERS = ("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 
 
 @dataclass(kw_only=True)
@@ -42,13 +46,16 @@ class TokenizerArguments(SourceArguments):
     model_max_length: int = HfArg(default=1024, help="Tokens to which the tokenizer truncates when asked to.")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, model_max_length: int, left_out: Counter | None = None
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
     Args:
         texts (`Iterable[str]`): The documents; what is not text (null, empty, invalid unicode) is passed over.
         vocab_size (`int`): Tokens in the vocabulary at most; few texts may not have that many different pieces.
         model_max_length (`int`): The length, in tokens, to which the tokenizer truncates when asked to.
+        left_out (`Counter`, *optional*): Counts what is passed over, by reason.
 
     Returns:
         `PreTrainedTokenizerFast`: With the special tokens `<pad>`, `<mask>`, `<s>` and `</s>`, none of which it adds
@@ -64,11 +71,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
             f"vocab_size is {vocab_size}; it must be at least {min_vocab_size}: {len(alphabet)} bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens."
         )
-    texts = tqdm(texts, desc="Training the tokenizer", unit=" documents")
-    usable_texts = (text for text in texts if find_fault(text) is None)
+    left_out = Counter() if left_out is None else left_out
+
+    def keep_usable() -> Iterator[str]:
+        for text in tqdm(texts, desc="Training the tokenizer", unit=" documents"):
+            fault = find_fault(text)
+            if fault is None:
+                yield text
+            else:
+                left_out[DROP_REASONS[fault]] += 1
+
+    usable_texts = keep_usable()
     first_text = next(usable_texts, None)
     if first_text is None:
-        raise ValueError("There is no text to train the tokenizer on: every document was null, empty or not a string.")
+        why = f"{list_reasons(left_out)}. {advise(left_out)}" if left_out else "there are no documents."
+        raise ValueError(f"There is no text to train the tokenizer on: {why}")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,35 +101,48 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     )
 
 
+def check_output_dir(folder: Path) -> None:
+    """Raises a `FileExistsError` if a tokenizer written to the folder would not be alone there, or not be its own."""
+    if folder.is_file():
+        raise FileExistsError(f"--output_dir {folder} is a file: name a folder.")
+    if (folder / "config.json").is_file():
+        raise FileExistsError(
+            f"--output_dir {folder} holds a model, which would read its texts by another tokenizer from then on: name "
+            "another folder."
+        )
+    if read_preparation(folder) is not None:
+        raise FileExistsError(
+            f"--output_dir {folder} holds a prepared dataset, whose token ids are those of the tokenizer that is "
+            "there: name another folder."
+        )
+    if others := sorted(path.name for pattern in FILES_OF_OTHERS for path in folder.glob(pattern)):
+        raise FileExistsError(
+            f"--output_dir {folder} holds files of another tokenizer, which would be read along with the new one's: "
+            f"{', '.join(others)}. Name another folder, or remove them."
+        )
+
+
 def main():
     (args,) = parse_arguments(TokenizerArguments, description=__doc__)
-    if Path(args.output_dir).is_file():
-        raise FileExistsError(f"--output_dir {args.output_dir} is a file: name a folder.")
-    if (Path(args.output_dir) / "config.json").is_file():
-        raise FileExistsError(
-            f"--output_dir {args.output_dir} holds a model, which would read its texts by another tokenizer from then "
-            "on: name another folder."
-        )
+    check_output_dir(Path(args.output_dir))
     documents = load_documents(args)["train"]
     check_columns(documents, args.text_column_name, "train")
     left_out = Counter()
 
     def texts() -> Iterator[str]:
         for row in documents:
-            text = row[args.text_column_name]
-            fault = find_fault(text) if row.get(FAULT_COLUMN, KEPT) == KEPT else row[FAULT_COLUMN]
-            if fault is None:
-                yield text
+            fault = row.get(FAULT_COLUMN, KEPT)
+            if fault == KEPT:
+                yield row[args.text_column_name]
             else:
                 left_out[DROP_REASONS[fault]] += 1
 
-    tokenizer = train_tokenizer(texts(), args.vocab_size, args.model_max_length)
+    tokenizer = train_tokenizer(texts(), args.vocab_size, args.model_max_length, left_out)
     with replacing_files(args.output_dir) as folder:
         tokenizer.save_pretrained(folder)
     print(f"{len(tokenizer):,} tokens; written to {args.output_dir}")
     if left_out:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in left_out.most_common())
-        print(f"{left_out.total():,} documents were left out: {reasons}")
+        print(f"{left_out.total():,} documents were left out: {list_reasons(left_out)}")
 
 
 if __name__ == "__main__":

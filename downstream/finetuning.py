@@ -25,6 +25,7 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, PreT
 from ..corpus.arguments import parse_arguments
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.documents import draw, limit_datasets, load_splits
+from ..corpus.faults import list_reasons
 from ..corpus.tokenizers import ensure_pad_token, longest_input, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
 from ..training.checkpoints import find_checkpoint
@@ -220,15 +221,10 @@ def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:
             judged.append(row)
     is_predicted = split == "test"
     reasons = Counter(faults.values()) if is_predicted and unlabelled else Counter(faults.values()) + label_faults
-
-    def listed(reasons: Counter) -> str:
-        return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-
-    why = listed(reasons)
+    why = list_reasons(reasons)
     if not judged and (split == "train" or set(label_faults) != {NO_LABEL}):
-        raise ValueError(
-            f"Nothing is left of the {split} split: dropped {listed(Counter(faults.values()) + label_faults)}."
-        )
+        all_reasons = list_reasons(Counter(faults.values()) + label_faults)
+        raise ValueError(f"Nothing is left of the {split} split: dropped {all_reasons}.")
     logger.info(f"{split}: {len(dataset):,} rows, {len(judged):,} kept{f'; dropped: {why}' if why else ''}")
     if not judged:
         logger.warning(f"{split}: none of its {len(unlabelled):,} rows has a label, so it is not evaluated")

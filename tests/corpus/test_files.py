@@ -4,9 +4,11 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import sys
 
 import datasets
+import pandas
 import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
@@ -78,6 +80,23 @@ def test_a_name_that_is_nearly_right(tmp_path):
         texts_of(tmp_path / "storys.jsonl")
 
 
+def test_a_folder_as_a_file_and_a_file_as_a_folder(tmp_path):
+    (tmp_path / "stories.jsonl").write_bytes(to_jsonl([{"text": "x"}]))
+    with pytest.raises(FileNotFoundError, match="It is a folder, which is given with --dataset_name; .*a glob"):
+        texts_of(tmp_path)
+    with pytest.raises(ValueError, match="it is a file, which is given with --train_file .*stories.jsonl"):
+        load_documents(DataArguments(dataset_name=str(tmp_path / "stories.jsonl")))
+
+
+@pytest.mark.parametrize("names", [["a.md"], ["a.docx"], []])
+def test_a_folder_of_files_that_are_not_read(tmp_path, names):
+    (tmp_path / "data").mkdir()
+    for name in names:
+        (tmp_path / "data" / name).write_text("text\n")
+    with pytest.raises(FileNotFoundError, match="no file in it that can be read, which is one of .parquet, .*holds"):
+        load_documents(DataArguments(dataset_name=str(tmp_path / "data")))
+
+
 # ---- columns ----
 
 
@@ -110,6 +129,46 @@ def test_a_folder_of_such_files(tmp_path, streaming):
     (tmp_path / "data" / "train[1].jsonl").write_bytes(to_jsonl(rows))
     args = DataArguments(dataset_name=str(tmp_path / "data"), validation_split_percentage=0, streaming=streaming)
     assert [row["text"] for row in load_documents(args)["train"]] == [row["text"] for row in rows]
+
+
+@both
+def test_a_folder_of_parquet_files_that_differ(tmp_path, streaming):
+    """As --train_file reads them: other columns, and one that is damaged."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, column, value in (("a", "title", "t"), ("b", "score", 1.5), ("c", "score", 1.5)):
+        Dataset.from_dict({column: [value], "text": [f"text of {name}"]}).to_parquet(folder / f"{name}.parquet")
+    (folder / "c.parquet").write_bytes((folder / "c.parquet").read_bytes()[:-100])
+    args = DataArguments(dataset_name=str(folder), validation_split_percentage=0, streaming=streaming)
+    assert [row["text"] for row in load_documents(args)["train"]] == ["text of a", "text of b", None]
+    (tmp_path / "rows").mkdir()
+    Dataset.from_dict({"input_ids": [[1, 2, 3]], "text": ["abc"]}).to_parquet(tmp_path / "rows" / "train.parquet")
+    args = DataArguments(dataset_name=str(tmp_path / "rows"), validation_split_percentage=0, streaming=streaming)
+    assert next(iter(load_documents(args)["train"])) == {"input_ids": [1, 2, 3], "text": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (
+            ["a.jsonl", "b.csv", "c.csv", "notes.md", ".hidden.txt", "__x/x.txt", "config.json"],
+            "a.jsonl",
+        ),
+        (["train-a.txt", "b.txt", "test.txt", "c.txt"], "b.txt, c.txt"),
+        (["train/x.txt", "test/x.txt", "other/x.txt.gz"], "other/x.txt.gz"),
+        (["train.txt", "test.txt", "README.md"], None),
+        (["a.txt", "b.txt", "more/c.txt"], None),
+    ],
+)
+def test_files_that_a_folder_leaves_out_are_named(tmp_path, monkeypatch, caplog, names, left_out):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "data" / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(b"text\n") if path.suffix == ".gz" else b'text\n"a"\n')
+    with caplog.at_level("WARNING"):
+        load_documents(DataArguments(dataset_name="data", validation_split_percentage=0))
+    warning = re.search("data: [0-9]+ of its files are left out: (.*)[.] Of a folder .* --train_file", caplog.text)
+    assert (warning and warning[1]) == left_out
 
 
 @both
@@ -166,6 +225,31 @@ def test_tsv_files(tmp_path):
     expected = ['He said "no', '"Quoted"', 'a "b" c', None]
     assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == expected
     assert load_files("train_file", str(tmp_path / "train.tsv"))["label"][:] == ["None", "007", None, "x"]
+
+
+@pytest.mark.parametrize(
+    "columns", [["text", "label"], ["label", "text"], ["text", "note"], ["note", "text", "label"]]
+)
+def test_tsv_fields_of_several_lines(tmp_path, columns):
+    """As pandas writes them, which puts quotes around a field with a line break, and doubles those in it."""
+    texts = ["one\ntwo", 'a\n\n"b"\nc', '"whole"\n', '\n"', "plain", '"', '"a" b', 'x\r\n"y', '""\n""', 'b "c"']
+    rows = {"text": texts, "label": [*"0123456789"], "note": texts[::-1]}
+    rows = {column: rows[column] for column in columns}
+    pandas.DataFrame(rows).to_csv(tmp_path / "train.tsv", sep="\t", index=False)
+    loaded = load_files("train_file", str(tmp_path / "train.tsv"))
+    assert {column: loaded[column][:] for column in columns} == rows
+    assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == texts
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_lone_quote_in_a_tsv_file_is_text(tmp_path, order):
+    """As of a quotation that goes on in the next sentence."""
+    texts = ['" I went there .', "and left .", 'and slept . "', '"', '"', 'x"', '"y', '""', '"""', "end", '"open']
+    lines = ["\t".join([text, f'"{row}'][::order]) for row, text in enumerate(texts)]
+    (tmp_path / "train.tsv").write_text("\n".join(["\t".join(["text", "label"][::order]), *lines]) + "\n")
+    assert texts_of(tmp_path / "train.tsv") == texts
+    (tmp_path / "one.tsv").write_text("\n".join(["text", *texts]) + "\n")
+    assert texts_of(tmp_path / "one.tsv") == texts
 
 
 def test_labels_of_json_files_keep_their_types(tmp_path):
@@ -303,6 +387,9 @@ def test_a_saved_dataset_of_one_split_is_train(tmp_path):
     args = DataArguments(dataset_name=str(tmp_path / "saved"), validation_split_percentage=10)
     documents = load_documents(args)
     assert sorted([*documents["train"]["text"], *documents["validation"]["text"]]) == sorted(TEXTS)
+    for name in (args.dataset_name, save(tmp_path / "splits", train=TEXTS)):
+        with pytest.raises(ValueError, match="--dataset_config_name en: .* has no configurations; leave it out"):
+            load_documents(DataArguments(dataset_name=name, dataset_config_name="en"))
     fine_tuning = TextArguments(dataset_name=str(tmp_path / "saved"))
     assert load_splits(fine_tuning, ("train", "validation", "test"))["train"]["text"][:] == TEXTS
 
@@ -320,6 +407,23 @@ def test_names_of_splits(tmp_path, caplog):
     assert [len(splits[split]) for split in ("train", "validation", "test")] == [6, 4, 20]
     with pytest.raises(ValueError, match=r"no split 'dev', only \['big', 'train', .*--validation_split_name"):
         load_documents(DataArguments(dataset_name=name, validation_split_name="dev"))
+
+
+def test_the_train_split_is_not_the_validation_split_too(tmp_path):
+    name = save(tmp_path / "saved", test=TEXTS[:10], validation=TEXTS[10:])
+    documents = load_documents(DataArguments(dataset_name=name, train_split_name="validation"))
+    assert [len(documents[split]) for split in ("train", "validation")] == [19, 1]
+    assert sorted([*documents["train"]["text"], *documents["validation"]["text"]]) == sorted(TEXTS[10:])
+    splits = load_splits(TextArguments(dataset_name=name, train_split_name="test"), ("train", "validation", "test"))
+    assert set(splits) == {"train", "validation"}
+    given = {"dataset_name": name, "train_split_name": "validation"}
+    documents = load_documents(DataArguments(**given, validation_split_name="test"))
+    assert [len(documents[split]) for split in ("train", "validation")] == [20, 10]
+    for arguments in (DataArguments, TextArguments):
+        with pytest.raises(ValueError, match="--train_split_name and --validation_split_name are both 'validation'"):
+            arguments(**given, validation_split_name="validation")
+    with pytest.raises(ValueError, match="leave --test_split_name out"):
+        TextArguments(**given, test_split_name="validation")
 
 
 def test_flags_of_the_other_source_are_refused(tmp_path):

@@ -116,6 +116,21 @@ def test_flags_that_contradict_the_folder(prepare, flag):
     assert getattr(DataArguments(dataset_name="prepared", **flag), name) == value
 
 
+def test_the_command_in_the_message_works_from_elsewhere(prepare, tmp_path, monkeypatch):
+    """And where the folder was moved it leaves alone what has taken its old place."""
+    prepare(max_length=16)
+    (tmp_path / "prepared").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="prepare the documents again") as error:
+        DataArguments(dataset_name="../moved", max_length=8)
+    command = shlex.split(re.search("again: (tjepa prepare .*)$", str(error.value))[1])
+    (again,) = parse_arguments(PreparationArguments, command[2:])
+    prepare_dataset(again)
+    assert DataArguments(dataset_name="../moved", max_length=8).max_length == 8
+    assert not (tmp_path / "prepared").exists()
+
+
 def test_another_column_contradicts_the_folder(prepare):
     prepare()
     with pytest.raises(ValueError, match="prepared with --text_column_name text, so --text_column_name story"):

@@ -12,8 +12,11 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset, IterableDataset, load_from_disk
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from tjepa.corpus import prepare_dataset as script
 from tjepa.corpus.arguments import parse_arguments
@@ -200,10 +203,26 @@ def test_counts_every_reason_and_never_crashes(tmp_path, tokenizer):
     assert reasons.count("invalid unicode") == 1 and reasons.count("not a string") == 4
 
 
-def test_a_column_of_numbers_or_nulls_is_dropped_with_counts(tokenizer):
-    for values, reason in (([1, 2, 3], "not a string"), ([None, None], "null")):
-        with pytest.raises(ValueError, match=f"(?s)Every document of the train split was dropped.*{reason}"):
-            tokenize_documents(Dataset.from_dict({"text": values}), tokenizer, DataArguments(), "train")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 2, 3], "not a string 3. --text_column_name names the column that holds the text."),
+        ([None, None], "null 2. --text_column_name names the column that holds the text."),
+        ([" ", "a", "b"], "shorter than min_tokens 2, empty or whitespace only 1. A lower --min_tokens"),
+    ],
+)
+def test_a_split_without_usable_texts_says_why_in_one_line(tokenizer, values, message):
+    with pytest.raises(ValueError, match=f"^Every document of the train split was dropped: {message}[^\n]*$"):
+        tokenize_documents(Dataset.from_dict({"text": values}), tokenizer, DataArguments(), "train")
+
+
+def test_a_tokenizer_without_an_unknown_token(tmp_path, stories_file):
+    words = Tokenizer(WordLevel({"the": 0, "cat": 1}))
+    words.pre_tokenizer = Whitespace()
+    with pytest.raises(ValueError, match="has no tokens for some of the texts .*Missing .UNK.* an unknown token"):
+        prepare_dataset(
+            preparation(tmp_path, PreTrainedTokenizerFast(tokenizer_object=words), train_file=stories_file)
+        )
 
 
 def test_no_special_tokens_are_added(tokenizer):
@@ -308,6 +327,10 @@ def test_deduplication_reaches_across_splits(tmp_path, tokenizer):
     counts = prepare_dataset(preparation(tmp_path, tokenizer, **arguments, deduplicate=True))
     assert counts["train"].dropped == {"null": 2, "duplicate": 2} and counts["train"].num_kept == 4
     assert counts["validation"].dropped == {"duplicate": 2} and counts["validation"].num_kept == 1
+    write_jsonl(tmp_path / "validation.jsonl", DOCUMENTS[:2])
+    with pytest.raises(ValueError, match="the validation split was dropped: duplicate 2. .* other documents as --val"):
+        all_again = {**arguments, "deduplicate": True, "output_dir": str(tmp_path / "other")}
+        prepare_dataset(preparation(tmp_path, tokenizer, **all_again))
     with_duplicates = preparation(tmp_path, tokenizer, **arguments, overwrite_output_dir=True)
     assert prepare_dataset(with_duplicates)["train"].dropped == {"null": 2}
 
@@ -347,6 +370,12 @@ def test_output_folder_is_refused_kept_or_replaced(tmp_path, stories_file, token
     with pytest.raises(FileExistsError, match="is not a prepared dataset"):
         prepare_dataset(preparation(tmp_path, tokenizer, **arguments))
     assert (tmp_path / "thesis" / "chapter1.md").exists()
+    datasets.DatasetDict(train=Dataset.from_dict({"text": DOCUMENTS})).save_to_disk(tmp_path / "raw")
+    arguments = {"overwrite_output_dir": True, "output_dir": str(tmp_path / "raw")}
+    for source in ({"train_file": stories_file}, {"dataset_name": str(tmp_path / "raw")}):
+        with pytest.raises(FileExistsError, match="raw is not a prepared dataset"):
+            prepare_dataset(preparation(tmp_path, tokenizer, **arguments, **source))
+    assert load_from_disk(tmp_path / "raw")["train"]["text"][:] == DOCUMENTS
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "prepared")
     with pytest.raises(OSError, match="is a mount point, which cannot be replaced: name a folder in it"):
         prepare_dataset(overwriting)

@@ -76,20 +76,48 @@ def test_what_is_no_text_is_passed_over():
 def test_errors():
     with pytest.raises(ValueError, match="vocab_size is 100; it must be at least 260"):
         train_tokenizer(TEXTS, vocab_size=100, model_max_length=128)
-    with pytest.raises(ValueError, match="no text to train the tokenizer on"):
-        train_tokenizer([None, " "], vocab_size=400, model_max_length=128)
+    with pytest.raises(ValueError, match="tokenizer on: null 2, empty or whitespace only 1. --text_column_name"):
+        train_tokenizer([None, " ", None], vocab_size=400, model_max_length=128)
+    with pytest.raises(ValueError, match="no text to train the tokenizer on: there are no documents"):
+        train_tokenizer([], vocab_size=400, model_max_length=128)
 
 
-def test_a_file_is_not_a_folder_for_it(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    flags = ["--train_file", "nowhere.txt", "--output_dir", str(tmp_path / "file")]
-    monkeypatch.setattr(sys, "argv", ["tokenizer", *flags])
-    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+def test_a_file_without_usable_texts_says_why(tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 at night\n" * 3 + b"\n")
+    flags = ["--train_file", str(tmp_path / "latin.txt"), "--output_dir", str(tmp_path / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", ["tokenizer", *flags, "--validation_split_percentage", "0"])
+    with pytest.raises(ValueError, match="invalid unicode 3, empty or whitespace only 1. Files are read as UTF-8"):
         main()
-    (tmp_path / "config.json").touch()
-    monkeypatch.setattr(sys, "argv", ["tokenizer", "--train_file", "nowhere.txt", "--output_dir", str(tmp_path)])
-    with pytest.raises(FileExistsError, match="holds a model, which would read its texts by another tokenizer"):
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("", "", "is a file: name a folder"),
+        ("config.json", "{}", "holds a model, which would read its texts by another tokenizer"),
+        ("preparation.json", "{}", "holds a prepared dataset, whose token ids are those of the tokenizer"),
+        ("special_tokens_map.json", "{}", "files of another tokenizer, .*: special_tokens_map.json. Name another"),
+        ("vocab.txt", "a", "files of another tokenizer, .*: vocab.txt. Name another"),
+        ("tokenizer.model", "a", "files of another tokenizer, .*: tokenizer.model. Name another"),
+    ],
+)
+def test_folders_that_it_is_not_written_to(tmp_path, monkeypatch, name, content, message):
+    folder = tmp_path / "folder"
+    if name:
+        folder.mkdir()
+    (folder / name).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["tokenizer", "--train_file", "nowhere.txt", "--output_dir", str(folder)])
+    with pytest.raises(FileExistsError, match=message):
         main()
+
+
+def test_a_tokenizer_of_ones_own_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    flags = ["--train_file", str(tmp_path / "texts.txt"), "--output_dir", str(tmp_path / "tokenizer")]
+    for vocab_size in (300, 280):
+        monkeypatch.setattr(sys, "argv", ["tokenizer", *flags, "--vocab_size", str(vocab_size)])
+        main()
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == vocab_size
 
 
 def test_script(tmp_path):

@@ -322,6 +322,26 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "new"]
 
 
+def test_what_a_killed_process_left_of_a_folder(tmp_path):
+    killed, writing = tmp_path / ".da[t]a.unfinished-killed", tmp_path / ".da[t]a.unfinished-writing"
+    for leftover in (killed, writing):
+        for name in ("da[t]a", "old"):
+            (leftover / name).mkdir(parents=True)
+            (leftover / name / "file").write_text(f"{leftover.name} {name}")
+    (writing / "old").rename(tmp_path / "elsewhere")
+    paths = [killed / "da[t]a" / "file", killed / "da[t]a", killed / "old", killed, writing / "da[t]a", writing]
+    for path in paths:  # but the file that is being written
+        os.utime(path, (0, 0))
+    with pytest.raises(OSError), replacing_folder(tmp_path / "da[t]a"):
+        raise OSError
+    assert (tmp_path / "da[t]a" / "file").read_text() == f"{killed.name} old"
+    os.utime(killed, (0, 0))  # which the renaming has touched
+    with replacing_folder(tmp_path / "da[t]a") as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "da[t]a" / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [writing.name, "da[t]a", "elsewhere"]
+
+
 def test_what_a_link_points_to_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")

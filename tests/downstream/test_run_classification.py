@@ -298,7 +298,6 @@ TEXT = "the fox runs"
         ([{"text": TEXT, "label": ["a"]}] * 4, {"problem_type": "regression"}, "must not be a list"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "multi_label_classification"}, "be a list of classes"),
         ([{"text": TEXT, "label": "a"}] * 4, {"problem_type": "regression"}, "label is not a finite number 4"),
-        ([], {}, "Nothing is left of the train split: it has no rows"),
         ([{"body": TEXT, "label": "a"}] * 4, {}, r"--text_column.*\['body', 'label'\], and none of the usual names"),
         ([{"x": 1}], {}, r"'question', 'sentence', 'text', 'content'\]"),  # each once
         ([{"text": TEXT, "label": "a", "score": 1}] * 4, {}, r"--label_column.*\['label', 'score'\] are all usual"),
@@ -312,6 +311,13 @@ def test_data_that_is_refused(folder, tmp_path, monkeypatch, rows, overrides, me
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, arguments(folder, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_table_without_rows_is_refused(folder, tmp_path, monkeypatch, split):
+    (tmp_path / "a.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match=f"Nothing is left of the {split} split: it has no rows"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", **{f"{split}_file": tmp_path / "a.csv"}))
 
 
 def test_label_sets_that_differ_are_refused(folder, tmp_path, monkeypatch):

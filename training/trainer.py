@@ -146,9 +146,9 @@ class TJEPATrainer(GradientNormHook, Trainer):
         self.schedule_start = ScheduleStart()
         self.new_schedule_start: ScheduleStart | None = None  # for the next start of training (`plan_extension`)
         self.token_clock = TokenClock()
-        for callback in (self.weight_decay, EpochCallback(), self.resume_state, self.token_clock):
-            if callback is not self.weight_decay or self._given_optimizer is None:
-                self.add_callback(callback)
+        ours = [] if self._given_optimizer is not None else [self.weight_decay]
+        for callback in (*ours, EpochCallback(), self.resume_state, self.token_clock):
+            self.add_callback(callback)
         for plain in [c for c in self.callback_handler.callbacks if type(c) in PLAIN_PROGRESS]:
             self.remove_callback(plain)
             self.add_callback(RunProgress(show_bar=not args.disable_tqdm))
@@ -359,7 +359,8 @@ class TJEPATrainer(GradientNormHook, Trainer):
             logs["loss"] = self.resume_state.take_loss()  # that of a checkpoint's steps included
             step, max_steps = self.state.global_step - 1, self.state.max_steps
             logs["ema_momentum"] = self.ema.at(step, max_steps)
-            logs["weight_decay"] = self.weight_decay.at(step, max_steps)
+            if self._given_optimizer is None:
+                logs["weight_decay"] = self.weight_decay.at(step, max_steps)
             if self.health.step_statistics is not None:
                 figures = self.health.step_statistics.summary()
                 logs.update({name: value for name, value in figures.items() if name != "loss"})

@@ -299,6 +299,7 @@ def test_an_optimizer_that_is_given_keeps_its_rate_and_its_weight_decay(tmp_path
     rates = [line["learning_rate"] for line in trainer.state.log_history if "loss" in line]
     assert rates[0] == pytest.approx(2e-6) and max(rates) == rates[3] == pytest.approx(1e-5)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]
+    assert not any("weight_decay" in line for line in trainer.state.log_history)
 
 
 def test_another_batch_size_is_found_before_the_schedule_is_made(inputs, tmp_path, monkeypatch):

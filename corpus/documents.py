@@ -286,8 +286,8 @@ def _load_by_name(
     except ValueError as error:  # of several configurations none is named, or another one
         flags = f"--dataset_name {name} --dataset_config_name {args.dataset_config_name}"
         raise ValueError(f"{flags}: {error}") from error
-    if folder.is_dir():
-        _warn_of_files_left_out(args, builder)
+    if folder.is_dir() and args.dataset_config_name is None:
+        _warn_of_files_left_out(name, builder)
     if _is_plain_text(builder, text_column_name is not None, folder.is_dir()):
         return {
             str(split): load_paths(name, list(paths), streaming, cache_dir, text_column_name, token)
@@ -332,9 +332,9 @@ def _paths_of(builder: DatasetBuilder) -> list[str]:
     return [path for files in (builder.config.data_files or {}).values() for path in files]
 
 
-def _warn_of_files_left_out(args: Any, builder: DatasetBuilder) -> None:
+def _warn_of_files_left_out(name: str, builder: DatasetBuilder) -> None:
     """`datasets` takes the files of one format, and where some are named as splits are, those alone."""
-    folder = Path(args.dataset_name).resolve()
+    folder = Path(name).resolve()
     read = {Path(path).resolve() for path in _paths_of(builder)}
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.resolve() not in read]
     names = [
@@ -344,9 +344,9 @@ def _warn_of_files_left_out(args: Any, builder: DatasetBuilder) -> None:
         and path.name not in FILES_TO_IGNORE
         and not any(part.startswith((".", "__")) for part in path.parts)
     ]
-    if names and args.dataset_config_name is None:
+    if names:
         logger.warning(
-            f"--dataset_name {args.dataset_name}: {len(names)} of its files are left out: {list_names(names)}. Of a "
+            f"--dataset_name {name}: {len(names)} of its files are left out: {list_names(names)}. Of a "
             "folder the files of one format are read, and where some are named as splits are (train, validation, "
             "test), those alone; --train_file with a glob in quotes reads all files of a format."
         )

@@ -133,8 +133,13 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
     """Tokens that a text may have: the fewer of those that tokenizer and model are made for, where they say it."""
-    num_positions = getattr(model.config, "max_position_embeddings", None) or 0
-    limits = [tokenizer.model_max_length, num_positions if num_positions > 0 else NO_LIMIT, NO_LIMIT]
+    return min(tokenizer.model_max_length, count_positions(model))
+
+
+def count_positions(model: nn.Module) -> int:
+    """Tokens that a model has positions for; `NO_LIMIT` where they are relative."""
+    num_positions = getattr(model.config, "max_position_embeddings", None)
+    limits = [num_positions if isinstance(num_positions, int) and num_positions > 0 else NO_LIMIT, NO_LIMIT]
     for name, module in model.named_modules():
         # RoBERTa and its like count positions from their padding id + 1, which no configuration says
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

@@ -102,7 +102,7 @@ class Forecast:
         seconds = stopwatch.seconds_per_step() * num_steps
         seconds_evaluating, num_evaluations = self.time_evaluations(trainer, num_steps)
 
-        documents = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * num_steps
+        documents = trainer.get_total_train_batch_size(args) * num_steps
         num_parameters = sum(parameter.numel() for parameter in trainer.model.context_encoder.parameters())
         there_is = memory_there_is(args.device)
         device = "1 GPU" if args.device.type == "cuda" else plural(torch.get_num_threads(), "CPU thread")

@@ -16,8 +16,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from ..configuration_tjepa import ENCODER_SIZES, TJEPAConfig
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
 from ..corpus.private import get_attention, set_attention
-from ..corpus.tokenizers import load_tokenizer, same_ids, special_tokens_around, vocabulary_size
-from ..encoders_tjepa import encoder_class, position_offsets
+from ..corpus.tokenizers import count_positions, load_tokenizer, same_ids, special_tokens_around, vocabulary_size
+from ..encoders_tjepa import encoder_class
 from ..layers_tjepa import TJEPAModule
 from ..modeling_tjepa import TJEPAForPreTraining
 
@@ -335,22 +335,13 @@ def check_positions(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     Raises:
         ValueError: if a document with its special tokens has more tokens than the encoder has positions.
     """
-    config = encoder.config
-    num_positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(num_positions, int) or num_positions <= 0:
-        return  # relative positions
     num_special = tokenizer.num_special_tokens_to_add()
-    longest = num_positions - num_special
-    if max_length <= longest and max_length > longest - position_offsets(config)[-1]:
-        try:  # some count positions from their padding id + 1; others, of the same configuration, do not
-            with torch.no_grad():
-                encoder(input_ids=torch.full((1, max_length + num_special), position_offsets(config)[-1]))
-        except (IndexError, RuntimeError):
-            longest -= position_offsets(config)[-1]
+    longest = count_positions(encoder) - num_special
     if max_length > longest:
         raise ValueError(
-            f"--max_length is {max_length}, but a {config.model_type} encoder of {num_positions} positions reads "
-            f"texts of {longest} tokens at most, beside {num_special} special tokens: pass --max_length {longest}."
+            f"--max_length is {max_length}, but a {encoder.config.model_type} encoder of "
+            f"{encoder.config.max_position_embeddings} positions reads texts of {longest} tokens at most, beside "
+            f"{num_special} special tokens: pass --max_length {longest}."
         )
 
 

@@ -128,16 +128,13 @@ class ResumeStateCallback(TrainerCallback):
             self._first_batch = num_batches if args.ignore_data_skip else 0
             if saved is not None:
                 self._stream.load_state_dict(saved["streams"], num_batches - self._first_batch)
-        elif saved is not None and saved.get("documents_per_step") not in (None, self._documents_per_step(args)):
+            return
+        before, now = (saved or {}).get("documents_per_step"), self._trainer.get_total_train_batch_size(args)
+        if before not in (None, now):
             logger.warning(
-                f"A step has {self._documents_per_step(args)} documents from here on; up to the checkpoint it had "
-                f"{saved['documents_per_step']}. The Trainer counts steps, so in this epoch some documents are left "
-                "out, or come twice."
+                f"A step has {now} documents from here on; up to the checkpoint it had {before}. The Trainer counts "
+                "steps, so in this epoch some documents are left out, or come twice."
             )
-
-    @staticmethod
-    def _documents_per_step(args: TrainingArguments) -> int:
-        return args.world_size * args.train_batch_size * args.gradient_accumulation_steps
 
     def collect(self) -> None:
         """Before a checkpoint is written. Every process must take part."""
@@ -150,7 +147,7 @@ class ResumeStateCallback(TrainerCallback):
             "unlogged_steps": state.global_step - self.last_logged_step,
             "unlogged_loss": self._trainer.accelerator.gather(self.unlogged_loss).mean().item(),
             "streams": streams,
-            "documents_per_step": self._documents_per_step(args),
+            "documents_per_step": self._trainer.get_total_train_batch_size(args),
             "schedule_start": asdict(self._trainer.schedule_start),
         }
 

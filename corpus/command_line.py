@@ -28,6 +28,18 @@ FLAG_TABLE = Path(__file__).with_name("flags.json")
 USER_ERROR = 2  # the exit code, which is argparse's own for a wrong flag
 
 
+def wait_briefly() -> None:
+    """
+    How threads wait for each other, unless the environment says it; read when torch loads OpenMP. By default they spin
+    for milliseconds, which costs a multiple of the work on cores that are not theirs alone: two runs, a container's
+    share, a virtual machine, a laptop in use. Asleep at once, every small operator pays for waking them. So they spin
+    for about as long as that takes, 20 microseconds, and then sleep.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # all that other runtimes than GNU's know
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 def answer_early(command: str) -> None:
     """
     Answers what needs none of the modules of a command, and returns if there is nothing to say: the help, and an error
@@ -37,9 +49,7 @@ def answer_early(command: str) -> None:
     Args:
         command (`str`): a subcommand of `tjepa`; what it was given is in `sys.argv`.
     """
-    # Read when torch loads OpenMP. By default threads that wait for each other spin, which costs a multiple of the
-    # work on cores that are not theirs alone: two runs, a container's share, a virtual machine, a laptop in use.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     arguments = sys.argv[1:]
     debug = ["--debug"] * _take_debug(arguments)
     table = json.loads(FLAG_TABLE.read_text(encoding="utf-8"))

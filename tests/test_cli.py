@@ -334,14 +334,23 @@ def test_what_needs_no_data_is_checked_before_data_is_read(flags, message, tmp_p
 # ---- threads ----
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_do_not_spin_while_they_wait(chosen, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
-    if chosen is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "0"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}),
+    ],
+)
+def test_threads_that_wait_spin_briefly(chosen, expected, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back, too
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["tjepa pretrain", "--use_cpu"])
     answer_early("pretrain")
-    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == expected
 
 
 def test_threads_follow_the_cores_that_are_left(monkeypatch):

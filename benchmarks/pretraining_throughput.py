@@ -22,6 +22,13 @@ With `--dtype bfloat16` or `--baseline FOLDER`, another checkout, it compares ou
     python benchmarks/pretraining_throughput.py --dtype bfloat16 --baseline /tmp/baseline --max_length 256
 """
 
+from tjepa.corpus.command_line import wait_briefly
+
+
+if __name__ == "__main__":  # before torch is imported, as the commands do
+    wait_briefly()
+
+
 import argparse
 import multiprocessing
 import resource

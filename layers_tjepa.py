@@ -30,6 +30,7 @@ from .configuration_tjepa import TJEPAConfig
 
 PACKED_ATTENTION = "tjepa_packed"  # the name under which transformers knows `packed_attention_forward`
 VARLEN_ATTENTION = "tjepa_varlen"  # and `varlen_attention_forward`
+LONGEST_BY_MATMULS = 1024  # keys of a view, see `attend`: weights of 1,024 tokens and 12 heads are 25 MB a layer
 TORCH_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # looked up once: every forward asks
 
 
@@ -113,6 +114,32 @@ class PackedViews:
         return cls(groups, slot_masks)
 
 
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """
+    `scaled_dot_product_attention`, but where a CPU trains in 16 bits: there its backward is slower than in float32,
+    also on a processor with units for bfloat16. Plain matmuls use these in both directions. They keep the weights, so
+    only views of at most `LONGEST_BY_MATMULS` tokens take them; longer ones, and float16, are computed in float32.
+    """
+    settings = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
+    if query.device.type != "cpu" or not query.requires_grad or query.dtype not in (torch.bfloat16, torch.float16):
+        return F.scaled_dot_product_attention(query, key, value, mask, **settings)
+    if query.dtype == torch.float16 or key.shape[2] > LONGEST_BY_MATMULS or settings["enable_gqa"]:
+        with torch.autocast("cpu", enabled=False):
+            states = (query.float(), key.float(), value.float())
+            return F.scaled_dot_product_attention(*states, mask, **settings).to(query.dtype)
+    weights = query * (scale or query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+    if mask is not None:  # adding it takes half the time of filling
+        weights = weights + torch.zeros_like(mask, dtype=weights.dtype).masked_fill_(~mask, -math.inf)
+    return F.dropout(weights.softmax(-1), dropout_p) @ value
+
+
 def packed_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -148,13 +175,6 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=False, **kwargs
         )
-    if query.device.type == "cpu" and query.requires_grad and query.dtype in (torch.bfloat16, torch.float16):
-        # there sdpa's backward is 3 times as slow in 16 bits as in float32, also on a processor with AMX
-        with torch.autocast("cpu", enabled=False):
-            states = (query.float(), key.float(), value.float())
-            options = {"packed_views": packed_views, "sliding_window": sliding_window}
-            output, _ = packed_attention_forward(module, *states, attention_mask, scaling, dropout, **options)
-        return output.to(query.dtype), None
 
     def split_into_groups(states: torch.Tensor, num_entries: list[int]) -> tuple[torch.Tensor, ...]:
         # split, not slices: its backward is one concatenation, where each slice would fill a gradient of full size
@@ -164,7 +184,7 @@ def packed_attention_forward(
     num_keys = [views * (context + slots) for views, context, slots in packed_views.groups]
     num_slots = [views * slots for views, _, slots in packed_views.groups]
     slots_only = num_rows * num_queries < sum(num_keys)  # no view is without context
-    settings = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != num_heads}
+    settings = {"dropout_p": dropout, "scale": scaling}
     outputs = []
     for (num_views, num_context, group_slots), mask, q, k, v in zip(
         packed_views.groups,
@@ -176,12 +196,12 @@ def packed_attention_forward(
     ):
         q, k, v = (states.unflatten(0, (num_views, -1)).transpose(1, 2) for states in (q, k, v))
         if group_slots == 0 or slots_only:
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+            output = attend(q, k, v, mask, **settings)
         else:
             q_context, q_slots = q.tensor_split([num_context], dim=2)
             k_context, v_context = k[:, :, :num_context], v[:, :, :num_context]
-            context = F.scaled_dot_product_attention(q_context, k_context, v_context, **settings)
-            slots = F.scaled_dot_product_attention(q_slots, k, v, attn_mask=mask, **settings)
+            context = attend(q_context, k_context, v_context, **settings)
+            slots = attend(q_slots, k, v, mask, **settings)
             output = torch.cat([context, slots], dim=2)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).view(num_rows, num_queries, num_heads, value.shape[-1]), None

@@ -68,6 +68,7 @@ SMALL = {
     "docs/plot_method.py": "",
     "docs/plot_health.py": "",
     "benchmarks/scaling_arithmetic.py": "",
+    "benchmarks/attention_on_cpu.py": "--longest 64 --repeats 1",
     "benchmarks/encoder_throughput.py": "--hidden_size 32 --head_dim 16 --num_layers 1 --num_documents 4 --repeats 1",
 }
 NEW_MODEL = f"--config_overrides {TINY}"  # not of an encoder that is there

@@ -126,6 +126,11 @@ def attend(
     `scaled_dot_product_attention`, but where a CPU trains in 16 bits: there its backward is slower than in float32,
     also on a processor with units for bfloat16. Plain matmuls use these in both directions. They keep the weights, so
     only views of at most `LONGEST_BY_MATMULS` tokens take them; longer ones, and float16, are computed in float32.
+
+    Args:
+        query (`torch.FloatTensor` of shape `[views, heads, queries, head_dim]`)
+        key, value (`torch.FloatTensor` of shape `[views, key heads, keys, head_dim]`)
+        mask (`torch.BoolTensor` of shape `[views, 1, queries, keys]`, *optional*): which keys each query sees.
     """
     settings = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     if query.device.type != "cpu" or not query.requires_grad or query.dtype not in (torch.bfloat16, torch.float16):

@@ -36,7 +36,7 @@ def wait_briefly() -> None:
     for about as long as that takes, 20 microseconds, and then sleep.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # all that other runtimes than GNU's know
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for other runtimes than GNU's, which do not read the other one
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 

@@ -1,7 +1,8 @@
 """Texts and words to vectors, as a frozen encoder has them: the mean over a text's tokens, a word's first token.
 
-Notable: nothing is padded where an encoder takes packed rows, texts one behind the other (ours, and of transformers'
-those in which that is measured to give the same states). Others get texts of like length in padded batches.
+Notable: on a CPU nothing is padded where an encoder takes packed rows, texts one behind the other (ours, and of
+transformers' those in which that is measured to give the same states). Others, and all encoders on a GPU, get texts of
+like length in padded batches.
 """
 
 import copy
@@ -22,7 +23,7 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTr
 from ..corpus.private import get_attention
 from ..corpus.tokenizers import load_tokenizer, longest_input, text_reader
 from ..encoders_tjepa import encode, encoder_class, measure_packing
-from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION, has_varlen_kernel
+from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION
 from ..modeling_tjepa import TJEPAModel
 from ..training.loading import load_config
 from ..training.model_folder import find_sentence_modules
@@ -400,12 +401,11 @@ _traits: WeakKeyDictionary = WeakKeyDictionary()  # of encoders that are not our
 def takes_packed_rows(model: torch.nn.Module) -> bool:
     """
     Whether an encoder is fed packed rows: where it has the same states there (ours does, and of others it is measured,
-    once), and where these are the faster way. On a GPU a call for each length costs more than the padding.
+    once), and where these are the faster way: on a GPU packing costs more than what is padded of sorted texts.
     """
-    is_ours = isinstance(model, TJEPAModel)
     if next(model.parameters()).is_cuda:
-        return is_ours and model.dtype in (torch.bfloat16, torch.float16) and has_varlen_kernel(model.config)
-    if is_ours:  # with other backends the mask of a packed row would be a square
+        return False
+    if isinstance(model, TJEPAModel):  # with other backends the mask of a packed row would be a square
         return get_attention(model.config) in ("sdpa", VARLEN_ATTENTION)
     if not isinstance(model, PreTrainedModel) or model.get_input_embeddings() is None:
         return False
@@ -432,8 +432,6 @@ def packed_states(model: torch.nn.Module, rows: list[Tensor]) -> Tensor:
     traits, attention = _traits.get(model), get_attention(model.config)
     if traits is not None:
         model.set_attn_implementation(PACKED_ATTENTION)
-    elif row[0].is_cuda:
-        model.set_attn_implementation(VARLEN_ATTENTION)
     try:
         return encode(model, model.config, traits, *row, groups, longest=max(map(len, rows)))[0]
     finally:

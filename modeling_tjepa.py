@@ -291,7 +291,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         super().__init__(config)
         own = config.encoder is None
         self.context_encoder = TJEPAModel(config) if own else build_encoder(config.encoder)
-        self.target_encoder = TJEPAModel(config) if own else build_encoder(config.encoder)
+        self.target_encoder = (TJEPAModel(config) if own else build_encoder(config.encoder)).float()
         self.encoder_traits: EncoderTraits | None = None  # of another encoder; see `measure_encoder`
         self.predictor = PREDICTORS.get(config.predictor_type, TJEPAPredictor)(config)
         self.segment_predictor = None
@@ -370,13 +370,15 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             self.train(self.training)
         return self.encoder_traits
 
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """As in transformers, with the names that weights have here, not older ones: the Trainer resumes by these."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     def _complete(self, info: dict, name: str) -> None:
         """From the folder of an encoder both encoders start equal to it, as untrained ones do. A head is refused."""
         missing = set(info["missing_keys"])
-        context, target = (
-            {f"{part}.{key}" for key in getattr(self, part).state_dict()}
-            for part in ("context_encoder", "target_encoder")
-        )
+        parts = ("context_encoder", "target_encoder")
+        context, target = ({f"{part}.{key}" for key in getattr(self, part).state_dict()} for part in parts)
         if not context <= missing:
             return
         if target <= missing:
@@ -545,9 +547,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         """
         flat_input_ids = input_ids.flatten()
         traits = self.measure_encoders()
-        view_lengths = None
-        if traits is not None and not traits.is_packed:
-            view_lengths = lengths_of_views(document_ids, context_indices, context_view_ids)
+        is_padded = traits is not None and not traits.is_packed
+        view_lengths = lengths_of_views(document_ids, context_indices, context_view_ids) if is_padded else None
 
         document_groups = groups_of(view_groups, "documents")
         with torch.no_grad():
@@ -574,10 +575,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             visible_input_ids = hide_in_place(visible_input_ids, hidden_indices, self.config, self.training)
             is_visible = is_token.index_fill(0, hidden_indices.long(), False)
         contexts = (visible_input_ids, position_ids.flatten()[context_indices], context_view_ids)
-        context_groups, longest = groups_of(view_groups, "contexts"), longest_document(document_groups)
-        (context_states,) = encode(
-            self.context_encoder, self.config, traits, *contexts, context_groups, view_lengths, longest
-        )
+        shapes = (groups_of(view_groups, "contexts"), view_lengths, longest_document(document_groups))
+        (context_states,) = encode(self.context_encoder, self.config, traits, *contexts, *shapes)
 
         if in_place:
             slot_states = context_states.index_select(0, hidden_indices)
@@ -615,7 +614,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
             view_documents, part_ids = hidden_parts["view_documents"], parts[-1].flatten()
-            seen = pool(context_states, context_view_ids.flatten(), is_token, len(view_documents))
+            seen = pool(context_states, context_view_ids.flatten(), is_visible, len(view_documents))
             hidden = pool(part_states, part_ids, part_ids >= 0, len(view_documents))
             output.pooled_loss = pooled_loss(seen, hidden, view_documents, self.config.contrastive_temperature)
         if self.config.segment_weight > 0:

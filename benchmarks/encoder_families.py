@@ -46,6 +46,7 @@ PACKED = {  # model type -> its configuration
     **dict.fromkeys(("electra", "albert"), NARROW_EMBEDDING),
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, **SIZES},
     **dict.fromkeys(COUNTS_FROM_PADDING, SIZES),
+    "gte": SIZES,
     "eurobert": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
     "jina_embeddings_v3": SIZES,
     "modernbert": {

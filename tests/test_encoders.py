@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
+    AutoModelForPreTraining,
     AutoModelForTextEncoding,
     BertConfig,
     BertForMaskedLM,
@@ -61,7 +63,7 @@ def make_batch(row_length: int | None = None, **options) -> dict:
 def make_pretraining_model(encoder, **overrides) -> TJEPAForPreTraining:
     torch.manual_seed(1)
     return TJEPAForPreTraining.from_encoder(
-        encoder, TJEPAConfig(encoder=encoder.config, **SMALL_PREDICTOR, **overrides)
+        encoder, TJEPAConfig(encoder=encoder.config, **{**SMALL_PREDICTOR, **overrides})
     )
 
 
@@ -161,7 +163,7 @@ def test_nothing_hidden_leaks_and_unused_parameters_are_frozen(model_type):
 @pytest.mark.parametrize("model_type", ALL)
 def test_what_is_saved_is_what_transformers_saves(model_type, tmp_path):
     encoder = make_encoder(model_type)
-    model = make_pretraining_model(encoder)
+    model = make_pretraining_model(encoder, predictor_type="self_attention", predictor_num_hidden_layers=1)
     model.target_encoder.save_pretrained(tmp_path / "stock")
     assert "tjepa" not in (tmp_path / "stock" / "config.json").read_text()
     auto_class = AutoModelForTextEncoding if model_type in ("t5", "umt5") else AutoModel
@@ -174,6 +176,8 @@ def test_what_is_saved_is_what_transformers_saves(model_type, tmp_path):
         assert stock(input_ids=input_ids)[0].equal(encoder(input_ids=input_ids)[0])
 
     model.save_pretrained(tmp_path / "pretraining")
+    saved = load_file(tmp_path / "pretraining" / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys() - model.all_tied_weights_keys, "the Trainer resumes by these names"
     again, info = TJEPAForPreTraining.from_pretrained(tmp_path / "pretraining", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, tensor in model.state_dict().items():
@@ -366,8 +370,11 @@ def test_a_folder_in_half_precision_trains_in_float32(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
-def test_a_pretraining_folder_loads_in_half_precision(tmp_path, model_type, dtype):
-    make_pretraining_model(make_encoder(model_type)).save_pretrained(tmp_path)
+def test_the_target_encoder_is_float32_where_the_rest_is_not(tmp_path, model_type, dtype):
+    model = make_pretraining_model(make_encoder(model_type))
+    made = AutoModelForPreTraining.from_config(model.config, dtype=dtype)
+    assert {parameter.dtype for parameter in made.target_encoder.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path)
     model = TJEPAForPreTraining.from_pretrained(tmp_path, dtype=dtype)
     assert {parameter.dtype for parameter in model.target_encoder.parameters()} == {torch.float32}
     assert model.context_encoder.dtype == model.predictor.dtype == dtype  # but T5's `wo` in float16

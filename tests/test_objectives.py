@@ -11,7 +11,7 @@ from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
 from tjepa.corpus.segments import SegmentCollator, cut_into_segments
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.encoders_tjepa import hide_in_place
-from tjepa.losses_tjepa import contrastive_loss
+from tjepa.losses_tjepa import contrastive_loss, pool, pooled_loss
 
 
 SINGLE = [MaskingStrategy(1, max_target_mask_ratio=0.3)]
@@ -19,8 +19,8 @@ IN_PLACE = {"predictor_type": "in_place", "mask_token_id": 3, "token_prediction_
 LENGTHS = [40, 23, 7, 64, 2]
 
 
-def in_place(collator: DataCollatorForTJEPA) -> DataCollatorForTJEPA:
-    collator.fit_to(TJEPAConfig(**IN_PLACE))
+def in_place(collator: DataCollatorForTJEPA, **overrides) -> DataCollatorForTJEPA:
+    collator.fit_to(TJEPAConfig(**IN_PLACE, **overrides))
     return collator
 
 
@@ -166,6 +166,19 @@ def test_the_pooled_loss_equals_that_of_single_views(make_model, row_length):
         similarity = F.cosine_similarity(seen[view], torch.stack([hidden[other] for other in choice]), dim=-1)
         losses.append(-torch.log_softmax(similarity / 0.05, dim=0)[0])
     close(output.pooled_loss, torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def test_what_is_seen_is_pooled_without_hidden_places(make_model):
+    model = make_model(**IN_PLACE, pooled_weight=1.0).eval()
+    batch = in_place(DataCollatorForTJEPA(SINGLE), pooled_weight=1.0)(make_examples(LENGTHS))
+    output = model(**batch)
+    views, parts = batch["context_view_ids"].flatten(), batch["hidden_parts"]
+    is_seen = torch.ones(len(views), dtype=torch.bool).index_fill(0, batch["hidden_indices"].long(), False)
+    seen = torch.stack([output.context_states[is_seen & (views == view)].mean(dim=0) for view in views.unique()])
+    states = model.target_encoder(parts["input_ids"], None, parts["position_ids"], view_ids=parts["document_ids"])
+    hidden = pool(states[0][0], parts["document_ids"].flatten(), parts["document_ids"].flatten() >= 0, len(seen))
+    close(output.pooled_loss, pooled_loss(seen, hidden, parts["view_documents"], 0.05))
 
 
 def test_an_empty_batch_of_segments_trains_nothing(make_model):

@@ -26,6 +26,7 @@ from ..corpus.arguments import parse_arguments
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.documents import draw, limit_datasets, load_splits
 from ..corpus.faults import list_reasons
+from ..corpus.paths import RUN_FILE
 from ..corpus.tokenizers import ensure_pad_token, longest_input, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
 from ..training.checkpoints import find_checkpoint
@@ -72,6 +73,11 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     )
     set_up_logging(args)
     use_all_cores(args)
+    if args.do_train and (Path(args.output_dir) / RUN_FILE).is_file():
+        raise FileExistsError(
+            f"--output_dir {args.output_dir} is the folder of a pretraining run, whose weights would be replaced by "
+            "those of the fine-tuned model: choose another one."
+        )
     checkpoint = find_checkpoint(args)
     if not args.do_train and args.resume_from_checkpoint is not None:
         if checkpoint is None:

@@ -177,7 +177,7 @@ def test_what_is_saved_is_what_transformers_saves(model_type, tmp_path):
 
     model.save_pretrained(tmp_path / "pretraining")
     saved = load_file(tmp_path / "pretraining" / "model.safetensors")
-    assert saved.keys() == model.state_dict().keys() - model.all_tied_weights_keys, "the Trainer resumes by these names"
+    assert saved.keys() == model.state_dict().keys() - model.all_tied_weights_keys, "the Trainer resumes by these"
     again, info = TJEPAForPreTraining.from_pretrained(tmp_path / "pretraining", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, tensor in model.state_dict().items():

@@ -170,6 +170,8 @@ class CheckpointCallback(TrainerCallback):
         checkpoints = {s: p for s, p in list_checkpoints(args.output_dir).items() if s <= state.global_step}
         marked = [step for step, path in checkpoints.items() if is_marked(path)]
         kept = set(marked[-self.save_total_limit :])
+        # a plain Trainer's has no mark: the one that is resumed stays until there is a newer one
+        kept |= {step for step in checkpoints if step > max(marked, default=-1)}
         kept |= set([step for step in marked if not has_weights_only(checkpoints[step])][-1:])
         if state.best_model_checkpoint is not None:
             # by its name: the folder of the run may have been another one before a resume
@@ -226,11 +228,12 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
         args (`TrainingArguments`): of any Trainer; one that has `overwrite_output_dir` may start anew over a run.
 
     Raises:
-        FileExistsError: if `output_dir` holds a run, and neither resuming nor overwriting was asked for.
+        FileExistsError: if `output_dir` holds another run or model, and overwriting was not asked for.
         FileNotFoundError: if what was asked for is not a checkpoint.
         ValueError: if it cannot be resumed: it was complete once and is not any more, or holds weights only.
     """
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    may_replace = not args.do_train or getattr(args, "overwrite_output_dir", False)
     if wanted is not None and wanted.lower() in ("last", "true"):
         # one process looks: the others must not find another one
         found = [find_last_checkpoint(output_dir) if args.process_index == 0 else None]
@@ -243,6 +246,11 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
                 f"--resume_from_checkpoint {wanted}: {weights[-1]} cannot be resumed, {WEIGHTS_ONLY}. Start a new run "
                 f"from its weights with --model_name_or_path {weights[-1]} and another --output_dir, or replace it "
                 "with --overwrite_output_dir and without --resume_from_checkpoint."
+            )
+        if not may_replace and (output_dir / "config.json").is_file():
+            raise FileExistsError(
+                f"--resume_from_checkpoint {wanted}: {output_dir} holds a model, but no complete checkpoint to go on "
+                "from. Choose another --output_dir, or replace the model with --overwrite_output_dir."
             )
         logger.info(f"No complete checkpoint in {output_dir}: starting anew")
         return None
@@ -263,14 +271,15 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
                 f"--resume_from_checkpoint {wanted} cannot be resumed: {damage or WEIGHTS_ONLY}. Name another one, "
                 f"or start a new run from its weights with --model_name_or_path {wanted}."
             )
-        return wanted
+        if Path(wanted).resolve().parent == output_dir.resolve():
+            return wanted
     holds_run = bool(list_checkpoints(output_dir)) or (output_dir / "config.json").is_file()
-    if args.do_train and holds_run and not getattr(args, "overwrite_output_dir", False):
+    if holds_run and not may_replace:
         raise FileExistsError(
             f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, replace it with "
             "--overwrite_output_dir, or choose another --output_dir."
         )
-    return None
+    return wanted
 
 
 def count_steps(trainer: Trainer) -> int:

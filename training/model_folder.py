@@ -55,7 +55,7 @@ def save_model_folder(
                 shutil.copy(sentence_modules / name, root / name)
     # what a run that was here before left would be taken for this one's
     output_dir = Path(args.output_dir)
-    if model.config.encoder is None:
+    if model.config.encoder is None and is_of_other_encoder(output_dir / PRETRAINING_FOLDER):
         shutil.rmtree(output_dir / PRETRAINING_FOLDER, ignore_errors=True)
     for name in sentence_files(output_dir) if sentence_modules is None else ():
         (output_dir / name).unlink()
@@ -64,7 +64,16 @@ def save_model_folder(
 def pretraining_folder(name: str) -> str:
     """Where what pretraining goes on from is in the folder of a run: of another architecture one folder below."""
     inner = Path(name) / PRETRAINING_FOLDER
-    return str(inner) if (inner / "config.json").is_file() else name
+    return str(inner) if is_of_other_encoder(inner) else name
+
+
+def is_of_other_encoder(folder: Path) -> bool:
+    """Whether pretraining of another architecture goes on from a folder: a user's own may have the same name."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return config.get("model_type") == TJEPAConfig.model_type and config.get("encoder") is not None
 
 
 def exported_encoder(model: TJEPAForPreTraining, args: PretrainingArguments) -> PreTrainedModel:

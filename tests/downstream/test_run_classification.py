@@ -216,6 +216,9 @@ def test_output_folder_that_holds_a_run(folder, tmp_path, monkeypatch):
     run(monkeypatch, arguments(folder, tmp_path / "out", max_steps=1))
     with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
         run(monkeypatch, arguments(folder, tmp_path / "out", max_steps=1))
+    (tmp_path / "out" / "run.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is the folder of a pretraining run.*choose another one"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", max_steps=1, overwrite_output_dir=True))
 
 
 # --- Rows that cannot be used, and texts that are too long ----------------------------------------------------------

@@ -108,8 +108,17 @@ def test_a_folder_that_holds_a_run_is_not_trained_over(tmp_path, arguments_class
         assert start(name, do_train=False) is None
     (tmp_path / "empty").mkdir()
     assert start("empty", do_train=True) is None
+    wanted = str(make_checkpoint(tmp_path / "other", 2))
+    for name in ("finished", "killed"):  # another run's checkpoint does not make this one's weights its own
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            start(name, do_train=True, resume_from_checkpoint=wanted)
+    assert start("empty", do_train=True, resume_from_checkpoint=wanted) == wanted
+    assert start("other", do_train=True, resume_from_checkpoint=wanted) == wanted
+    with pytest.raises(FileExistsError, match="holds a model, but no complete checkpoint"):
+        start("finished", do_train=True, resume_from_checkpoint="last")
     if arguments_class is PretrainingArguments:
         assert start("killed", do_train=True, overwrite_output_dir=True) is None
+        assert start("finished", do_train=True, overwrite_output_dir=True, resume_from_checkpoint="last") is None
 
 
 @pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
@@ -174,6 +183,19 @@ def test_rotation_of_weights_keeps_one_that_can_be_resumed(tmp_path):
         make_checkpoint(tmp_path, step, files=WEIGHTS)
     call("on_save", args, callback, global_step=8)
     assert list(list_checkpoints(tmp_path)) == [2, 6, 8]
+
+
+def test_rotation_keeps_a_checkpoint_without_a_mark_until_there_is_a_newer_one(tmp_path):
+    """A plain Trainer's, from which training goes on."""
+    args = PretrainingArguments(output_dir=str(tmp_path), save_total_limit=1)
+    make_checkpoint(tmp_path, 2)
+    make_checkpoint(tmp_path, 5, mark=False)
+    callback = CheckpointCallback()
+    call("on_train_begin", args, callback, global_step=5)
+    assert list(list_checkpoints(tmp_path)) == [2, 5]
+    make_checkpoint(tmp_path, 6)
+    call("on_save", args, callback, global_step=6)
+    assert list(list_checkpoints(tmp_path)) == [6]
 
 
 def test_a_second_beginning(tmp_path):

@@ -17,7 +17,7 @@ from helpers import arguments, run, run_elsewhere
 from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.ema import EMACallback
-from tjepa.training.model_folder import sentence_files
+from tjepa.training.model_folder import pretraining_folder, sentence_files
 from tjepa.training.schedules import WarmupThenDecay, split_heads
 
 
@@ -119,6 +119,14 @@ def test_a_run_over_it_leaves_nothing_that_is_not_its_own(inputs, finished, tmp_
     shutil.copytree(finished, tmp_path / "out")
     run(monkeypatch, arguments(inputs, tmp_path / "out", max_steps=1, overwrite_output_dir=True))
     assert sentence_files(tmp_path / "out") == [] and not (tmp_path / "out" / "pretraining").exists()
+    for config in (None, {"model_type": "bert"}, {"model_type": "tjepa"}):  # a user's own, or another run's
+        mine = tmp_path / "mine" / "pretraining"
+        mine.mkdir(parents=True, exist_ok=True)
+        (mine / "corpus.txt").write_text("mine")
+        if config is not None:
+            (mine / "config.json").write_text(json.dumps(config))
+        run(monkeypatch, arguments(inputs, tmp_path / "mine", max_steps=1, overwrite_output_dir=True))
+        assert (mine / "corpus.txt").exists() and pretraining_folder(str(tmp_path / "mine")) == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("model_type", ["deberta-v2", "modernbert"])

@@ -50,7 +50,7 @@ from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import count_steps, explain_failed_save, find_checkpoint, is_finished
 from tjepa.training.forecast import Forecast
-from tjepa.training.health import HEALTH_FIGURES
+from tjepa.training.health import evaluation_figures
 from tjepa.training.loading import check_attention, check_resumed, load_pretraining_config, load_pretraining_model
 from tjepa.training.loop import load_state, train
 from tjepa.training.model_card import write_pretraining_card
@@ -181,6 +181,7 @@ def main():
     training_args.settle_rates(goes_on, new_heads=goes_on and not config.name_or_path)
     attention = model_args.attn_implementation or choose_attention(config, training_args)
     check_choices(config, attention, model_args, masking_args, training_args)
+    check_length(data_args, training_args)
     collator.fit_to(config)
     if model_args.encoder_input is not None:
         config.encoder_input = model_args.encoder_input
@@ -219,7 +220,7 @@ def main():
     # Text -> tokens
     if documents is None:
         documents = read_documents(model_args, data_args, training_args)
-    check_evaluation(documents, data_args, training_args, report_args)
+    check_evaluation(documents, data_args, training_args, report_args, config, collator)
     comparison = create_comparison(report_args, data_args, documents, tokenizer)
     if not training_args.do_train:
         documents.pop("train")
@@ -394,6 +395,15 @@ def check_choices(
         )
 
 
+def check_length(data_args: DataArguments, args: PretrainingArguments) -> None:
+    """Raises a `ValueError` for a stream, whose length nobody knows, without a number of steps."""
+    if data_args.is_streamed and args.do_train and args.max_steps <= 0:
+        raise ValueError(
+            f"With --streaming the number of documents is unknown, and with it that of {args.num_train_epochs:g} "
+            "epochs: pass --max_steps, or leave --streaming out."
+        )
+
+
 def create_collator(
     masking_args: MaskingArguments, data_args: DataArguments, training_args: PretrainingArguments
 ) -> DataCollatorForTJEPA:
@@ -490,6 +500,8 @@ def check_evaluation(
     data_args: DataArguments,
     args: PretrainingArguments,
     report_args: BeforeAfterArguments,
+    config: TJEPAConfig,
+    collator: DataCollatorForTJEPA,
 ) -> None:
     """
     Raises:
@@ -506,10 +518,11 @@ def check_evaluation(
         raise ValueError("--save_strategy best needs --metric_for_best_model: loss, or another figure.")
     if best_by == "probe_accuracy" and report_args.probe_file is None:
         raise ValueError(f"--metric_for_best_model {best_by} is that of --probe_file: pass it, or choose another one.")
-    if best_by not in ("", "probe_accuracy", *HEALTH_FIGURES) and "loss" not in best_by:
+    figures = evaluation_figures(config, [strategy.name for strategy in collator.strategies])
+    if best_by not in ("", "probe_accuracy", *figures):
         raise ValueError(
-            f"--metric_for_best_model {best_by} is not among the figures of an evaluation: loss, "
-            f"{', '.join(HEALTH_FIGURES)}, or with --probe_file probe_accuracy."
+            f"--metric_for_best_model {best_by} is not among the figures of an evaluation: {', '.join(figures)}, or "
+            "with --probe_file probe_accuracy."
         )
 
 

@@ -24,6 +24,16 @@ def flush(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raises a `PermissionError` or `FileExistsError`, before the work, if `--output_dir` cannot be written."""
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise FileExistsError(f"--output_dir {folder}: {existing} is a file: name a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output_dir {folder} cannot be written: {existing} is not yours to write in.")
+
+
 def holds_something(path: Path) -> bool:
     """Whether a folder that is to be written would replace anything: all but an empty one."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))

@@ -32,7 +32,7 @@ from transformers.hf_argparser import HfArg
 
 from .command_line import CONFIGS
 from .faults import find_fault
-from .files import EXTENSIONS, can_be_read, is_damage, load_files, load_paths, without_query
+from .files import EXTENSIONS, can_be_read, find_paths, is_damage, load_files, load_paths, without_query
 from .paths import check_exists, hint_at_nearest, list_names
 from .preparation import settle_with_preparation
 from .quickstart import load_quickstart_documents
@@ -47,7 +47,7 @@ QUICKSTART = "quickstart"  # the --dataset_name of the docstrings that are insta
 NUM_STREAMED_EVAL_DOCUMENTS = 1000
 SPLIT_SEED = 0
 DEFAULTS = {"max_length": 1024, "long_documents": "truncate", "min_tokens": 2}
-COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length")
+COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length", "preprocessing_num_workers")
 OF_PREPARED = "A prepared folder keeps what it was prepared with."
 
 
@@ -125,9 +125,17 @@ class SourceArguments:
                 )
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether `streaming` means anything for this source."""
+        name = self.dataset_name
+        return self.streaming and (name is None or (name != QUICKSTART and not is_saved(name)))
+
+    @property
     def validation_flags(self) -> str:
         """What gives a validation split where there is none, for messages."""
         own = "--validation_split_name" if self.train_file is None else "--validation_file"
+        if self.validation_split_percentage > 0:
+            return f"{own} (of a single document --validation_split_percentage makes none)"
         return f"{own}, or a --validation_split_percentage above 0"
 
 
@@ -233,10 +241,11 @@ def load_splits(
     """
     if args.train_file is not None:
         given = {split: getattr(args, f"{split}_file") for split in splits}
+        given = {split: pattern for split, pattern in given.items() if pattern is not None}
+        check_files_are_apart(given)
         return {
             split: load_files(f"{split}_file", pattern, streaming, cache_dir, text_column_name)
             for split, pattern in given.items()
-            if pattern is not None
         }
     found = _load_by_name(args, cache_dir, token, text_column_name, streaming)
     names = {split: getattr(args, f"{split}_split_name") or split for split in splits}
@@ -260,19 +269,30 @@ def load_splits(
     return {split: found[name] for split, name in names.items() if name in found}
 
 
+def check_files_are_apart(patterns: dict[str, str]) -> None:
+    """Raises a `ValueError` if a file of another split, given as `{split: path or glob}`, is trained on, too."""
+    files = {split: {*map(os.path.realpath, find_paths(pattern))} for split, pattern in patterns.items()}
+    for split in files.keys() - {"train"}:
+        if shared := sorted(files["train"] & files[split]):
+            raise ValueError(
+                f"--train_file and --{split}_file both hold {list_names([*map(os.path.basename, shared)])}, so that "
+                f"what is trained on would be judged by itself: name other files, or leave --{split}_file out."
+            )
+
+
 def _load_by_name(
     args: Any, cache_dir: str | None, token: str | bool | None, text_column_name: str | None, streaming: bool
 ) -> dict[str, Dataset | IterableDataset]:
     name, folder = args.dataset_name, Path(args.dataset_name)
     check_dataset_exists(name)
-    has_splits = (folder / "dataset_dict.json").is_file()
-    if has_splits or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+    if is_saved(folder):
         if args.dataset_config_name is not None:
             raise ValueError(
                 f"--dataset_config_name {args.dataset_config_name}: {name} is a dataset as it was saved, which has "
                 "no configurations; leave it out."
             )
-        return load_from_disk(name) if has_splits else {"train": load_from_disk(name)}
+        splits = load_from_disk(name)
+        return {"train": splits} if isinstance(splits, Dataset) else splits
     try:
         builder = load_dataset_builder(name, args.dataset_config_name, cache_dir=cache_dir, token=token)
     except (DataFilesNotFoundError, EmptyDatasetError) as error:
@@ -297,6 +317,12 @@ def _load_by_name(
         return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
     except DataFilesNotFoundError as error:
         raise _no_file_to_read(name) from error
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether a folder is what `save_to_disk` of datasets, or `tjepa prepare`, wrote: it is never streamed."""
+    names = {path.name for path in Path(folder).glob("*.json")}
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
 
 
 def _no_file_to_read(name: str) -> FileNotFoundError:

@@ -18,7 +18,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
 from .arguments import parse_arguments
-from .atomic_writes import replacing_files
+from .atomic_writes import check_writable, replacing_files
 from .command_line import start
 from .documents import SourceArguments, load_documents
 from .faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
@@ -102,9 +102,8 @@ def train_tokenizer(
 
 
 def check_output_dir(folder: Path) -> None:
-    """Raises a `FileExistsError` if a tokenizer written to the folder would not be alone there, or not be its own."""
-    if folder.is_file():
-        raise FileExistsError(f"--output_dir {folder} is a file: name a folder.")
+    """As `check_writable`; and a `FileExistsError` if a tokenizer written to the folder would not be alone there."""
+    check_writable(folder)
     if (folder / "config.json").is_file():
         raise FileExistsError(
             f"--output_dir {folder} holds a model, which would read its texts by another tokenizer from then on: name "

@@ -207,6 +207,18 @@ def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
         ),
         ({"save_strategy": "best", "metric_for_best_model": "probe_accuracy"}, ValueError, "that of --probe_file"),
         ({"save_strategy": "best", "metric_for_best_model": "accuracy"}, ValueError, "accuracy is not among .*cosine"),
+        (
+            {"metric_for_best_model": "train_loss"},
+            ValueError,
+            "train_loss is not among .*: loss, jepa_loss, loss_b",
+        ),
+        ({"metric_for_best_model": "sigreg_loss"}, ValueError, "sigreg_loss is not among the figures"),
+        (
+            {"streaming": True, "max_steps": -1},
+            ValueError,
+            "--streaming the number of documents is.*--max_steps",
+        ),
+        ({"preprocessing_num_workers": -1}, ValueError, "preprocessing_num_workers is -1; it must be at least 1"),
         ({"save_strategy": "best"}, ValueError, "best needs --metric_for_best_model"),
         ({"attn_implementation": "flex_attention", "use_cpu": True}, ValueError, "flex_attention has no backward on"),
     ],

@@ -141,6 +141,8 @@ class PretrainingArguments(RunArguments):
         # without it accelerate takes the processes of a machine without GPU for so many lone ones
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.accelerator_config = whole_batches(self.accelerator_config)
+        if self.greater_is_better is None and "loss_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # of a strategy: transformers knows only names that end in loss
         super().__post_init__()
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.do_train and (self.max_steps == 0 or self.max_steps < 0 and self.num_train_epochs <= 0):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..corpus.atomic_writes import UNFINISHED, files_in, flush, replacing_files
+from ..corpus.atomic_writes import UNFINISHED, check_writable, files_in, flush, replacing_files
 from .health import collapsed_evaluations
 
 
@@ -229,10 +229,12 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
     Raises:
         FileExistsError: if `output_dir` holds another run or model, and overwriting was not asked for.
+        PermissionError: if `output_dir` cannot be written.
         FileNotFoundError: if what was asked for is not a checkpoint.
         ValueError: if it cannot be resumed: it was complete once and is not any more, or holds weights only.
     """
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    check_writable(output_dir)
     may_replace = not args.do_train or getattr(args, "overwrite_output_dir", False)
     if wanted is not None and wanted.lower() in ("last", "true"):
         # one process looks: the others must not find another one

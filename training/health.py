@@ -73,6 +73,14 @@ LOSSES = [field.name for field in fields(TJEPAForPreTrainingOutput) if field.nam
 TERMS = [name for name in LOSSES if name not in SLOT_LOSSES]  # means over something else
 
 
+def evaluation_figures(config: TJEPAConfig, strategy_names: list[str]) -> list[str]:
+    """What an evaluation of `PretrainingStatistics` can hold, besides what is judged by labels."""
+    weights = {name: getattr(config, name.replace("_loss", "_weight"), 1.0) for name in LOSSES}
+    terms = [name for name, weight in weights.items() if weight > 0 and name != "denoising_loss"]  # of training alone
+    per_strategy = [f"loss_{name}" for name in strategy_names] if len(strategy_names) > 1 else []
+    return ["loss", *terms, *per_strategy, *HEALTH_FIGURES]
+
+
 class PretrainingStatistics:
     """
     Loss terms and health of the representations over some batches: those of a training step, or of an evaluation.

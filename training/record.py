@@ -30,6 +30,9 @@ LOG_FILE, RESULTS_FILE = "log.jsonl", "all_results.json"
 PACKAGES = ("tjepa", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 RESUMED_AS_GIVEN = ("seed", "data_seed", "views_per_document", "mask_recurring_targets")
 RESUMED_AS_GIVEN += ("segment_length", "dataset_name", "train_file", "max_length", "min_tokens", "long_documents")
+# and what decides which texts are held out: else some that were trained on would be
+RESUMED_AS_GIVEN += ("dataset_config_name", "train_split_name", "validation_split_name", "text_column_name")
+RESUMED_AS_GIVEN += ("validation_file", "validation_split_percentage", "max_train_samples", "max_eval_samples")
 TOLD_BY_THE_CARD = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "start_lr")
 TOLD_BY_THE_CARD += ("final_lr", "head_learning_rate", "weight_decay", "final_weight_decay")
 TOLD_BY_THE_CARD += ("ema_momentum", "final_ema_momentum", "ema_schedule", "ema_anneal_ratio")

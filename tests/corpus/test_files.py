@@ -426,6 +426,18 @@ def test_the_train_split_is_not_the_validation_split_too(tmp_path):
         TextArguments(**given, test_split_name="validation")
 
 
+def test_files_of_two_splits_are_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("a text\n")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    for train, validation in (("*.txt", "b.txt"), ("b.txt", "b.txt"), ("b.txt", "link.txt")):
+        args = DataArguments(train_file=str(tmp_path / train), validation_file=str(tmp_path / validation))
+        with pytest.raises(ValueError, match="both hold b.txt, so that what is trained on would be judged by itself"):
+            load_documents(args)
+    args = DataArguments(train_file=str(tmp_path / "a.txt"), validation_file=str(tmp_path / "b.txt"))
+    assert set(load_documents(args)) == {"train", "validation"}
+
+
 def test_flags_of_the_other_source_are_refused(tmp_path):
     name = save(tmp_path / "saved", train=TEXTS)
     with pytest.raises(ValueError, match="--validation_file: not used with --dataset_name"):

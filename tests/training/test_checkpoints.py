@@ -121,6 +121,17 @@ def test_a_folder_that_holds_a_run_is_not_trained_over(tmp_path, arguments_class
         assert start("finished", do_train=True, overwrite_output_dir=True, resume_from_checkpoint="last") is None
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file: name a folder"):
+        find_checkpoint(PretrainingArguments(output_dir=str(tmp_path / "file" / "run")))
+    asked = []  # the user of a test may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)))
+    with pytest.raises(PermissionError, match=f"new/run cannot be written: {tmp_path} is not yours"):
+        find_checkpoint(PretrainingArguments(output_dir=str(tmp_path / "new" / "run")))
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("error", [OSError, RuntimeError, SafetensorError])
 def test_a_failed_save_is_explained(tmp_path, error):
     trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), state=TrainerState(global_step=4))

@@ -15,7 +15,7 @@ from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.downstream import quickstart_report
 from tjepa.training import publishing
 from tjepa.training.arguments import PretrainingArguments
-from tjepa.training.health import HEALTH_FIGURES, collapse_verdict, moment_sums, rank_share
+from tjepa.training.health import HEALTH_FIGURES, collapse_verdict, evaluation_figures, moment_sums, rank_share
 from tjepa.training.trainer import TJEPATrainer
 
 
@@ -98,6 +98,15 @@ def test_results_name_the_step_of_the_best_weights(inputs, tmp_path, monkeypatch
     assert results["eval_loss"] == pytest.approx(max(losses.values()), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_better"), [("loss_block8", False), ("eval_loss_block8", False), ("loss", False), ("cosine", True)]
+)
+def test_the_smaller_loss_is_the_better_one(tmp_path, name, is_better):
+    options = {"output_dir": str(tmp_path), "metric_for_best_model": name}
+    assert PretrainingArguments(**options).greater_is_better is is_better
+    assert PretrainingArguments(**options, greater_is_better=True).greater_is_better
+
+
 def test_a_finished_run_that_is_resumed_keeps_its_figures_wherever_it_lies(inputs, tmp_path, monkeypatch):
     best = {**STEPS, "load_best_model_at_end": True, "greater_is_better": True, "save_steps": 1}
     run(monkeypatch, arguments(inputs, tmp_path / "out", **best))
@@ -126,6 +135,9 @@ def test_an_evaluation_is_that_of_one_batch_of_all_documents(tmp_path):
         assert metrics["eval_jepa_loss"] == pytest.approx(whole.jepa_loss.item(), abs=1e-6)
         assert metrics["eval_token_prediction_loss"] == pytest.approx(whole.token_prediction_loss.item(), abs=1e-5)
         assert metrics["eval_loss"] == pytest.approx(whole.loss.item(), abs=1e-5)
+        losses = {name.removeprefix("eval_") for name in metrics if "loss" in name}
+        names = [strategy.name for strategy in trainer.data_collator.strategies]
+        assert losses == {*evaluation_figures(trainer.model.config, names)} - {*HEALTH_FIGURES}
     plain = make_trainer(tmp_path, per_device_eval_batch_size=3).evaluate()
     assert plain["eval_loss"] == plain["eval_jepa_loss"]
     ours = {name.removeprefix("eval_") for name in plain if "loss" not in name} - {"epoch"}

@@ -270,14 +270,13 @@ def load_splits(
 
 
 def check_files_are_apart(patterns: dict[str, str]) -> None:
-    """Raises a `ValueError` if a file of another split, given as `{split: path or glob}`, is trained on, too."""
+    """Raises a `ValueError` if a file of the validation split is trained on, too: split -> path or glob."""
     files = {split: {*map(os.path.realpath, find_paths(pattern))} for split, pattern in patterns.items()}
-    for split in files.keys() - {"train"}:
-        if shared := sorted(files["train"] & files[split]):
-            raise ValueError(
-                f"--train_file and --{split}_file both hold {list_names([*map(os.path.basename, shared)])}, so that "
-                f"what is trained on would be judged by itself: name other files, or leave --{split}_file out."
-            )
+    if shared := sorted(files["train"] & files.get("validation", set())):
+        raise ValueError(
+            f"--train_file and --validation_file both hold {list_names([*map(os.path.basename, shared)])}, so that "
+            "what is trained on would be judged by itself: name other files, or leave --validation_file out."
+        )
 
 
 def _load_by_name(

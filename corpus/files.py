@@ -246,12 +246,17 @@ def _load_all_columns(source: str, paths: list[str], names: list[str], cache_dir
 
 
 def _column(values: list) -> pyarrow.Array:
-    """Values of one type as they are; where types are mixed, all as text."""
+    """Values of one type as they are; where types are mixed, all as text, in lists what is in them."""
+
+    def as_text(value: Any) -> str | None:
+        return value if value is None or isinstance(value, str) else json.dumps(value)
+
     try:
         return pyarrow.array(values)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
-        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-        return pyarrow.array(texts)
+        if all(value is None or isinstance(value, list) for value in values):
+            return pyarrow.array([value and [as_text(one) for one in value] for value in values])
+        return pyarrow.array(map(as_text, values))
 
 
 # ---- rows ----

@@ -47,12 +47,13 @@ def settle_with_preparation(folder: str | None, given: dict[str, Any], defaults:
     """
     record = read_preparation(folder) or {"arguments": {}}
     made_with = {name: value for name, value in record["arguments"].items() if value is not None}
-    for name, value in given.items():
-        if value is not None and name in made_with and value != made_with[name]:
-            raise ValueError(
-                f"{folder} was prepared with --{name} {made_with[name]}, so --{name} {value} has no effect on it. "
-                f"Leave it out, or prepare the documents again: {preparation_command(record, folder, **{name: value})}"
-            )
+    others = {k: value for k, value in given.items() if value is not None and value != made_with.get(k, value)}
+    if others:
+        before, now = (", ".join(f"--{name} {values[name]}" for name in others) for values in (made_with, others))
+        raise ValueError(
+            f"{folder} was prepared with {before}, so {now} can have no effect on it. Leave that out, also of a YAML "
+            f"file, or prepare the documents again: {preparation_command(record, folder, **others)}"
+        )
     fallback = {name: made_with.get(name, default) for name, default in defaults.items()}
     return {name: value if given[name] is None else given[name] for name, value in fallback.items()}
 

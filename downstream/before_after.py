@@ -23,7 +23,7 @@ from ..corpus.documents import draw
 from ..corpus.faults import find_fault
 from ..corpus.files import load_table
 from .embedding import embed_texts
-from .labels import read_labels
+from .labels import class_name, has_fractions, read_labels
 from .probe import NUM_NEIGHBOURS, hold_out, linear_probe
 
 
@@ -234,8 +234,10 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
     if missing := sorted({"text", "label"} - set(rows.column_names)):
         raise ValueError(f"--probe_file {path} has no column {missing[0]!r}, only {sorted(rows.column_names)}.")
     labels = read_labels(rows, "label")
+    if has_fractions(label for label in labels if label is not None and not isinstance(label, list)):
+        raise ValueError(f"--probe_file {path}: label must hold classes, not numbers with a fraction.")
     usable = [
-        (text, str(label))
+        (text, class_name(label))
         for text, label in zip(rows["text"][:], labels, strict=True)
         if find_fault(text) is None and label is not None and not isinstance(label, list)
     ]

@@ -121,6 +121,7 @@ def load_embedder(
             max_length = max_length or longest
         model = encoder_class(config).from_pretrained(name, dtype=dtype, **for_hub)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.base_model  # of a head or of pretraining the encoder
     if tokenizer is None:
         tokenizer = load_tokenizer(name, flag, **for_hub)
     if folder is not None:

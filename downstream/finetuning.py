@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -395,16 +395,22 @@ def load_model(
             "--tokenizer_name with the one the model was trained on."
         )
     if args.freeze_encoder:
-        freeze_encoder(model)
+        freeze_encoder(model, new=info["missing_keys"])
     num_parameters, num_trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     logger.info(f"{type(model).__name__}: {num_parameters:,} parameters, {num_trained:,} of them trained")
     return model
 
 
-def freeze_encoder(model: PreTrainedModel) -> None:
-    """The encoder gets no gradient, and stays in eval mode (no dropout) although the Trainer calls `model.train()`."""
+def freeze_encoder(model: PreTrainedModel, new: Collection[str] = ()) -> None:
+    """
+    The encoder gets no gradient, and stays in eval mode (no dropout) although the Trainer calls `model.train()`; but
+    parameters that are `new`, such as a pooler that the folder lacks, train as the head does.
+    """
     encoder = model.base_model
     encoder.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name in new:
+            parameter.requires_grad_(True)
     encoder.train = lambda mode=True: nn.Module.train(encoder, False)
     encoder.eval()
 

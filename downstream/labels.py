@@ -1,8 +1,10 @@
 """Labels in the shapes that people have: what kind they are, which classes there are, and which cannot be used."""
 
+import ast
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
@@ -29,10 +31,19 @@ def read_labels(dataset: Dataset, column: str) -> list:
     The column's values: names in place of the numbers of a `ClassLabel`, and None where there is no label, be it a
     null, NaN, an empty field, -100, a `ClassLabel`'s -1, or the -1 of a split that has nothing else (a hidden label).
     In lists -100 stays, because a word without a tag is not a reason to leave its sentence out.
+
+    Raises:
+        ValueError: for lists that are written as text: each would be a class of its own.
     """
     feature = inner_feature(dataset, column)
     values = dataset[column][:]
     given = [value for value in flatten(values) if value not in (None, "")]
+    if lists := [value for value in given if isinstance(value, str) and is_list_as_text(value)]:
+        raise ValueError(
+            f"The column {column!r} holds lists that are written as text, for example {lists[0]!r}, as a csv file has "
+            "them, or rows of which some have a list and others have none. Give json, jsonl or parquet with a list in "
+            "every row."
+        )
     if given and all(value in HIDDEN for value in given):
         return [None] * len(values)
 
@@ -105,6 +116,19 @@ def is_finite_number(label: Any) -> bool:
         return False
 
 
+def has_fractions(labels: Iterable[Any]) -> bool:
+    """Whether labels are numbers, also as text, and some have a fraction: quantities, and no classes."""
+    labels = list(labels)
+    return all(map(is_finite_number, labels)) and not all(float(label).is_integer() for label in labels)
+
+
+def is_list_as_text(label: str) -> bool:
+    try:
+        return label.lstrip().startswith("[") and isinstance(ast.literal_eval(label.strip()), list)
+    except (ValueError, SyntaxError):  # a name that begins with a bracket
+        return False
+
+
 def is_integer(label: str) -> bool:
     return label.strip().removeprefix("-").isdecimal()
 
@@ -132,8 +156,8 @@ def check_lists_of_classes(labels: list, split: str) -> None:
 
 
 def class_name(value: Any) -> str:
-    """1, 1.0 and "1" are the same class: formats and splits differ in how they store it. "007" is another one."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """1, 1.0, "1" and "1.0" are the same class: formats and splits differ in how they store it. "007" is another."""
+    return str(value).removesuffix(".0") if is_finite_number(value) else str(value)
 
 
 def find_class_names(dataset: Dataset, column: str, labels: list, config: PreTrainedConfig) -> list[str]:

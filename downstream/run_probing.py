@@ -36,7 +36,7 @@ from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
 from ..training.setup import hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, encode_texts, reads_special_tokens
-from .labels import IGNORED, class_name, flatten, is_finite_number, read_labels
+from .labels import IGNORED, class_name, flatten, has_fractions, is_finite_number, read_labels
 from .mteb_tasks import load_mteb_tasks, run_mteb
 from .probe import EmbeddingLayer, ProbeTask, embed_task, mean_and_std, probe_embedded_task, probe_tasks_with_tfidf
 from .sentence_scores import why_it_cannot_score
@@ -285,8 +285,9 @@ def make_task(
         usable = [row for row in rows if is_usable(kind, row)]
         if not usable:
             needed = f"both text and {answer}" if answer else f"usable {' and '.join(taken)}"
-            lists = [column for column in taken if column in ("sentences", "segments")]
-            note = f"; {lists[0]} are lists of two texts or more, as json, jsonl and parquet can hold" if lists else ""
+            lists = [column for column in taken if column in ("sentences", "segments") or kind == "tagging"]
+            what = "with one entry for each word" if kind == "tagging" else "of two texts or more"
+            note = f"; {' and '.join(lists)} are lists {what}, as json, jsonl and parquet can hold" if lists else ""
             raise ValueError(f"{name}: none of the {len(rows)} rows of {split} has {needed}{note}.")
         if len(usable) < len(rows):
             what = f"text or {answer}" if answer else " or ".join(taken)
@@ -301,8 +302,8 @@ def make_task(
         labels = {split: set(flatten(c[answer])) - {IGNORED} for split, c in columns.items()}
         classes = {split: set(map(class_name, of_split)) for split, of_split in labels.items()}
         names = sorted(set.union(*classes.values()))
-        if any(isinstance(label, float) and not label.is_integer() for label in set.union(*labels.values())):
-            raise ValueError(f"{name}: {answer} must hold classes, integers or strings; got {names[:5]}.")
+        if has_fractions(set.union(*labels.values())):
+            raise ValueError(f"{name}: {answer} must hold classes, not numbers with a fraction; got {names[:5]}.")
         if len(classes["train"]) < 2:
             found = sorted(classes["train"])
             raise ValueError(f"{name}: {answer} must hold two classes or more in train; got {found}.")
@@ -337,8 +338,10 @@ def is_usable(kind: str, row: tuple) -> bool:
         has_answer = is_finite_number(answer)  # a csv file holds text
     elif kind == "tagging":
         (words,) = texts
-        has_answer = bool(answer) and None not in answer and set(answer) != {IGNORED}
-        return has_answer and len(words or []) == len(answer) and all(isinstance(word, str) for word in words)
+        if not (isinstance(words, list) and isinstance(answer, list) and len(words) == len(answer)):
+            return False
+        has_answer = None not in answer and bool({*answer} - {IGNORED})
+        return has_answer and all(isinstance(word, str) for word in words)
     else:
         has_answer = answer is not None
     if kind == POSITION:

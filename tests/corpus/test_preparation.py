@@ -108,8 +108,10 @@ def test_flags_that_contradict_the_folder(prepare, flag):
     """A shorter length included; the command in the message prepares what was asked for."""
     prepare(max_length=16, long_documents="split")
     [(name, value)] = flag.items()
-    with pytest.raises(ValueError, match=f"prepared was prepared with --{name} .*--{name} {value} has no") as error:
+    with pytest.raises(ValueError, match=f"prepared with --{name} .*--{name} {value} can have no effect") as error:
         DataArguments(dataset_name="prepared", **flag)
+    with pytest.raises(ValueError, match="with --max_length 16, --min_tokens 4, so --max_length 8, --min_tokens 2 can"):
+        DataArguments(dataset_name="prepared", max_length=8, min_tokens=2)
     command = shlex.split(re.search("again: (tjepa prepare .*)$", str(error.value))[1])
     (again,) = parse_arguments(PreparationArguments, command[2:])
     prepare_dataset(again)

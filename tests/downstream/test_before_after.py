@@ -165,6 +165,7 @@ def test_the_probe_is_judged_on_texts_that_it_did_not_see(tmp_path, monkeypatch)
         ("few.jsonl", [("a", 0), ("b", 1)], "has 2 texts with a label, of 2 classes"),
         ("one.jsonl", [(text, 0) for text in some_texts(30)], "of 1 classes"),
         ("lines.txt", [("a", 0)], "with columns"),
+        ("sizes.jsonl", [(text, i / 2) for i, text in enumerate(some_texts(30))], "not numbers with a fraction"),
         ("rare.jsonl", [(text, int(i == 0)) for i, text in enumerate(some_texts(30))], "too few texts of all classes"),
     ],
 )

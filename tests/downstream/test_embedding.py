@@ -7,7 +7,7 @@ import torch
 from encoder_folders import make_folder as make_stock_folder
 from encoder_folders import make_tokenizer
 from tokenizers import normalizers
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoTokenizer
 
 import tjepa
 from encoder_families import make_encoder
@@ -91,6 +91,9 @@ def test_embed_takes_folders_and_models(folder):
     torch.testing.assert_close(tjepa.embed(str(folder / "pretraining"), TEXTS), expected)
     torch.testing.assert_close(tjepa.embed(encoder, TEXTS), expected)  # its tokenizer lies where it came from
     torch.testing.assert_close(tjepa.embed(encoder, TEXTS, tokenizer, batch_size=1), expected)
+    for auto_class in (AutoModelForPreTraining, AutoModelForSequenceClassification):
+        whole = auto_class.from_pretrained(folder / "pretraining")
+        torch.testing.assert_close(tjepa.embed(whole.eval(), TEXTS), expected)
     weight = torch.ones(expected.shape[1], requires_grad=True)
     (tjepa.embed(encoder, TEXTS) @ weight).sum().backward()  # they may be learned from
     torch.testing.assert_close(weight.grad, expected.sum(0))

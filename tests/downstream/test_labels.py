@@ -11,6 +11,7 @@ from tjepa.downstream.labels import (
     check_lists_of_classes,
     class_name,
     find_problem_type,
+    has_fractions,
     read_labels,
 )
 
@@ -41,7 +42,21 @@ def test_class_labels_in_lists_are_read_as_names():
 
 
 def test_one_class_stored_in_several_ways():
-    assert [class_name(value) for value in (1, 1.0, "1", 1.5, "007")] == ["1", "1", "1", "1.5", "007"]
+    values = (1, 1.0, "1", "1.0", 1.5, "1.5", "007", "v1.0")
+    assert [class_name(value) for value in values] == ["1", "1", "1", "1", "1.5", "1.5", "007", "v1.0"]
+
+
+def test_quantities_are_no_classes():
+    assert has_fractions([0.5, 1, 2.0]) and has_fractions(["0.5", "1"])
+    assert not has_fractions([1.0, 2]) and not has_fractions(["1.0", "2"]) and not has_fractions(["1.5", "two"])
+
+
+def test_lists_written_as_text_are_not_classes():
+    for text in ('["a", "b"]', "['a']", "[1, 2]"):
+        with pytest.raises(ValueError, match="'label' holds lists that are written as text, for example .*json"):
+            read_labels(datasets.Dataset.from_dict({"label": ["b", text]}), "label")
+    names = ["[UNK]", "[a] b", "["]
+    assert read_labels(datasets.Dataset.from_dict({"label": names}), "label") == names
 
 
 def test_refused_labels_are_named():

@@ -179,6 +179,8 @@ def test_frozen_encoder_has_no_dropout():
         "classifier.weight",
         "classifier.bias",
     }
+    freeze_encoder(model, new={"classifier.weight", "encoder.final_norm.weight"})  # that the folder lacks
+    assert model.encoder.final_norm.weight.requires_grad and not model.encoder.final_norm.bias.requires_grad
 
 
 def test_fine_tuned_again_and_evaluated_alone(folder, tmp_path, monkeypatch):

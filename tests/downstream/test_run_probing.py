@@ -229,6 +229,10 @@ def test_tags_of_minus_100_are_neither_learned_nor_judged(models, tmp_path):
         write(tmp_path / f"t-{split}.jsonl", rows, ("tokens", "x_tags"))
     (task,) = load_tasks(None, str(tmp_path))
     assert task.splits["train"]["tags"] == [[-100, 0, 1]] * 6
+    named = [{"tokens": ["a", 5, "b"], "x_tags": [-100, "X", "Y"]}, {"tokens": ["a"], "x_tags": ["X"]}]
+    write(tmp_path / "named.jsonl", named, ("tokens", "x_tags"))
+    (of_names,) = load_tasks([f"mine={tmp_path}/named.jsonl,{tmp_path}/named.jsonl"], None)
+    assert of_names.splits["test"] == {"tokens": [["a", "5", "b"], ["a"]], "tags": [[-100, 0, 1], [0]]}
     encoder, tokenizer = AutoModel.from_pretrained(models / "ours"), AutoTokenizer.from_pretrained(models / "ours")
     embedded = embed_task(encoder, tokenizer, task, max_length=16)
     assert embedded["test"].labels.tolist() == [0, 1] * 6
@@ -245,9 +249,13 @@ def test_samples_are_limited_and_the_same_for_a_seed(data):
     ("rows", "message"),
     [
         ([{"sentence": "a", "label": 0}], "What is mine for.*columns.*'label', 'sentence'.*Needed are.*; text, label"),
-        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "integers or strings"),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "not numbers with a fraction"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "two classes or more"),
         ([{"text": "a", "label": [0, 1]}, {"text": "b", "label": [1]}], "label of train holds lists"),
+        ([{"text": "a", "label": "0.5"}, {"text": "b", "label": "1"}], "not numbers with a fraction"),
+        ([{"text": "a", "label": ["b"]}, {"text": "b", "label": "b"}], "'label' holds lists that are written as text"),
+        ([{"tokens": ["a"], "x_tags": 3}], "tokens and x_tags are lists with one entry for each word"),
+        ([{"tokens": "a", "x_tags": "X"}], "tokens and x_tags are lists with one entry for each word"),
         ([{"text": "a", "label": -1}], "none of the 1 rows of train has both text and label"),
     ],
 )

@@ -56,6 +56,8 @@ def test_a_finished_run_is_not_described_anew(inputs, tmp_path, monkeypatch):
     resume = {"max_steps": 1, "resume_from_checkpoint": "last"}
     with pytest.raises(ValueError, match="finished.*seed was the default and is 7, learning_rate was .* and is 0.5"):
         run(monkeypatch, arguments(inputs, out, seed=7, learning_rate=0.5, **resume))
+    with pytest.raises(ValueError, match="finished.*split_percentage was .* is 50.*, max_train_samples was .* is 20"):
+        run(monkeypatch, arguments(inputs, out, max_train_samples=20, validation_split_percentage=50, **resume))
     with pytest.raises(ValueError, match="finished.*masking strategies was .* and is block4_ratio0.5"):
         run(monkeypatch, arguments(inputs, out, masking_strategies="short_blocks", **resume))
     assert (out / "README.md").read_text() == card

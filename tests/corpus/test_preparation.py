@@ -110,7 +110,7 @@ def test_flags_that_contradict_the_folder(prepare, flag):
     [(name, value)] = flag.items()
     with pytest.raises(ValueError, match=f"prepared with --{name} .*--{name} {value} can have no effect") as error:
         DataArguments(dataset_name="prepared", **flag)
-    with pytest.raises(ValueError, match="with --max_length 16, --min_tokens 4, so --max_length 8, --min_tokens 2 can"):
+    with pytest.raises(ValueError, match="with --max_length 16, --min_tokens 4, so --max_length 8, --min_tokens 2"):
         DataArguments(dataset_name="prepared", max_length=8, min_tokens=2)
     command = shlex.split(re.search("again: (tjepa prepare .*)$", str(error.value))[1])
     (again,) = parse_arguments(PreparationArguments, command[2:])

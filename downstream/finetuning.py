@@ -104,6 +104,7 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
             check_same_classes(task.names, checkpoint, load_any_config(checkpoint))
         splits, test_rows = limit_splits(splits, data_args)
         rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
+        warn_of_copies(task, splits, rows)
         if args.eval_strategy != "no" and not ("validation" in rows and rows["validation"].judged):
             raise ValueError(
                 f"eval_strategy is {args.eval_strategy}, but there is no validation split with labels: pass "
@@ -204,6 +205,22 @@ class Rows(NamedTuple):
     labels: list  # theirs
     unjudged: list[int]  # rows of the test split with an input alone, of which there is a prediction but no figure
     faults: dict[int, str]  # rows without an input, and why
+
+
+def warn_of_copies(task: Task, splits: DatasetDict, rows: dict[str, Rows]) -> None:
+    """Says how many rows are judged by an input that was trained on, be it a row that stands twice in a file."""
+
+    def inputs(split: str) -> list[str]:
+        dataset = splits[split].select(rows[split].judged)
+        return [str(of_row) for of_row in zip(*(dataset[column][:] for column in task.columns), strict=True)]
+
+    seen = set(inputs("train"))
+    for split in rows.keys() - {"train"}:
+        if num_copies := sum(row in seen for row in inputs(split)):
+            logger.warning(
+                f"{num_copies:,} of the {len(rows[split].judged):,} rows that the {split} split is judged by have an "
+                "input of the train split: the figures tell what was remembered, too. Leave such rows out of one."
+            )
 
 
 def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:

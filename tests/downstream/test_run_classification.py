@@ -223,6 +223,20 @@ def test_output_folder_that_holds_a_run(folder, tmp_path, monkeypatch):
         run(monkeypatch, arguments(folder, tmp_path / "out", max_steps=1, overwrite_output_dir=True))
 
 
+def test_rows_that_stand_twice_are_told(folder, tmp_path, monkeypatch, caplog):
+    rows = [{"text": f"{color} {n}", "label": color} for n in range(10) for color in ("red", "blue")]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    test.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], {"text": "a red one", "label": "red"}]))
+    options = {"train_file": train, "test_file": test, "max_steps": 1}
+    run(monkeypatch, arguments(folder, tmp_path / "out", **options))
+    assert "3 of the 4 rows that the test split is judged by have an input of the train split" in caplog.text
+    assert "validation split is judged by" not in caplog.text
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    run(monkeypatch, arguments(folder, tmp_path / "twice", **options))
+    assert "rows that the validation split is judged by have an input" in caplog.text
+
+
 # --- Rows that cannot be used, and texts that are too long ----------------------------------------------------------
 
 

@@ -31,8 +31,8 @@ from pyarrow import parquet
 from transformers.hf_argparser import HfArg
 
 from .command_line import CONFIGS
-from .faults import find_fault
-from .files import EXTENSIONS, can_be_read, find_paths, is_damage, load_files, load_paths, without_query
+from .faults import KEPT, find_fault
+from .files import EXTENSIONS, FAULT_COLUMN, can_be_read, find_paths, is_damage, load_files, load_paths, without_query
 from .paths import check_exists, hint_at_nearest, list_names
 from .preparation import settle_with_preparation
 from .quickstart import load_quickstart_documents
@@ -413,10 +413,13 @@ def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:
     """
     train, validation = splits["train"], splits.get("validation")
     document_of_row = find_documents(train)
-    num_documents = int(document_of_row[-1]) + 1 if len(train) else 0
-    if validation is None and args.validation_split_percentage > 0 and num_documents > 1:
-        num_validation = round(num_documents * args.validation_split_percentage / 100)
-        is_validation = draw(num_documents, min(num_documents - 1, max(1, num_validation)))[document_of_row]
+    usable = np.unique(document_of_row)
+    if FAULT_COLUMN in train.column_names:  # of texts that are dropped nothing would be left to judge by
+        usable = usable[train.with_format("numpy")[FAULT_COLUMN][:] == KEPT]
+    if validation is None and args.validation_split_percentage > 0 and len(usable) > 1:
+        num_validation = round(len(usable) * args.validation_split_percentage / 100)
+        drawn = usable[draw(len(usable), min(len(usable) - 1, max(1, num_validation)))]
+        is_validation = np.isin(document_of_row, drawn)
         validation = train.select(np.flatnonzero(is_validation))
         train = train.select(np.flatnonzero(~is_validation))
     limited = DatasetDict(train=draw_documents(train, args.max_train_samples))

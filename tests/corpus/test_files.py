@@ -446,6 +446,16 @@ def test_flags_of_the_other_source_are_refused(tmp_path):
         DataArguments(train_file="train.jsonl", train_split_name="train", dataset_config_name="en")
 
 
+def test_blank_lines_are_not_held_out(tmp_path):
+    for num_texts in range(2, 40):
+        (tmp_path / "a.txt").write_text("\n\n".join(TEXTS[:1] * num_texts) + "\n")
+        documents = load_documents(DataArguments(train_file=str(tmp_path / "a.txt")))
+        assert set(documents["validation"]["text"]) == {TEXTS[0]}
+        assert len(documents["train"]) + len(documents["validation"]) == 2 * num_texts - 1
+    (tmp_path / "a.txt").write_text(f"\n{TEXTS[0]}\n\n")
+    assert "validation" not in load_documents(DataArguments(train_file=str(tmp_path / "a.txt")))
+
+
 def test_samples_are_drawn_from_all_over(tmp_path):
     """Of a file that is sorted by class, the first samples would be of one class."""
     rows = [{"text": f"text {row}", "label": row // 500} for row in range(1000)]

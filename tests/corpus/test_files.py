@@ -447,7 +447,7 @@ def test_flags_of_the_other_source_are_refused(tmp_path):
 
 
 def test_blank_lines_are_not_held_out(tmp_path):
-    for num_texts in range(2, 40):
+    for num_texts in (2, 4, 9, 17, 25):
         (tmp_path / "a.txt").write_text("\n\n".join(TEXTS[:1] * num_texts) + "\n")
         documents = load_documents(DataArguments(train_file=str(tmp_path / "a.txt")))
         assert set(documents["validation"]["text"]) == {TEXTS[0]}

@@ -423,14 +423,15 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             momentum (`float`): in [0, 1].
 
         Raises:
-            ValueError: for a momentum outside [0, 1].
+            ValueError: for a momentum outside [0, 1]; if one encoder has parameters that the other lacks.
         """
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"The momentum of the target encoder must be in [0, 1], got {momentum}.")
-        targets, contexts = (list(part.parameters()) for part in (self.target_encoder, self.context_encoder))
-        contexts = [context.to(target.dtype) for target, context in zip(targets, contexts, strict=True)]
-        # exact where both are equal: what does not train does not drift
-        get_ema_multi_avg_fn(momentum)(targets, contexts, None)
+        targets, contexts = (dict(part.named_parameters()) for part in (self.target_encoder, self.context_encoder))
+        if others := sorted(targets.keys() ^ contexts.keys()):
+            raise ValueError(f"One encoder alone has {others[0]}: adapters such as LoRA are for encoders and heads.")
+        contexts = [contexts[name].to(target.dtype) for name, target in targets.items()]
+        get_ema_multi_avg_fn(momentum)(list(targets.values()), contexts, None)  # exact where both are equal
 
     @torch.no_grad()
     def predict_states(self, input_ids: torch.LongTensor, is_hidden: torch.Tensor) -> torch.Tensor:

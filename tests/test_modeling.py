@@ -456,6 +456,9 @@ def test_update_target_encoder(make_model):
         close(target, 0.9 * old + 0.1 * context, 1e-7)
     with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
         model.update_target_encoder(1.5)
+    model.context_encoder.final_norm.adapter = torch.nn.Linear(2, 2)  # as an adapter's layers are added
+    with pytest.raises(ValueError, match="One encoder alone has final_norm.adapter.bias: adapters such as LoRA"):
+        model.update_target_encoder(0.9)
 
 
 def test_initialisation_of_residual_projections():

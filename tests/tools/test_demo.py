@@ -172,7 +172,7 @@ def test_search_in_the_demos_texts_and_in_a_file(demo, folder, tmp_path, monkeyp
     page = demo.search("red fox", None, 3, False)
     assert [hit.text.strip() for hit in hits] == [text.strip() for text in re.findall(r"</span> ([^<]+)</li>", page)]
     (tmp_path / "mine.txt").write_text("a red fox\nthe blue night\n")
-    page = text_of(demo.search("red fox", str(tmp_path / "mine.txt"), 1, True))
+    page = text_of(demo.search("a red fox", str(tmp_path / "mine.txt"), 1, True))
     assert "By the encoder" in page and "By words (TF-IDF)" in page and page.count("a red fox") == 2
     assert not (folder / "run" / "search_index" / "mine.txt.safetensors").exists()
     monkeypatch.setattr(demo_tool, "MAX_FILE_TEXTS", 1)

@@ -241,11 +241,12 @@ def load_splits(
     """
     if args.train_file is not None:
         given = {split: getattr(args, f"{split}_file") for split in splits}
-        given = {split: pattern for split, pattern in given.items() if pattern is not None}
-        check_files_are_apart(given)
+        if args.validation_file is not None:
+            check_files_are_apart(args.train_file, args.validation_file)
         return {
             split: load_files(f"{split}_file", pattern, streaming, cache_dir, text_column_name)
             for split, pattern in given.items()
+            if pattern is not None
         }
     found = _load_by_name(args, cache_dir, token, text_column_name, streaming)
     names = {split: getattr(args, f"{split}_split_name") or split for split in splits}
@@ -269,10 +270,10 @@ def load_splits(
     return {split: found[name] for split, name in names.items() if name in found}
 
 
-def check_files_are_apart(patterns: dict[str, str]) -> None:
-    """Raises a `ValueError` if a file of the validation split is trained on, too: split -> path or glob."""
-    files = {split: {*map(os.path.realpath, find_paths(pattern))} for split, pattern in patterns.items()}
-    if shared := sorted(files["train"] & files.get("validation", set())):
+def check_files_are_apart(train: str, validation: str) -> None:
+    """Raises a `ValueError` if a file of the validation split is trained on, too; both are a path or a glob."""
+    trained_on, judged_by = (set(map(os.path.realpath, find_paths(pattern))) for pattern in (train, validation))
+    if shared := sorted(trained_on & judged_by):
         raise ValueError(
             f"--train_file and --validation_file both hold {list_names([*map(os.path.basename, shared)])}, so that "
             "what is trained on would be judged by itself: name other files, or leave --validation_file out."
@@ -320,8 +321,8 @@ def _load_by_name(
 
 def is_saved(folder: str | Path) -> bool:
     """Whether a folder is what `save_to_disk` of datasets, or `tjepa prepare`, wrote: it is never streamed."""
-    names = {path.name for path in Path(folder).glob("*.json")}
-    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+    of_splits, *of_one = (Path(folder) / name for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
+    return of_splits.is_file() or all(path.is_file() for path in of_one)
 
 
 def _no_file_to_read(name: str) -> FileNotFoundError:
@@ -412,16 +413,17 @@ def limit_datasets(splits: dict[str, Dataset], args: Any) -> DatasetDict:
     documents are drawn, with all rows that they were split into, by the same seed in every run; they keep their order.
     """
     train, validation = splits["train"], splits.get("validation")
-    document_of_row = find_documents(train)
-    usable = np.unique(document_of_row)
-    if FAULT_COLUMN in train.column_names:  # of texts that are dropped nothing would be left to judge by
-        usable = usable[train.with_format("numpy")[FAULT_COLUMN][:] == KEPT]
-    if validation is None and args.validation_split_percentage > 0 and len(usable) > 1:
-        num_validation = round(len(usable) * args.validation_split_percentage / 100)
-        drawn = usable[draw(len(usable), min(len(usable) - 1, max(1, num_validation)))]
-        is_validation = np.isin(document_of_row, drawn)
-        validation = train.select(np.flatnonzero(is_validation))
-        train = train.select(np.flatnonzero(~is_validation))
+    if validation is None and args.validation_split_percentage > 0:
+        document_of_row = find_documents(train)
+        usable = np.unique(document_of_row)
+        if FAULT_COLUMN in train.column_names:  # of texts that are dropped nothing would be left to judge by
+            usable = usable[train.with_format("numpy")[FAULT_COLUMN][:] == KEPT]
+        num_validation = max(1, round(len(usable) * args.validation_split_percentage / 100))
+        if len(usable) > 1:
+            drawn = usable[draw(len(usable), min(len(usable) - 1, num_validation))]
+            is_validation = np.isin(document_of_row, drawn)
+            validation = train.select(np.flatnonzero(is_validation))
+            train = train.select(np.flatnonzero(~is_validation))
     limited = DatasetDict(train=draw_documents(train, args.max_train_samples))
     if validation is not None:
         limited["validation"] = draw_documents(validation, args.max_eval_samples)

@@ -234,13 +234,13 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
     if missing := sorted({"text", "label"} - set(rows.column_names)):
         raise ValueError(f"--probe_file {path} has no column {missing[0]!r}, only {sorted(rows.column_names)}.")
     labels = read_labels(rows, "label")
-    if has_fractions(label for label in labels if label is not None and not isinstance(label, list)):
-        raise ValueError(f"--probe_file {path}: label must hold classes, not numbers with a fraction.")
     usable = [
         (text, class_name(label))
         for text, label in zip(rows["text"][:], labels, strict=True)
         if find_fault(text) is None and label is not None and not isinstance(label, list)
     ]
+    if has_fractions(label for _, label in usable):
+        raise ValueError(f"--probe_file {path}: label must hold classes, not numbers with a fraction.")
     usable = list(dict(usable).items())  # a text in both halves would be known to the probe
     usable = [usable[index] for index in np.random.default_rng(0).permutation(len(usable))[:MAX_LABELLED_TEXTS]]
     names = sorted({label for _, label in usable})

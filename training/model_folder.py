@@ -19,6 +19,7 @@ from ..corpus.atomic_writes import files_in, replacing_files
 from ..data_collator_tjepa import MaskingStrategy
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import PretrainingArguments
+from .record import read_json
 
 
 PRETRAINING_FOLDER = "pretraining"
@@ -69,10 +70,7 @@ def pretraining_folder(name: str) -> str:
 
 def is_of_other_encoder(folder: Path) -> bool:
     """Whether pretraining of another architecture goes on from a folder: a user's own may have the same name."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    config = read_json(folder / "config.json") or {}
     return config.get("model_type") == TJEPAConfig.model_type and config.get("encoder") is not None
 
 

@@ -122,7 +122,7 @@ def find_changes(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> l
         facts: of this start, as from `describe_run`, with its `strategies`.
         names: settings to compare.
     """
-    before, changes = _read_json(folder / RUN_FILE) or facts, []
+    before, changes = read_json(folder / RUN_FILE) or facts, []
     for name in names:
         old, new = (run["settings"].get(name) for run in (before, facts))
         if name.endswith("_file") and None not in (old, new) and Path(old).resolve() == Path(new).resolve():
@@ -232,7 +232,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Name that of a run, such as runs/quickstart.")
-    facts = _read_json(folder / RUN_FILE)
+    facts = read_json(folder / RUN_FILE)
     if facts is None:
         raise ValueError(
             f"{folder} is not the folder of a pretraining run: it has no {RUN_FILE}, which a run writes when it "
@@ -248,7 +248,7 @@ def read_run(folder: str | Path) -> Run:
 
 def earlier_results(folder: str | Path) -> dict[str, Any]:
     """The figures that a finished run left in its folder."""
-    return _read_json(Path(folder) / RESULTS_FILE) or {}
+    return read_json(Path(folder) / RESULTS_FILE) or {}
 
 
 def _read_log(path: Path) -> list[dict]:
@@ -261,7 +261,7 @@ def _read_log(path: Path) -> list[dict]:
     return lines
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """`None` where there is no such file, or half of one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -161,6 +161,8 @@ class TJEPAModel(TJEPAPreTrainedModel):
     the target encoder, with `encoder="context"` the context encoder; on the folder of a head, the head's encoder.
     """
 
+    _input_embed_layer = "token_embedding"
+
     def __init__(self, config: TJEPAConfig):
         refuse_other_encoder(config, type(self).__name__)
         super().__init__(config)
@@ -171,12 +173,6 @@ class TJEPAModel(TJEPAPreTrainedModel):
         self.final_norm = TJEPALayerNorm(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.token_embedding
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.token_embedding = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -423,13 +419,16 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             momentum (`float`): in [0, 1].
 
         Raises:
-            ValueError: for a momentum outside [0, 1]; if one encoder has parameters that the other lacks.
+            ValueError: for a momentum outside [0, 1]; if one encoder has parameters that the other lacks; if the
+                target encoder is in 16 bits.
         """
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"The momentum of the target encoder must be in [0, 1], got {momentum}.")
         targets, contexts = (dict(part.named_parameters()) for part in (self.target_encoder, self.context_encoder))
         if others := sorted(targets.keys() ^ contexts.keys()):
             raise ValueError(f"One encoder alone has {others[0]}: adapters such as LoRA are for encoders and heads.")
+        if any(target.dtype.itemsize < 4 for target in targets.values()):
+            raise ValueError("The target encoder is in 16 bits, where small updates are lost: use autocast instead.")
         contexts = [contexts[name].to(target.dtype) for name, target in targets.items()]
         get_ema_multi_avg_fn(momentum)(list(targets.values()), contexts, None)  # exact where both are equal
 
@@ -506,7 +505,6 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         hidden_parts: dict[str, torch.LongTensor] | None = None,
         view_groups: object | None = None,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        return_dict: bool | None = None,
     ) -> TJEPAForPreTrainingOutput:
         r"""
         Three streams of packed rows, made by `DataCollatorForTJEPA`; an index points into the flattened rows of
@@ -612,7 +610,6 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             token_losses = self.token_head(context_states[picked], embedding_weight, picked_ids)
             is_counted = is_visible[picked] & ~is_special_token(picked_ids, self.config)
             output.denoising_loss = (token_losses * is_counted).sum() / is_counted.sum().clamp(min=1)
-        flat_document_ids = document_ids.flatten()
         if self.config.pooled_weight > 0:
             view_documents, part_ids = hidden_parts["view_documents"], parts[-1].flatten()
             seen = pool(context_states, context_view_ids.flatten(), is_visible, len(view_documents))
@@ -622,6 +619,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             if segments is None:
                 raise ValueError("segment_weight needs documents in segments: SegmentCollator makes its batches.")
             num_documents = max(1, len(tokens_per_document))  # which are segments
+            flat_document_ids = document_ids.flatten()
             keys = pool(target_states, flat_document_ids, flat_document_ids >= 0, num_documents)
             pooled = pool(context_states, flat_document_ids[context_indices.flatten()], is_token, num_documents)
             numbers = segments["input_ids"].flatten().long()
@@ -690,19 +688,9 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
         dropout = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.encoder.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.encoder.set_input_embeddings(value)
-
     def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """hidden_states [batch, length, hidden_size], attention_mask [batch, length] -> logits."""
         raise NotImplementedError
-
-    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Logits and labels as in the class's docstring, and what else `forward` was given -> scalar."""
-        return self.loss_function(logits, labels, self.config, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -729,9 +717,12 @@ class TJEPAHeadModel(TJEPAPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **{**kwargs, "return_dict": True},
         )
-        logits = self.compute_logits(outputs.last_hidden_state, attention_mask)
+        logits, loss = self.compute_logits(outputs.last_hidden_state, attention_mask), None
+        if labels is not None:  # by the task, as each of transformers' losses takes them
+            sizes = {"config": self.config, "vocab_size": logits.shape[-1]}
+            loss = self.loss_function(logits=logits, pooled_logits=logits, labels=labels, **sizes, **kwargs)
         return self.output_class(
-            loss=None if labels is None else self.compute_loss(logits, labels, **kwargs),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -762,9 +753,6 @@ class TJEPAForSequenceClassification(TJEPAHeadModel):
 
     def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         return self.classifier(self.dropout(self.pooling(hidden_states, attention_mask)))
-
-    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
 
 class TJEPAForTokenClassification(TJEPAHeadModel):
@@ -875,9 +863,6 @@ class TJEPAForMaskedLM(TJEPAHeadModel):
         states, bias = self.token_head(hidden_states)
         logits = self.decoder(states)  # called, not read: LoRA, hooks and quantised layers count
         return logits + bias.to(logits.dtype)
-
-    def compute_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        return self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
 
 
 TJEPAConfig.register_for_auto_class()

@@ -33,7 +33,7 @@ import torch
 import yaml
 from accelerate.utils import send_to_device
 from reporting import finished_or_run, new_figure, save_figure
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, set_seed
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, set_seed
 
 import tjepa.layers_tjepa
 from tjepa import TJEPAConfig, TJEPAForMaskedLM, TJEPAForPreTraining
@@ -48,7 +48,7 @@ from tjepa.layers_tjepa import VARLEN_ATTENTION, PackedViews
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.health import moment_sums, rank_share
 from tjepa.training.loading import parse_config_overrides
-from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
+from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback
 
 
 NUM_TIMED_STEPS, NUM_WARMUP_STEPS = 20, 4
@@ -288,6 +288,15 @@ def draw_batches(documents: list[np.ndarray], batch_size: int, seed: int) -> Ite
         for start in range(0, len(order) - batch_size + 1, batch_size):
             indices = order[start : start + batch_size]
             yield [{"input_ids": documents[i], "document_index": int(i), "epoch": epoch} for i in indices]
+
+
+def create_optimizer(model: torch.nn.Module, args: PretrainingArguments) -> torch.optim.Optimizer:
+    """With the groups of `TJEPATrainer`: weight decay for matrices only."""
+    optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return optimizer_class(groups, **optimizer_kwargs)
 
 
 def split_off_muon(

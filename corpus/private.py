@@ -51,16 +51,22 @@ def set_attention(config: PreTrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
-class GradientNormHook:
+class TrainerHooks:
     """
-    For a `Trainer`: hands the gradient's norm of every optimizer step to `on_gradient_norm`. The Trainer has computed
-    it; its callbacks do not get it, and its log has that of the steps with a log line only.
+    For a `Trainer`: hands the gradient's norm of every optimizer step to `on_gradient_norm` (its callbacks do not get
+    it, and its log has that of the steps with a log line only), and the names of weights that a checkpoint lacks to
+    `on_missing_weights` (it only warns of them).
     """
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         self.on_gradient_norm(norm)
         return norm
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        if missing := set(load_result.missing_keys) - self.model.all_tied_weights_keys.keys():
+            self.on_missing_weights(missing)
+        super()._issue_warnings_after_load(load_result)
 
 
 # --- accelerate ------------------------------------------------------------------------------------------------------

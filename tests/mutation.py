@@ -42,7 +42,8 @@ SUBJECTS = {
     ),
     "losses": (
         "losses_tjepa.py",
-        "tests/test_learning_options.py tests/test_modeling.py -k 'sigreg or losses or variance or strategies'",
+        "tests/test_objectives.py tests/test_learning_options.py tests/test_modeling.py "
+        "-k 'objectives or sigreg or losses or variance or strategies'",
         "tests/test_modeling.py tests/training/test_trainer.py tests/docs/test_minimal.py tests/tools "
         "-k 'packed_equals or bfloat16 or health or minimal or reference'",
     ),

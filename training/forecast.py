@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 import torch
 from accelerate.utils import reduce
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from .checkpoints import count_steps
-from .progress import as_time, short
 
 
 NUM_STEPS = 20  # that are measured
@@ -107,12 +107,12 @@ class Forecast:
         there_is = memory_there_is(args.device)
         device = "1 GPU" if args.device.type == "cuda" else plural(torch.get_num_threads(), "CPU thread")
         processes = f" in each of {args.world_size} processes" if args.world_size > 1 else ""
-        total = as_time(seconds + seconds_evaluating)
-        evaluations = f", {as_time(seconds_evaluating)} of it for {plural(num_evaluations, 'evaluation')}"
+        total, rate = tqdm.format_interval(seconds + seconds_evaluating), tqdm.format_sizeof(num_tokens / seconds)
+        evaluations = f", {tqdm.format_interval(seconds_evaluating)} of it for {plural(num_evaluations, 'evaluation')}"
         lines = [
             f"From {num_measured} steps with {device}{processes}:",
-            f"  time      {total}: {num_steps:,} steps of {seconds / num_steps:.3g} s, {short(num_tokens / seconds)} "
-            f"tokens/s{evaluations if num_evaluations else ''}, without saving",
+            f"  time      {total}: {num_steps:,} steps of {seconds / num_steps:.3g} s, {rate} tokens/s"
+            f"{evaluations if num_evaluations else ''}, without saving",
             "            > --max_steps or --num_train_epochs; --eval_steps, --max_eval_samples",
             f"  memory    {stopwatch.memory / 1e9:.2f} GB of {there_is / 1e9:.1f} GB{processes}",
             "            > --per_device_train_batch_size, with --gradient_accumulation_steps for the same step; "
@@ -123,16 +123,16 @@ class Forecast:
             corpus = getattr(counts, "num_tokens", None) or num_tokens / documents * rows
             one_epoch = math.ceil(rows * num_steps / documents)
             lines += [
-                f"  epochs    {documents / rows:.3g} of {rows:,} rows with {short(corpus)} tokens",
+                f"  epochs    {documents / rows:.3g} of {rows:,} rows with {tqdm.format_sizeof(corpus)} tokens",
                 f"            > --max_steps {one_epoch} is one",
             ]
-            different = f", {short(min(corpus, num_tokens))} of them different,"
+            different = f", {tqdm.format_sizeof(min(corpus, num_tokens))} of them different,"
         else:
             lines += ["  epochs    not known of a stream", "            > --max_steps"]
             different = ""
         lines += [
-            f"  tokens a parameter  {num_tokens / num_parameters:.3g}: {short(num_tokens)} tokens{different} for "
-            f"{short(num_parameters)} parameters of the encoder",
+            f"  tokens a parameter  {num_tokens / num_parameters:.3g}: {tqdm.format_sizeof(num_tokens)} tokens"
+            f"{different} for {tqdm.format_sizeof(num_parameters)} parameters of the encoder",
             "            > --config_overrides hidden_size=...,num_hidden_layers=..., or more text",
         ]
         return lines

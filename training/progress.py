@@ -97,7 +97,7 @@ class RunProgress(ProgressCallback):
         """One line for a report, or `None` if there is nothing in it for people."""
         if "train_runtime" in logs and "loss" not in logs:  # with include_num_input_tokens_seen it is in every line
             steps = state.global_step - self._first_step
-            return f"trained {steps:,} steps in {as_time(logs['train_runtime'])}"
+            return f"trained {steps:,} steps in {tqdm.format_interval(logs['train_runtime'])}"
         is_training = "loss" in logs
         figures = logs if is_training else {k.removeprefix("eval_"): v for k, v in logs.items()}
         if "loss" not in figures:
@@ -114,7 +114,7 @@ class RunProgress(ProgressCallback):
         if is_training:
             parts += loss_and_speed(figures)[1:]
             done, left = state.global_step - self._first_step, state.max_steps - state.global_step
-            parts += [f"{as_time((time.monotonic() - self._started_at) * left / max(1, done))} left"]
+            parts += [f"{tqdm.format_interval((time.monotonic() - self._started_at) * left / max(1, done))} left"]
         if self.training_bar is not None and not self.training_bar.disable:  # a terminal; the bar has speed and time
             while len("  ".join(parts)) > shutil.get_terminal_size().columns and len(parts) > 3:
                 parts.pop()
@@ -123,18 +123,4 @@ class RunProgress(ProgressCallback):
 
 def loss_and_speed(logs: Mapping[str, float]) -> list[str]:
     speed = logs.get("tokens_per_second")
-    return [f"loss {logs['loss']:.4g}", *([] if speed is None else [f"{short(speed)} tokens/s"])]
-
-
-def short(number: float) -> str:
-    """With three digits: 52,123 -> 52.1k."""
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def as_time(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return [f"loss {logs['loss']:.4g}", *([] if speed is None else [f"{tqdm.format_sizeof(speed)} tokens/s"])]

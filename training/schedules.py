@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 logger = logging.getLogger(__name__)
@@ -159,22 +159,6 @@ class WarmupThenDecay(LRScheduler):
             group["initial_lr"] = base_lr
 
 
-def create_optimizer(model: torch.nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
-    """
-    The Trainer's own optimizer of `args.optim` with weight decay on matrices only: never on biases, norms, the mask
-    token or any other 1-D parameter. Parameters without gradient (the target encoder) are not in it.
-
-    For a loop of one's own, or an unmodified Trainer; `TJEPATrainer` makes the same groups.
-    """
-    optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return optimizer_class(groups, **optimizer_kwargs)
-
-
 def split_heads(optimizer: torch.optim.Optimizer, encoder: torch.nn.Module, head_learning_rate: float) -> None:
     """Gives what is not the encoder's groups of its own, with another rate, behind the encoder's."""
     of_encoder = {id(parameter) for parameter in encoder.parameters()}
@@ -193,7 +177,7 @@ class WeightDecayCallback(TrainerCallback):
     Weight decay of matrices from `weight_decay` to `final_weight_decay` along a cosine over
     `schedule_stretch * max_steps` optimizer steps; groups of biases, norms and other 1-D parameters keep none.
 
-    Works in any Trainer whose optimizer has a group for each of the two, as `create_optimizer` makes them.
+    Works in any Trainer whose optimizer has a group for each of the two, as the Trainer makes them.
     """
 
     weight_decay: float = 0.04

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy, has_length
 
-from ..corpus.private import GradientNormHook, without_repeated_documents
+from ..corpus.private import TrainerHooks, without_repeated_documents
 from ..layers_tjepa import compile_layers
 from ..modeling_tjepa import TJEPAForPreTraining
 from .arguments import MOVES, TRAINED_ENCODER_MOVES, PretrainingArguments
@@ -91,7 +91,7 @@ def keeping_the_last_batch(args: TrainingArguments) -> Iterator[None]:
         args.dataloader_drop_last = drop_last
 
 
-class TJEPATrainer(GradientNormHook, Trainer):
+class TJEPATrainer(TrainerHooks, Trainer):
     """
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
     DeepSpeed), over micro-batches (gradient accumulation), evenly or not. A strategy's loss is its mean over all slots
@@ -401,7 +401,13 @@ class TJEPATrainer(GradientNormHook, Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, send_to_device(inputs, self.args.device)), None, None
 
-    # Saving
+    # Saving and loading
+
+    def on_missing_weights(self, names: set[str]) -> None:
+        raise ValueError(
+            f"The checkpoint lacks {len(names)} weights of this model, such as {min(names)}, and cannot be resumed. "
+            "Its folder as --model_name_or_path starts a new run from it, if it can be loaded."
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.health.raise_if_not_finite()

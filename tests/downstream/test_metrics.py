@@ -22,7 +22,7 @@ def load(tmp_path):
 def test_representation_quality_by_hand(load):
     metric = load("representation_quality")
     cross = [[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]  # two equal directions
-    results = metric.compute(predictions=cross, positives=[[0.0, 2.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -3.0]])
+    results = metric.compute(predictions=cross)
     assert results == pytest.approx(
         {
             "rankme": 2.0,
@@ -31,7 +31,6 @@ def test_representation_quality_by_hand(load):
             "mean_cosine": -1 / 3,  # of the six pairs four are at right angles and two opposite
             "uniformity": math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6),
             "feature_std": math.sqrt(0.5),
-            "alignment": 2 / 4,  # one of four positives is at a right angle
         },
         abs=1e-9,
     )
@@ -39,7 +38,6 @@ def test_representation_quality_by_hand(load):
     assert results["rankme"] == pytest.approx(math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))))
     assert results["effective_dimension"] == pytest.approx((8 + 2) ** 2 / (8**2 + 2**2))
     assert results["alpha_req"] == pytest.approx(2.0)  # eigenvalues 4 : 1 over k = 1, 2
-    assert "alignment" not in results
 
 
 def test_collapsed_representations(load):
@@ -49,17 +47,16 @@ def test_collapsed_representations(load):
 
 
 @pytest.mark.parametrize(
-    ("predictions", "positives", "message"),
+    ("predictions", "message"),
     [
-        ([[1.0, 2.0]], None, "two or more"),
-        ([[1.0, 2.0], [0.0, 0.0]], None, "1 vectors of length 0"),
-        ([[1.0, 2.0], [math.nan, 0.0]], None, "not finite"),
-        ([[1.0, 2.0], [3.0, 0.0]], [[1.0], [2.0]], "one positive for each"),
+        ([[1.0, 2.0]], "two or more"),
+        ([[1.0, 2.0], [0.0, 0.0]], "1 vectors of length 0"),
+        ([[1.0, 2.0], [math.nan, 0.0]], "not finite"),
     ],
 )
-def test_representations_that_are_refused(load, predictions, positives, message):
+def test_representations_that_are_refused(load, predictions, message):
     with pytest.raises(ValueError, match=message):
-        load("representation_quality").compute(predictions=predictions, positives=positives)
+        load("representation_quality").compute(predictions=predictions)
 
 
 def test_classes_by_hand(load):

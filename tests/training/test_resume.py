@@ -8,9 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config
 
 from helpers import StopAfter, make_examples, make_tiny_config
-from tjepa import TJEPAForPreTraining
+from tjepa import TJEPAConfig, TJEPAForPreTraining
 from tjepa.corpus.streams import DocumentDataset, DocumentStream
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.run_pretraining import PretrainingArguments
@@ -48,12 +50,12 @@ def make_stream(num_documents: int = 22) -> DocumentStream:
     return DocumentStream(make_dataset(num_documents).to_iterable_dataset(num_shards=2), repeat=True)
 
 
-def run(folder: Path, resume=None, streaming=False, train_dataset=None, stop_after=None, dropout=0.1, **arguments):
+def run(folder: Path, resume=None, streaming=False, train_dataset=None, stop_after=None, config=None, **arguments):
     torch.manual_seed(0)
     defaults = {"per_device_train_batch_size": 4, "logging_steps": 3, "save_steps": 2, "disable_tqdm": True}
     defaults |= {"learning_rate": 1e-2, "ema_momentum": 0.9}
     args = PretrainingArguments(output_dir=str(folder), **{**defaults, **arguments})
-    model = TJEPAForPreTraining(make_tiny_config(hidden_dropout_prob=dropout, attention_dropout=dropout))
+    model = TJEPAForPreTraining(config or make_tiny_config(hidden_dropout_prob=0.1, attention_dropout=0.1))
     collator = RecordingCollator()
     train_dataset = train_dataset or (make_stream() if streaming else DocumentDataset(make_dataset()))
     eval_dataset = DocumentDataset(make_dataset(NUM_EVAL_DOCUMENTS))
@@ -151,6 +153,19 @@ def test_the_last_checkpoint_is_the_end(tmp_path):
 # --- Streams ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+    tied = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)  # saves its embedding once
+    config = TJEPAConfig(encoder=tied, predictor_num_hidden_layers=1)
+    run(tmp_path, max_steps=2, config=config)
+    run(tmp_path, resume=tmp_path / "checkpoint-2", max_steps=4, config=config)
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    weights["of_an_older_version"] = weights.pop("predictor.final_norm.weight")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights of this model, such as predictor.final_norm.weight"):
+        run(tmp_path, resume=tmp_path / "checkpoint-2", max_steps=4, config=config)
+
+
 class CountingSource:
     """Documents from twenty shards; counts how many were read (in this process only)."""
 
@@ -226,7 +241,8 @@ def test_a_stream_that_does_not_fit_is_reread(tmp_path, caplog, change):
 
 def test_a_stream_that_the_trainer_does_not_skip_goes_on(tmp_path):
     """--ignore_data_skip: the same documents, since to go on where a stream was costs nothing."""
-    arguments = {"max_steps": 8, "streaming": True, "dataloader_num_workers": 2, "logging_steps": 1, "dropout": 0.0}
+    arguments = {"max_steps": 8, "streaming": True, "dataloader_num_workers": 2, "logging_steps": 1}
+    arguments["config"] = make_tiny_config()  # without dropout
     whole = run(tmp_path / "whole", **arguments)
     resumed = run(tmp_path / "first", tmp_path / "whole" / "checkpoint-2", ignore_data_skip=True, **arguments)
     again = run(tmp_path / "again", tmp_path / "first" / "checkpoint-6", ignore_data_skip=True, **arguments)

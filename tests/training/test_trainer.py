@@ -14,7 +14,7 @@ from tjepa.data_collator_tjepa import DataCollatorForTJEPA, MaskingStrategy
 from tjepa.run_pretraining import PretrainingArguments
 from tjepa.training.ema import EMACallback
 from tjepa.training.health import HealthMonitor, collapse_verdict, feature_std, moment_sums, rank_share
-from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback, create_optimizer
+from tjepa.training.schedules import WarmupThenDecay, WeightDecayCallback
 from tjepa.training.trainer import TJEPATrainer
 
 
@@ -96,9 +96,9 @@ def test_schedules_are_used_and_logged(tmp_path):
     assert decayed["weight_decay"] == pytest.approx(expected[-1]) and not_decayed["weight_decay"] == 0.0
 
 
-def test_optimizer_groups(make_model):
-    model = make_model(token_prediction_weight=1.0)
-    optimizer = create_optimizer(model, PretrainingArguments(output_dir="unused"))
+def test_optimizer_groups(tmp_path):
+    trainer = make_trainer(tmp_path, {"token_prediction_weight": 1.0})
+    model, optimizer = trainer.model, trainer.create_optimizer()
     decayed, not_decayed = optimizer.param_groups
     assert decayed["weight_decay"] == 0.04 and decayed["betas"] == (0.9, 0.95)
     assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim == 1 for p in not_decayed["params"])
@@ -148,6 +148,8 @@ def test_target_encoder_is_updated_in_float32_under_bfloat16(tmp_path, make_mode
     context = model.context_encoder.token_embedding.weight.float()
     expected = context + 0.9999**10 * (before - context)
     torch.testing.assert_close(model.target_encoder.token_embedding.weight, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="The target encoder is in 16 bits"):
+        model.bfloat16().update_target_encoder(0.9999)
 
 
 def test_momentum_out_of_range():

@@ -16,8 +16,6 @@ _CITATION = ""
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[list[float]]` of shape `[num_samples, num_features]`): the representations z, two or more.
-    positives (`list[list[float]]` of the same shape, *optional*):
-        For each of them the representation of another view of the same thing; needed for `alignment`.
 
 With s_k the singular values of the centred z, eigenvalues l_k = s_k^2 and u = z / |z|, returns:
     rankme: exp(-sum_k p_k log p_k), p_k = s_k / sum_j s_j (Garrido et al., arXiv 2210.02885, there not centred).
@@ -27,10 +25,9 @@ With s_k the singular values of the centred z, eigenvalues l_k = s_k^2 and u = z
     mean_cosine: mean of u_i . u_j over i != j (Ethayarajh, arXiv 1909.00512).
     uniformity: log of the mean of exp(-2 |u_i - u_j|^2) over i != j (Wang & Isola, arXiv 2005.10242).
     feature_std: standard deviation over samples, averaged over features (data2vec 2.0, arXiv 2212.07525).
-    alignment: mean of |u_i - v_i|^2, v the normalised positives (Wang & Isola); only with `positives`.
 
 Raises:
-    ValueError: for fewer than two samples, values that are not finite, vectors of length 0 and shapes that differ.
+    ValueError: for fewer than two samples, values that are not finite, and vectors of length 0.
 """
 _ROWS_AT_ONCE = 1024  # the pairs of so many samples with all others are in memory together
 
@@ -44,9 +41,9 @@ class RepresentationQuality(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
 
-    def _compute(self, predictions, positives=None):
-        states = _as_matrix(predictions, "predictions")
-        directions = _normalise(states, "predictions")
+    def _compute(self, predictions):
+        states = _as_matrix(predictions)
+        directions = _normalise(states)
         num_samples = len(states)
         centred = states - states.mean(axis=0)
         singular_values = np.linalg.svd(centred, compute_uv=False)
@@ -63,7 +60,7 @@ class RepresentationQuality(evaluate.Metric):
             cosines = directions[start : start + _ROWS_AT_ONCE] @ directions.T
             kernel_sum += np.exp(-4.0 * (1.0 - cosines)).sum()  # |u - v|^2 = 2 - 2 u.v
         num_pairs = num_samples * (num_samples - 1)
-        results = {
+        return {
             "rankme": float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0,
             "effective_dimension": float(eigenvalues.sum() ** 2 / (eigenvalues**2).sum()) if len(shares) else 0.0,
             "alpha_req": None if alpha is None else float(alpha),
@@ -71,28 +68,20 @@ class RepresentationQuality(evaluate.Metric):
             "uniformity": float(np.log((kernel_sum - num_samples) / num_pairs)),
             "feature_std": float(states.std(axis=0).mean()),
         }
-        if positives is not None:
-            other_directions = _normalise(_as_matrix(positives, "positives"), "positives")
-            if other_directions.shape != directions.shape:
-                raise ValueError(
-                    f"positives have the shape {list(other_directions.shape)}, predictions {list(directions.shape)}: "
-                    "give one positive for each prediction."
-                )
-            results["alignment"] = float(np.square(directions - other_directions).sum(axis=1).mean())
-        return results
 
 
-def _as_matrix(vectors, name):
+def _as_matrix(vectors):
     matrix = np.asarray(vectors, dtype=np.float64)
     if matrix.ndim != 2 or len(matrix) < 2:
-        raise ValueError(f"{name} must be two or more vectors, [num_samples, num_features], got {list(matrix.shape)}.")
+        shape = list(matrix.shape)
+        raise ValueError(f"predictions must be two or more vectors, [num_samples, num_features], got {shape}.")
     if not np.isfinite(matrix).all():
-        raise ValueError(f"{name} hold values that are not finite.")
+        raise ValueError("predictions hold values that are not finite.")
     return matrix
 
 
-def _normalise(matrix, name):
+def _normalise(matrix):
     lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
     if not lengths.all():
-        raise ValueError(f"{name} hold {int((lengths == 0).sum())} vectors of length 0, which have no direction.")
+        raise ValueError(f"predictions hold {int((lengths == 0).sum())} vectors of length 0, which have no direction.")
     return matrix / lengths

@@ -74,7 +74,7 @@ from tjepa.training.record import (
 )
 from tjepa.training.resuming import plan_extension
 from tjepa.training.setup import check_number_of_processes, keep_freed_memory, set_up_logging, use_all_cores
-from tjepa.training.trainer import TJEPATrainer
+from tjepa.training.trainer import TJEPATrainer, wants_fsdp
 
 
 logger = logging.getLogger(__name__)
@@ -516,8 +516,8 @@ def check_evaluation(
     best_by = (args.metric_for_best_model or "").removeprefix("eval_")
     if args.save_strategy == "best" and not best_by:
         raise ValueError("--save_strategy best needs --metric_for_best_model: loss, or another figure.")
-    if best_by == "probe_accuracy" and report_args.probe_file is None:
-        raise ValueError(f"--metric_for_best_model {best_by} is that of --probe_file: pass it, or choose another one.")
+    if best_by == "probe_accuracy" and (report_args.probe_file is None or wants_fsdp(args)):
+        raise ValueError(f"--metric_for_best_model {best_by} is that of --probe_file, and is not there under FSDP.")
     figures = evaluation_figures(config, [strategy.name for strategy in collator.strategies])
     if best_by not in ("", "probe_accuracy", *figures):
         raise ValueError(

@@ -35,8 +35,9 @@ from ..training.loading import load_config as load_any_config
 from ..training.loop import train
 from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
-from ..training.setup import set_up_logging, use_all_cores
-from ..training.trainer import keeping_the_last_batch
+from ..training.record import earlier_results
+from ..training.setup import check_number_of_processes, set_up_logging, use_all_cores
+from ..training.trainer import dataloaders_for_evaluation
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
 from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
@@ -72,6 +73,7 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         (ModelArguments, task_class.arguments, FinetuningArguments), description=description
     )
     set_up_logging(args)
+    check_number_of_processes(args)
     use_all_cores(args)
     if args.do_train and (Path(args.output_dir) / RUN_FILE).is_file():
         raise FileExistsError(
@@ -148,9 +150,12 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     if args.do_train:
         results = train(trainer, checkpoint, publisher)
         trainer.save_model()
-        if results:  # there are none where a finished run is written again
+        if results:
             trainer.log_metrics("train", results)
-        metrics.update(results)
+        else:  # a finished run is written again
+            earlier = earlier_results(args.output_dir).items()
+            results = {name: value for name, value in earlier if not name.startswith(("eval_", "test_"))}
+        metrics = {**results, **metrics}
 
     # Figures and predictions
     figures = {}
@@ -453,16 +458,16 @@ def is_undefined(value: Any) -> bool:
 
 class FinetuningTrainer(Trainer):
     """
-    The Trainer as it is, but that evaluations see every row, whatever `dataloader_drop_last` is, and that an undefined
-    figure is null in its history, because NaN is not JSON.
+    The Trainer as it is, but that evaluations see every row in its order, whatever training does, and that an
+    undefined figure is null in its history, because NaN is not JSON.
     """
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        with keeping_the_last_batch(self.args):
+        with dataloaders_for_evaluation(self.args):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        with keeping_the_last_batch(self.args):
+        with dataloaders_for_evaluation(self.args):
             return super().get_test_dataloader(test_dataset)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

@@ -231,6 +231,14 @@ def test_bad_arguments_are_refused(inputs, tmp_path, monkeypatch, overrides, err
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_no_checkpoint_is_chosen_by_a_probe_that_fsdp_leaves_out(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = SimpleNamespace(metric_for_best_model="eval_probe_accuracy", eval_strategy="steps", do_train=True)
+    args.save_strategy, args.fsdp, judged = "steps", None, SimpleNamespace(probe_file="labels.jsonl")
+    with pytest.raises(ValueError, match="probe_accuracy .* is not there under FSDP"):
+        run_pretraining.check_evaluation({"validation": []}, None, args, judged, None, None)
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_parse(path):
     from tjepa.corpus.arguments import parse_arguments

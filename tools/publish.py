@@ -26,8 +26,8 @@ from ..corpus.tokenizers import ensure_pad_token, load_tokenizer
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.checkpoints import is_marked, list_checkpoints
 from ..training.loading import load_config
-from ..training.model_folder import PRETRAINING_FOLDER, SENTENCE_FILES, STRATEGIES_FILE, sentence_files
-from ..training.publishing import check_repo_id, explaining_refusal, full_name, published_files
+from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
+from ..training.publishing import WEIGHTS, check_repo_id, explaining_refusal, full_name, published_files
 from ..training.record import read_run
 from ..training.setup import hide_what_loading_says
 from .export_sentence_transformer import (
@@ -41,8 +41,6 @@ from .export_sentence_transformer import (
 
 
 ONNX_FILES = [ONNX_FILE, f"{ONNX_FILE}.data"]  # the second one of a model over 2 GB, which ONNX needs
-# what belongs to one set of weights: of an earlier upload nothing of it may stay beside newer ones
-WEIGHTS = ["model*.safetensors*", f"{PRETRAINING_FOLDER}/*", *ONNX_FILES, *SENTENCE_FILES, "[0-9]_*/*"]
 BRANCH = "checkpoints"
 UNNAMED = "PATH_OR_REPO_ID"  # what a card says where a run had no name on the Hub
 

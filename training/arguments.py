@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .ema import EMACallback
-from .flags import check_flags, check_packages, check_precision
+from .flags import check_flags, check_packages, check_precision, check_what_processes_share
 from .health import COLLAPSE_PATIENCE
 from .schedules import EXTENSIONS, LR_SCHEDULES
 
@@ -48,9 +48,12 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self):
         check_flags(self, self.KIND)
+        # without it accelerate takes the processes of a machine without GPU for so many lone ones
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         check_packages(self)
         check_precision(self)
+        check_what_processes_share(self, self.KIND)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
 
 
@@ -138,8 +141,6 @@ class PretrainingArguments(RunArguments):
     )
 
     def __post_init__(self):
-        # without it accelerate takes the processes of a machine without GPU for so many lone ones
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.accelerator_config = whole_batches(self.accelerator_config)
         if self.greater_is_better is None and "loss_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # of a strategy: transformers knows only names that end in loss

@@ -48,7 +48,7 @@ BOTH_WORK = both(works())
 WORKING = """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps optim_args
     weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm
-    auto_find_batch_size bf16 activation_checkpointing activation_checkpointing_kwargs
+    bf16 activation_checkpointing activation_checkpointing_kwargs
     torch_compile_backend torch_compile_mode neftune_noise_alpha logging_strategy logging_steps
     logging_first_step log_level disable_tqdm report_to eval_strategy eval_steps eval_delay
     per_device_eval_batch_size eval_on_start save_strategy save_steps save_total_limit push_to_hub hub_token
@@ -125,7 +125,11 @@ FLAGS: dict[str, Rules] = {
         refused("it would restore the wish to stop of a run that a signal ended; all state is resumed without it")
     ),
     # random numbers and devices
-    "accelerator_config": Rules(works("without split_batches and dispatch_batches, which are refused"), works()),
+    "accelerator_config": Rules(
+        works("without split_batches and dispatch_batches, which are refused"),
+        works("with several processes even_batches false is refused: they would wait for each other"),
+    ),
+    "auto_find_batch_size": both(works("in one process; where one of several runs out of memory, the others wait")),
     "parallelism_config": both(refused(NO_PARALLELISM)),
     "deepspeed": both(works("with the package deepspeed, in float32; never run in the tests")),
     "local_rank": both(unused("the launcher says which process this is")),
@@ -202,6 +206,27 @@ def check_packages(args: TrainingArguments) -> None:
         raise ImportError(f"--optim {args.optim.value}: {error}") from error
     except ValueError:  # some need the model, which is not there yet
         pass
+
+
+def check_what_processes_share(args: TrainingArguments, kind: Literal["pretraining", "finetuning"]) -> None:
+    """
+    At the end of `__post_init__`, when the number of processes is known.
+
+    Raises:
+        ValueError: for a flag with which one of several processes may take other steps than the rest, which wait.
+    """
+    if args.world_size == 1:
+        return
+    if args.auto_find_batch_size:
+        raise ValueError(
+            f"--auto_find_batch_size is refused with {args.world_size} processes: where one of them runs out of "
+            "memory, the others would wait for it. Find --per_device_train_batch_size with one process."
+        )
+    if kind == "finetuning" and not args.accelerator_config.even_batches:
+        raise ValueError(
+            f"--accelerator_config: even_batches must stay true with {args.world_size} processes, of which one may "
+            "have a batch more than another and would wait for it."
+        )
 
 
 def check_precision(args: TrainingArguments) -> None:

@@ -82,6 +82,7 @@ def write_card(
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
+        revision=args.hub_revision,
         weights=describe_weights(args, state),
         source=dataset,
         settings={

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_utils import HubStrategy
 
 from .checkpoints import checkpoint_folder
-from .model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
+from .model_folder import PRETRAINING_FOLDER, SENTENCE_FILES, STRATEGIES_FILE, sentence_files
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ PUBLISHED_FILES = [
     *(f"pictures/{name}.png" for name in ("loss", "cosine", "map", "spread")),  # of the card
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
+# what belongs to one set of weights: of an earlier upload nothing of it may stay beside newer ones
+WEIGHTS = ["model*.safetensors*", f"{PRETRAINING_FOLDER}/*", "onnx/*", *SENTENCE_FILES, "[0-9]_*/*"]
 
 
 class HubPublisher(TrainerCallback):
@@ -87,7 +89,7 @@ class HubPublisher(TrainerCallback):
             logger.warning(f"Step {state.global_step} is not pushed: {checkpoint} could not be copied. {error}")
             return
         is_ours = getattr(model.config, "encoder", None) is None  # else the repository's root is for the encoder
-        where = {} if is_ours else {"path_in_repo": PRETRAINING_FOLDER}
+        where = {"delete_patterns": WEIGHTS} if is_ours else {"path_in_repo": PRETRAINING_FOLDER}
         uploads = [{"allow_patterns": published_files(processing_class), **where}]
         if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last_only = self.strategy == HubStrategy.CHECKPOINT
@@ -121,7 +123,8 @@ class HubPublisher(TrainerCallback):
             self.job.result()
         enable_progress_bars()
         try:
-            self._upload(folder, "End of training", allow_patterns=published_files(tokenizer, folder))
+            files = published_files(tokenizer, folder)
+            self._upload(folder, "End of training", allow_patterns=files, delete_patterns=WEIGHTS)
         except Exception as error:
             raise RuntimeError(
                 f"The push to {self.repo_id} failed, but nothing is lost: {folder} holds the whole model. Push it "

@@ -81,14 +81,20 @@ class SumOverProcesses(torch.autograd.Function):
         return reduce(gradient, reduction="sum")
 
 
+def wants_fsdp(args: TrainingArguments) -> bool:
+    """Whether the model will be sharded, as far as flags and launcher say."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 @contextmanager
-def keeping_the_last_batch(args: TrainingArguments) -> Iterator[None]:
-    """`dataloader_drop_last` is for batches to train on: what is evaluated, or predicted, is all that there is."""
-    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+def dataloaders_for_evaluation(args: TrainingArguments) -> Iterator[None]:
+    """What is evaluated, or predicted, is all that there is, in its order: these flags are for training."""
+    given = args.dataloader_drop_last, args.train_sampling_strategy
+    args.dataloader_drop_last, args.train_sampling_strategy = False, "sequential"
     try:
         yield
     finally:
-        args.dataloader_drop_last = drop_last
+        args.dataloader_drop_last, args.train_sampling_strategy = given
 
 
 class TJEPATrainer(TrainerHooks, Trainer):
@@ -158,8 +164,7 @@ class TJEPATrainer(TrainerHooks, Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         # accelerate shards on GPUs only; on CPUs it would go on without a word, each process with the whole model
         state = self.args.distributed_state
-        wants_fsdp = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
-        if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        if wants_fsdp(self.args) and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = DistributedType.MULTI_GPU  # the device stays the CPU
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
@@ -291,7 +296,7 @@ class TJEPATrainer(TrainerHooks, Trainer):
     def _for_evaluation(self) -> Iterator[None]:
         collator, self.data_collator = self.data_collator, partial(in_first_epoch, self.data_collator)
         try:
-            with keeping_the_last_batch(self.args):
+            with dataloaders_for_evaluation(self.args):
                 yield
         finally:
             self.data_collator = collator

@@ -59,6 +59,15 @@ def test_predictions_of_classes_labelled_or_not(folder, tmp_path, monkeypatch, c
     ]
 
 
+def test_predictions_stay_with_their_rows_where_training_groups_by_length(folder, tmp_path, monkeypatch):
+    options = {"test_file": folder / "test.jsonl", "max_steps": 2}
+    run(monkeypatch, arguments(folder, tmp_path / "out", **options))
+    options |= {"model_name_or_path": tmp_path / "out", "do_train": False}
+    options["train_sampling_strategy"] = "group_by_length"
+    run(monkeypatch, arguments(folder, tmp_path / "grouped", **options))
+    assert read_predictions(tmp_path / "grouped") == read_predictions(tmp_path / "out")
+
+
 def test_predictions_of_several_labels_and_of_drawn_rows(folder, tmp_path, monkeypatch):
     options = {"test_file": folder / "test.jsonl", "label_column": "colours", "max_predict_samples": 7, "max_steps": 5}
     run(monkeypatch, arguments(folder, tmp_path / "out", **options))
@@ -259,7 +268,8 @@ def test_resumed_and_evaluated_from_a_checkpoint(folder, tmp_path, monkeypatch, 
     assert evaluated["test_loss"] == pytest.approx(resumed["test_loss"], abs=1e-6)
     # finished already: what is left is written again, and not trained
     (tmp_path / "out" / "model.safetensors").unlink()
-    run(monkeypatch, arguments(folder, tmp_path / "out", **options, max_steps=4, resume_from_checkpoint="last"))
+    same = arguments(folder, tmp_path / "out", **options, max_steps=4, resume_from_checkpoint="last")
+    assert run(monkeypatch, same)["train_loss"] == resumed["train_loss"]
     assert all(load_file(tmp_path / "out" / "model.safetensors")[name].equal(again[name]) for name in again)
 
     renamed = [{**row, "label": f"not {row['label']}"} for row in make_rows(40)]

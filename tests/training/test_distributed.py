@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer
 
+import finetuning_helpers
 from helpers import REPOSITORY, TINY, arguments, make_examples, make_trainer, run
 from tjepa.corpus.private import UnpaddedBatchSamplerShard, UnpaddedIterableDatasetShard
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
@@ -243,6 +244,21 @@ def test_number_of_processes(monkeypatch):
     check_number_of_processes(SimpleNamespace(world_size=2))
     with pytest.raises(ValueError, match="started 2 processes, but this one trains in a group of 1"):
         check_number_of_processes(SimpleNamespace(world_size=1))
+
+
+def test_two_processes_fine_tune_as_one(tmp_path, monkeypatch):
+    folder = finetuning_helpers.make_folder(tmp_path)
+    options = {"config_overrides": "hidden_dropout_prob=0.0", "test_file": folder / "test.jsonl", "max_steps": 6}
+    one = {**options, "per_device_train_batch_size": 8}
+    finetuning_helpers.run(monkeypatch, finetuning_helpers.arguments(folder, tmp_path / "one", **one))
+    two = finetuning_helpers.arguments(folder, tmp_path / "two", **options, per_device_train_batch_size=4)
+    accelerate_launch("cpu.yaml", ["-m", "tjepa.downstream.run_classification", *two], tmp_path)
+    predictions = [
+        [json.loads(line) for line in (tmp_path / name / "predict_results.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for line, other in zip(*predictions, strict=True):
+        assert other["probabilities"] == pytest.approx(line["probabilities"], abs=1e-4)
 
 
 # --- The ready-made configs ------------------------------------------------------------------------------------------

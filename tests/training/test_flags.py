@@ -4,6 +4,7 @@ no effect and a warning says so. For pretraining and for fine-tuning, in one pro
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from tjepa.downstream.finetuning import FinetuningTrainer
 from tjepa.layers_tjepa import TJEPALayer
 from tjepa.training.arguments import PretrainingArguments
 from tjepa.training.checkpoints import CheckpointCallback, find_last_checkpoint
-from tjepa.training.flags import FLAGS, to_markdown
+from tjepa.training.flags import FLAGS, check_what_processes_share, to_markdown
 from tjepa.training.setup import set_up_logging
 
 
@@ -385,6 +386,15 @@ def test_a_flag_without_effect_is_said_to_have_none(tmp_path, tokenizer, caplog,
 def test_float16_on_a_cpu(tmp_path, kind):
     with pytest.raises(ValueError, match="--fp16 is refused on a CPU"):
         make_arguments(kind, tmp_path, fp16=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", [{"auto_find_batch_size": True}, {"accelerator_config": {"even_batches": False}}])
+def test_nothing_that_one_of_several_processes_does_alone(kind, given, tmp_path):
+    args = make_arguments(kind, tmp_path, **given)
+    is_refused = kind == "finetuning" or "auto_find_batch_size" in given
+    with patch.object(type(args), "world_size", 2), pytest.raises(ValueError) if is_refused else nullcontext():
+        check_what_processes_share(args, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

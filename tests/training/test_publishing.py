@@ -187,11 +187,21 @@ def test_a_push_at_every_save_and_a_second_run(hub, inputs, tmp_path):
     commits = hub.repositories["model", "owner/name"].commits
     assert len(commits) == 4
     first_weights = load(hub.files("owner/name")["model.safetensors"])
+    before = tmp_path / "before"
+    (before / "2_Dense").mkdir(parents=True)
+    for name in ("modules.json", "2_Dense/model.safetensors", "notes.md"):  # the first two belong to the weights
+        (before / name).write_text("of before")
+    code = (
+        f"from huggingface_hub import HfApi; HfApi().upload_folder(repo_id='owner/name', folder_path={str(before)!r})"
+    )
+    assert run_process(["-c", code], hub, tmp_path / "home", TOKEN).returncode == 0
     add_data_and_tokenizer(hub, inputs)
     streamed = {"train_file": None, "dataset_name": "owner/data", "streaming": True, "max_eval_samples": 10}
     again = pretrain(hub, inputs, tmp_path / "again", TOKEN, seed=7, hub_strategy="end", **streamed)
     assert again.returncode == 0, again.stderr
-    assert messages(hub)[4:] == ["End of training"] and len(commits) == 5
+    assert messages(hub)[-1] == "End of training" and len(commits) == 4 + 1 + 1
+    files = hub.files("owner/name")
+    assert not {"modules.json", "2_Dense/model.safetensors"} & files.keys() and files["notes.md"] == b"of before"
     second_weights = load(hub.files("owner/name")["model.safetensors"])
     assert first_weights.keys() == second_weights.keys()
     assert not first_weights["predictor.mask_token"].equal(second_weights["predictor.mask_token"])
@@ -207,6 +217,7 @@ def test_checkpoints_go_to_the_hub_only_when_asked_for(hub, inputs, tmp_path):
     assert {path for path in files if not path.startswith("last-checkpoint/")} == PUBLISHED
     assert checkpoint == {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
     assert {"optimizer.pt", "trainer_state.json"} <= checkpoint
+    assert b'from_pretrained("owner/name", revision="wip", trust_remote_code=True)' in files["README.md"]
     assert not [path for path, content in files.items() if TOKEN.encode() in content]
 
 

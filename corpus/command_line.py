@@ -206,6 +206,11 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(USER_ERROR)
 
 
+def first_line(error: BaseException) -> str:
+    """What of another library's error stands in a message of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _take_debug(arguments: list[str]) -> bool:
     """Whether `--debug` is among the arguments without a value; it is then taken out."""
     for index, argument in enumerate(arguments):

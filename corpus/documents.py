@@ -30,7 +30,7 @@ from datasets.packaged_modules.text.text import Text
 from pyarrow import parquet
 from transformers.hf_argparser import HfArg
 
-from .command_line import CONFIGS
+from .command_line import CONFIGS, first_line
 from .faults import KEPT, find_fault
 from .files import EXTENSIONS, FAULT_COLUMN, can_be_read, find_paths, is_damage, load_files, load_paths, without_query
 from .paths import check_exists, hint_at_nearest, list_names
@@ -300,7 +300,7 @@ def _load_by_name(
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"--dataset_name {name}: there is no such folder (seen from {os.getcwd()}), and no dataset of that name "
-            f"could be loaded from the Hub ({next(iter(str(error).splitlines()), type(error).__name__)}). "
+            f"could be loaded from the Hub ({first_line(error)}). "
             f"{hint_at_nearest(name)}".rstrip()
         ) from error
     except ValueError as error:  # of several configurations none is named, or another one

@@ -53,17 +53,17 @@ def list_names(names: list[str]) -> str:
     return ", ".join(names[:NUM_NAMES_LISTED]) + (", ..." if len(names) > NUM_NAMES_LISTED else "")
 
 
-def find_newest_run(folder: str | Path = "runs") -> Path:
+def find_newest_run() -> Path:
     """
-    The run whose weights, `FOLDER/*/model.safetensors`, are the newest. Classifiers and exports are no runs.
+    The run whose weights, `runs/*/model.safetensors`, are the newest. Classifiers and exports are no runs.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    weights = [path for path in Path(folder).glob("*/model.safetensors") if (path.parent / RUN_FILE).is_file()]
+    weights = [path for path in Path("runs").glob("*/model.safetensors") if (path.parent / RUN_FILE).is_file()]
     if not weights:
         raise FileNotFoundError(
-            f"There is no run with a model under {folder}/ (seen from {os.getcwd()}). Train one with "
+            f"There is no run with a model under runs/ (seen from {os.getcwd()}). Train one with "
             "`tjepa pretrain`, or name another folder."
         )
     return max(weights, key=os.path.getmtime).parent

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
+from .command_line import first_line
 from .paths import check_exists, hint_at_nearest
 
 
@@ -70,13 +71,9 @@ def load_tokenizer(name: str, flag: str = "--tokenizer_name", **for_hub) -> PreT
         if flag == "--tokenizer_name":
             advice = "Pass a folder or a name on the Hub"
         raise ValueError(
-            f"{flag} {name}: no tokenizer could be loaded from there ({_first_line(error)}). {hint_at_nearest(name)} "
+            f"{flag} {name}: no tokenizer could be loaded from there ({first_line(error)}). {hint_at_nearest(name)} "
             f"{advice}; `tjepa tokenizer` makes one from your texts."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

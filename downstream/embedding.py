@@ -27,6 +27,7 @@ from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION
 from ..modeling_tjepa import TJEPAModel
 from ..training.loading import load_config
 from ..training.model_folder import find_sentence_modules
+from ..training.setup import default_device
 
 
 MAX_DEFAULT_LENGTH = 512  # tokens
@@ -120,7 +121,7 @@ def load_embedder(
             pooling, modules, longest = read_sentence_modules(folder)
             max_length = max_length or longest
         model = encoder_class(config).from_pretrained(name, dtype=dtype, **for_hub)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(default_device())
     model = model.base_model  # of a head or of pretraining the encoder
     if tokenizer is None:
         tokenizer = load_tokenizer(name, flag, **for_hub)

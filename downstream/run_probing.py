@@ -29,12 +29,12 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTrainin
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
-from ..corpus.command_line import start
+from ..corpus.command_line import first_line, start
 from ..corpus.faults import find_fault
 from ..corpus.files import CODECS, has_columns, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
 from ..training.loading import load_config
-from ..training.setup import hide_what_loading_says
+from ..training.setup import default_device, hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, encode_texts, reads_special_tokens
 from .labels import IGNORED, class_name, flatten, has_fractions, is_finite_number, read_labels
 from .mteb_tasks import load_mteb_tasks, run_mteb
@@ -437,7 +437,7 @@ def load_with_token_head(
     try:
         model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **args.for_hub())
     except ValueError as error:  # an architecture without one
-        return None, f"{auto_class.__name__} cannot load it ({str(error).splitlines()[0][:200]})"
+        return None, f"{auto_class.__name__} cannot load it ({first_line(error)[:200]})"
     if info["missing_keys"]:
         return None, f"it has no token head: {', '.join(sorted(info['missing_keys'])[:3])} are not in its weights"
     lack = why_it_cannot_score(model, tokenizer)
@@ -456,7 +456,7 @@ def probe_encoder(
     The figures of all tasks, and the quality of the same embeddings (`"quality/{measure}"`). Minimal pairs are judged
     with `with_head`, and left out without it.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     results, features_of_texts = {}, []
     for task in tasks:
         judged = with_head if task.kind == MINIMAL_PAIRS else model

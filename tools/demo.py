@@ -37,8 +37,8 @@ from ..training.model_folder import STRATEGIES_FILE, pretraining_folder
 from ..training.publishing import published_files
 from ..training.setup import hide_what_loading_says
 from .fill import Gapped, guess_tokens, load_for_filling, tokens_around
-from .lookup import Lookup, owners_of_tokens, split_into_words
-from .report import group_pieces, split_into_tokens, token_kinds
+from .lookup import Lookup, owners_of_tokens, split_into_tokens, split_into_words
+from .report import group_pieces, token_kinds
 from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
 
 

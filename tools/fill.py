@@ -20,7 +20,7 @@ from ..corpus.tokenizers import load_tokenizer, longest_input, special_tokens_ar
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.loading import load_config
 from ..training.model_folder import pretraining_folder
-from ..training.setup import hide_what_loading_says
+from ..training.setup import default_device, hide_what_loading_says
 
 
 GAP = re.compile(r"\[(\d+)\]")
@@ -62,7 +62,7 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
     model, info = TJEPAForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if any(key.startswith("predictor.") for key in info["missing_keys"]):
         raise ValueError(f"{flag} {name} is the folder of an encoder without its predictor: name that of the run.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to(default_device()).eval(), tokenizer
 
 
 def tokens_around(model: TJEPAForPreTraining, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -20,7 +20,6 @@ from ..downstream.embedding import pack_into_row
 from ..encoders_tjepa import make_labels
 from ..modeling_tjepa import TJEPAForPreTraining
 from .fill import tokens_around
-from .report import split_into_tokens
 
 
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")
@@ -35,6 +34,19 @@ def split_into_words(text: str) -> list[tuple[str, bool]]:
         pieces += [(text[end : match.start()], False), (match.group(), True)]
         end = match.end()
     return [piece for piece in [*pieces, (text[end:], False)] if piece[0]]
+
+
+def split_into_tokens(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[tuple[int, str]]:
+    """Ids of the first tokens, and for each what it stands for in the text, white space before it included."""
+    settings = {"add_special_tokens": False, "truncation": True, "max_length": max_length}
+    encoding = tokenizer(text, **settings, return_offsets_mapping=tokenizer.is_fast)
+    if not tokenizer.is_fast:
+        return [(token, tokenizer.decode([token])) for token in encoding["input_ids"]]
+    tokens, end = [], 0
+    for token, (_, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        tokens.append((token, text[end:stop]))
+        end = max(end, stop)
+    return tokens
 
 
 def owners_of_tokens(tokens: list[str], words: list[tuple[str, bool]]) -> list[int]:

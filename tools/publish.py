@@ -26,6 +26,7 @@ from ..corpus.tokenizers import ensure_pad_token, load_tokenizer
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.checkpoints import is_marked, list_checkpoints
 from ..training.loading import load_config
+from ..training.model_card import UNNAMED
 from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
 from ..training.publishing import WEIGHTS, check_repo_id, explaining_refusal, full_name, published_files
 from ..training.record import read_run
@@ -42,7 +43,6 @@ from .export_sentence_transformer import (
 
 ONNX_FILES = [ONNX_FILE, f"{ONNX_FILE}.data"]  # the second one of a model over 2 GB, which ONNX needs
 BRANCH = "checkpoints"
-UNNAMED = "PATH_OR_REPO_ID"  # what a card says where a run had no name on the Hub
 
 SENTENCES_NOTE = """
 With sentence-transformers, which makes a vector of a text:

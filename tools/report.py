@@ -38,9 +38,10 @@ from ..training.checkpoints import list_checkpoints
 from ..training.loading import load_pretraining_config, load_pretraining_model
 from ..training.model_folder import PRETRAINING_FOLDER
 from ..training.record import Run, fingerprint, read_run, suppressing_errors
-from ..training.setup import hide_what_loading_says
+from ..training.setup import default_device, hide_what_loading_says
 from . import pictures
 from .health import add_folder_argument, diagnose, summarise
+from .lookup import split_into_tokens
 
 
 REPORT_FILE, PICTURES_FOLDER = "report.html", "pictures"
@@ -245,7 +246,7 @@ def embed_with_both(run: Run, place: Path | None) -> tuple[dict[str, np.ndarray]
     for name, load in zip(names, (trained_encoder, untrained_encoder), strict=True):
         try:
             tokenizer = load_tokenizer(str(place), "folder")
-            encoder = load(run, place, tokenizer).to(torch.accelerator.current_accelerator() or "cpu")
+            encoder = load(run, place, tokenizer).to(default_device())
             length = min(run.max_length or MAX_TOKENS, MAX_TOKENS)
             vectors[name] = embed_texts(encoder, tokenizer, run.texts, length).double().numpy()
         except Exception as error:  # a panel is missing, not the page
@@ -340,7 +341,7 @@ def describe_hidden(run: Run, place: Path | None) -> dict[str, Any]:
         return {"why": "The folder holds no tokenizer yet: the run ended before its first checkpoint."}
     tokenizer = load_tokenizer(str(place), "folder")
     reader = text_reader(tokenizer)
-    texts = [split_into_tokens(text, reader) for text in run.texts[:20]]
+    texts = [split_into_tokens(text, reader, SHOWN_TOKENS) for text in run.texts[:20]]
     tokens = next((tokens for tokens in texts if len(tokens) >= SHOWN_TOKENS // 2), max(texts, key=len))
     if len(tokens) < 2:
         return {"why": "None of the texts has two tokens."}
@@ -373,21 +374,6 @@ def group_pieces(kinds: Sequence[str], pieces: Sequence[str]) -> list[tuple[str,
     """Kinds, and the pieces of neighbours of one kind together."""
     runs = groupby(zip(kinds, pieces, strict=True), key=itemgetter(0))
     return [(kind, "".join(piece for _, piece in run)) for kind, run in runs]
-
-
-def split_into_tokens(
-    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int = SHOWN_TOKENS
-) -> list[tuple[int, str]]:
-    """Ids of the first tokens, and for each what it stands for in the text, white space before it included."""
-    settings = {"add_special_tokens": False, "truncation": True, "max_length": max_length}
-    encoding = tokenizer(text, **settings, return_offsets_mapping=tokenizer.is_fast)
-    if not tokenizer.is_fast:
-        return [(token, tokenizer.decode([token])) for token in encoding["input_ids"]]
-    tokens, end = [], 0
-    for token, (_, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        tokens.append((token, text[end:stop]))
-        end = max(end, stop)
-    return tokens
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

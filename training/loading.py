@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_tjepa import ENCODER_SIZES, TJEPAConfig
+from ..corpus.command_line import first_line
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
 from ..corpus.private import get_attention, set_attention
 from ..corpus.tokenizers import count_positions, load_tokenizer, same_ids, special_tokens_around, vocabulary_size
@@ -121,9 +122,8 @@ def load_config(
             raise ValueError(
                 f"{flag} {name}: the model has code of its own; pass --trust_remote_code if you trust its source."
             ) from error
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ValueError(
-            f"{flag} {name}: no model could be found there ({reason}). {hint_at_nearest(name)}".strip()
+            f"{flag} {name}: no model could be found there ({first_line(error)}). {hint_at_nearest(name)}".strip()
         ) from error
     return apply_overrides(config, parse_config_overrides(overrides))
 

@@ -22,6 +22,7 @@ from .model_folder import name_of_exported
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+UNNAMED = "PATH_OR_REPO_ID"  # of a run without a name on the Hub
 SPEED_FIGURES = ("_runtime", "_samples_per_second", "_steps_per_second", "_preparation_time")
 
 
@@ -53,7 +54,7 @@ def write_card(
         sections: What else the template shows: `summary`, `auto_class`, `loaded`, `before_after`, `rows`,
             `strategies`, `health`, `pictures`.
     """
-    repo_id = args.hub_model_id or "PATH_OR_REPO_ID"
+    repo_id = args.hub_model_id or UNNAMED
     name = Path(args.hub_model_id or Path(args.output_dir).resolve()).name
     figures = {metric: value for metric, value in figures.items() if not metric.endswith(SPEED_FIGURES)}
     card_data = ModelCardData(

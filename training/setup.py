@@ -65,6 +65,11 @@ def check_number_of_processes(args: TrainingArguments) -> None:
         logger.info(f"{args.world_size} processes")
 
 
+def default_device() -> torch.device:
+    """Where a command reads with a model."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def use_all_cores(args: TrainingArguments) -> None:
     """
     `accelerate launch` gives a CPU process one thread unless told otherwise; a single process may have them all. More

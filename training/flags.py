@@ -1,9 +1,7 @@
 """Every flag of transformers' `TrainingArguments`: whether it works here, is refused, or has nothing to act on.
 
 Notable: a flag of the installed version that is not in the table fails a test (tests/training/test_flags.py), and so
-does one that does not do what the table says. docs/flags.md is this table; it is written by
-
-    python -m tjepa.training.flags > docs/flags.md
+does one that does not do what the table says. docs/flags.md is this table; `python docs/write_flags.py` writes it.
 """
 
 import logging
@@ -244,46 +242,3 @@ def check_precision(args: TrainingArguments) -> None:
             "--bf16 will be many times slower than float32: this processor has no instructions for it (amx_bf16 or "
             "avx512_bf16). Leave it out."
         )
-
-
-PAGE = """# Flags of `TrainingArguments`
-
-The scripts take every flag of the Trainer. A flag that *works* does what transformers says; one that is
-*refused* is an error in one line, before anything is read; one that *does not apply* has nothing to act on,
-and a warning says so. The flags of this project are in the `--help` of each command.
-
-This page is written by `python -m tjepa.training.flags > docs/flags.md`, and a test holds it equal to the
-table that the scripts check.
-
-These work in pretraining and in fine-tuning, and there is nothing more to say of them: {plain}.
-
-| flag | pretraining | fine-tuning |
-| --- | --- | --- |
-{rows}
-"""
-
-
-def to_markdown() -> str:
-    """The table as a page."""
-    symbols = {"works": "works", "refused": "**refused**", "unused": "does not apply"}
-
-    def cell(rule: Rule) -> str:
-        text = symbols[rule.status]
-        if rule.refused_values:
-            text += ", but for " + ", ".join(f"`{value}`" for value in rule.refused_values)
-        return f"{text}: {rule.reason}" if rule.reason else text
-
-    rows = [
-        f"| `{name}` | {cell(rules.pretraining)} | {cell(rules.finetuning)} |"
-        for name, rules in FLAGS.items()
-        if rules != BOTH_WORK
-    ]
-    return PAGE.format(plain=", ".join(f"`{name}`" for name in WORKING.split()), rows="\n".join(rows))
-
-
-def main() -> None:
-    print(to_markdown(), end="")
-
-
-if __name__ == "__main__":
-    main()

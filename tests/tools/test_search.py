@@ -222,4 +222,4 @@ def test_any_query_gets_an_answer_that_fits(query, model, texts, monkeypatch, ca
     monkeypatch.setenv("COLUMNS", "60")
     run(monkeypatch, query, "--model", model, "--file", texts)
     answers = capsys.readouterr().out.splitlines()[-5:]
-    assert all(len(line) <= 60 for line in answers)
+    assert len(answers) == 5 and all(len(line) <= 60 for line in answers)

@@ -368,4 +368,4 @@ def test_lora(finished):
     model = peft.get_peft_model(encoder, peft.LoraConfig(r=4, target_modules=["query", "value"]))
     loss = model(input_ids=torch.arange(5, 15)[None])[0].square().mean()
     loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)

@@ -73,6 +73,9 @@ class TJEPAConfig(PreTrainedConfig):
             which no state depends on it.
         special_token_ids (`list[int]`, *optional*):
             Tokens that another encoder's tokenizer puts around a text; denoising leaves them as they are.
+        drawn_parameters (`list[str]`, *optional*):
+            Of another encoder those that its folder lacked and no state depends on, such as a pooler's. They stay
+            random, and are not saved with the encoder.
         vocab_size (`int`, defaults to 32000):
             Number of tokens in the vocabulary: the first dimension of the embedding matrix.
         hidden_size (`int`, defaults to 384):
@@ -184,6 +187,7 @@ class TJEPAConfig(PreTrainedConfig):
     encoder_input: Literal["auto", "packed", "padded"] = "auto"
     mask_token_id: int | None = None
     special_token_ids: list[int] | None = None
+    drawn_parameters: list[str] | None = None
     vocab_size: int = 32000
     hidden_size: int = 384
     num_hidden_layers: int = 8

@@ -371,7 +371,7 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
     name, was_training = type(encoder).__name__, encoder.training
     encoder.eval()
     views = MadeUpViews.draw(encoder, mask_token_id)
-    unused = find_unused_parameters(encoder, views, mask_token_id)
+    unused = find_unused_parameters(encoder)
     with torch.no_grad():
         expected = views.encode(encoder, mask_token_id)
         size = mean_size(expected)
@@ -406,12 +406,13 @@ def measure_encoder(encoder: PreTrainedModel, mask_token_id: int, encoder_input:
 
 
 @torch.enable_grad()
-def find_unused_parameters(encoder: PreTrainedModel, views: MadeUpViews, mask_token_id: int) -> tuple[str, ...]:
+def find_unused_parameters(encoder: PreTrainedModel) -> tuple[str, ...]:
     """Names of the parameters that the last hidden state does not depend on."""
+    views = MadeUpViews.draw(encoder, mask_token_id=0)
     required_grad = [parameter.requires_grad for parameter in encoder.parameters()]
     encoder.requires_grad_(True)
     names, parameters = zip(*encoder.named_parameters(), strict=True)
-    total = views.encode(encoder, mask_token_id).square().sum()
+    total = views.encode(encoder, views.other_token).square().sum()
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, requires_grad in zip(parameters, required_grad, strict=True):
         parameter.requires_grad_(requires_grad)

@@ -22,10 +22,10 @@ from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTr
 
 from ..corpus.private import get_attention
 from ..corpus.tokenizers import load_tokenizer, longest_input, text_reader
-from ..encoders_tjepa import encode, encoder_class, measure_packing
+from ..encoders_tjepa import encode, measure_packing
 from ..layers_tjepa import PACKED_ATTENTION, VARLEN_ATTENTION
 from ..modeling_tjepa import TJEPAModel
-from ..training.loading import load_config
+from ..training.loading import load_config, load_encoder
 from ..training.model_folder import find_sentence_modules
 from ..training.setup import default_device
 
@@ -120,8 +120,7 @@ def load_embedder(
         if folder is not None:
             pooling, modules, longest = read_sentence_modules(folder)
             max_length = max_length or longest
-        model = encoder_class(config).from_pretrained(name, dtype=dtype, **for_hub)
-        model.to(default_device())
+        model = load_encoder(config, name, dtype, flag, **for_hub).to(default_device())
     model = model.base_model  # of a head or of pretraining the encoder
     if tokenizer is None:
         tokenizer = load_tokenizer(name, flag, **for_hub)

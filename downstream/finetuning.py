@@ -30,7 +30,7 @@ from ..corpus.paths import RUN_FILE
 from ..corpus.tokenizers import ensure_pad_token, longest_input, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
 from ..training.checkpoints import find_checkpoint
-from ..training.loading import check_weights
+from ..training.loading import check_has_encoder, check_missing, check_weights
 from ..training.loading import load_config as load_any_config
 from ..training.loop import train
 from ..training.model_card import describe_source, write_card
@@ -306,6 +306,7 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
         ValueError: if the folder holds no model, or `--encoder context` does not apply to it.
     """
     config = load_any_config(args.model_name_or_path, args.config_overrides, **hub_arguments(args))
+    check_has_encoder(config, args.model_name_or_path)
     if args.encoder == "context" and config.model_type != "tjepa":
         raise ValueError(
             f"--encoder context is for T-JEPA pretraining folders; {args.model_name_or_path} is a {config.model_type} "
@@ -403,14 +404,21 @@ def load_model(
         **which,
         **hub_arguments(args),
     )
-    check_weights(model, info, (f"{model.base_model_prefix}.",), args.model_name_or_path, args.config_overrides)
+    name, base = args.model_name_or_path, f"{model.base_model_prefix}."
+    if any(".decoder." in weight for weight in info["missing_keys"]):
+        raise ValueError(
+            f"{type(model).__name__} reads with a decoder, which {name}, an encoder, has not got. `tjepa tag` and "
+            "`tjepa probe` read with the encoder alone."
+        )
+    check_weights(model, info, (base,), name, args.config_overrides)
+    check_missing(model.base_model, {weight.removeprefix(base) for weight in info["missing_keys"]}, name)
     if needs_head and (new := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})):
         raise ValueError(
             f"--do_train False evaluates a model as it is, but {args.model_name_or_path} has no head for these "
             f"labels: {', '.join(new)} would be drawn at random. Name the folder of a fine-tuned model as "
             "--model_name_or_path, or one of its checkpoints as --resume_from_checkpoint."
         )
-    num_embeddings, num_needed = model.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
+    num_embeddings, num_needed = len(model.get_input_embeddings().weight), vocabulary_size(tokenizer)
     if num_needed > num_embeddings:
         raise ValueError(
             f"The tokenizer has tokens up to the id {num_needed - 1}, the model {num_embeddings} embeddings: pass "

@@ -214,7 +214,8 @@ class EmbeddingLayer(torch.nn.Module):
         self.embedding = encoder.get_input_embeddings()
 
     def forward(self, input_ids: Tensor, **kwargs) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
+        states = self.embedding(input_ids)
+        return BaseModelOutput(last_hidden_state=states[0] if isinstance(states, tuple) else states)  # I-BERT's scale
 
 
 def probe_tasks(

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import evaluate
 import torch
 from datasets import Dataset
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
@@ -33,7 +33,8 @@ from ..corpus.command_line import first_line, start
 from ..corpus.faults import find_fault
 from ..corpus.files import CODECS, has_columns, load_table
 from ..corpus.tokenizers import HubArguments, load_tokenizer, text_reader
-from ..training.loading import load_config
+from ..encoders_tjepa import encoder_class
+from ..training.loading import load_config, load_encoder
 from ..training.setup import default_device, hide_what_loading_says
 from .embedding import MAX_DEFAULT_LENGTH, choose_max_length, encode_texts, reads_special_tokens
 from .labels import IGNORED, class_name, flatten, has_fractions, is_finite_number, read_labels
@@ -390,7 +391,7 @@ def probe_model(
     config = load_config(name, **args.for_hub())
     tokenizer = load_tokenizer(name, "--model_name_or_path", **args.for_hub())
     chosen = {"encoder": args.encoder} if config.model_type == "tjepa" else {}
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **chosen, **args.for_hub())
+    model = load_encoder(config, name, **chosen, **args.for_hub())
     adds_special_tokens = args.add_special_tokens
     if adds_special_tokens is None:
         adds_special_tokens = reads_special_tokens(config) and tokenizer.num_special_tokens_to_add() > 0
@@ -418,7 +419,8 @@ def probe_model(
     for seed in seeds:
         logger.info(f"{column} untrained, seed {seed}")
         torch.manual_seed(seed)
-        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+        options_of_code = {"trust_remote_code": args.trust_remote_code}
+        model = encoder_class(config).from_config(config, dtype=torch.float32, **options_of_code)
         if with_head is not None:
             torch.manual_seed(seed)
             with_head = type(with_head)(config)

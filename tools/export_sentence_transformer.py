@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import holds_something, replacing_folder
-from ..corpus.command_line import at_least_one, start
+from ..corpus.command_line import at_least_one, first_line, start
 from ..corpus.documents import SourceArguments, load_documents
 from ..corpus.files import load_files
 from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, longest_input, without_special_tokens
@@ -34,10 +34,8 @@ from ..downstream.before_after import held_out_texts
 from ..downstream.embedding import as_text_only, read_sentence_modules
 from ..downstream.whitening import fit_text_whitening
 from ..training.loading import load_config
+from ..training.model_folder import ONNX_FILES
 from ..training.record import earlier_results
-
-
-ONNX_FILE = "onnx/model.onnx"
 
 
 def check_onnx(way_out: str) -> None:
@@ -135,7 +133,7 @@ def export_sentence_transformer(
             weights = {"linear.weight": whitening.weight.contiguous(), "linear.bias": whitening.bias}
             save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
         if with_onnx:
-            export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), folder / ONNX_FILE, folder)
+            export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), folder / ONNX_FILES[0], folder)
 
 
 class SentenceGraph(torch.nn.Module):
@@ -164,6 +162,9 @@ def export_onnx(encoder: PreTrainedModel, path: Path, sentence_folder: Path | No
         path: the file to write.
         sentence_folder: where the modules of sentence-transformers lie that make a vector of the states (pooling,
             whitening, length 1). Default: the vector is the mean over the tokens.
+
+    Raises:
+        ValueError: if torch can make no graph of this encoder.
     """
     pooling, modules = "mean", []
     if sentence_folder is not None:
@@ -175,14 +176,19 @@ def export_onnx(encoder: PreTrainedModel, path: Path, sentence_folder: Path | No
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing, say
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it tells its progress
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            SentenceGraph(encoder, pooling, modules).eval(),
-            (tokens, torch.ones_like(tokens)),
-            dynamo=True,
-            dynamic_shapes=dict.fromkeys(names, {0: "batch", 1: "length"}),
-            input_names=list(names),
-            output_names=["last_hidden_state", "sentence_embedding"],
-        )
+        try:
+            program = torch.onnx.export(
+                SentenceGraph(encoder, pooling, modules).eval(),
+                (tokens, torch.ones_like(tokens)),
+                dynamo=True,
+                dynamic_shapes=dict.fromkeys(names, {0: "batch", 1: "length"}),
+                input_names=list(names),
+                output_names=["last_hidden_state", "sentence_embedding"],
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ValueError(
+                f"torch makes no ONNX graph of {type(encoder).__name__} ({first_line(error)}): leave the graph out."
+            ) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # the lines of code that it came from, with the paths of this machine
     path.parent.mkdir(parents=True, exist_ok=True)

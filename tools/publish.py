@@ -18,21 +18,20 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import files_in
 from ..corpus.command_line import start
 from ..corpus.tokenizers import ensure_pad_token, load_tokenizer
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..training.checkpoints import is_marked, list_checkpoints
-from ..training.loading import load_config
+from ..training.loading import load_config, load_encoder
 from ..training.model_card import UNNAMED
-from ..training.model_folder import PRETRAINING_FOLDER, STRATEGIES_FILE, sentence_files
+from ..training.model_folder import ONNX_FILES, PRETRAINING_FOLDER, STRATEGIES_FILE, save_encoder, sentence_files
 from ..training.publishing import WEIGHTS, check_repo_id, explaining_refusal, full_name, published_files
 from ..training.record import read_run
 from ..training.setup import hide_what_loading_says
 from .export_sentence_transformer import (
-    ONNX_FILE,
     add_whitening_flags,
     check_onnx,
     export_onnx,
@@ -41,7 +40,6 @@ from .export_sentence_transformer import (
 )
 
 
-ONNX_FILES = [ONNX_FILE, f"{ONNX_FILE}.data"]  # the second one of a model over 2 GB, which ONNX needs
 BRANCH = "checkpoints"
 
 SENTENCES_NOTE = """
@@ -68,7 +66,7 @@ The weights on the way are tags, for `from_pretrained(..., revision="{tag}")`: {
 def list_published(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
     """Path in the repository -> file, of what the whitelist names of a folder."""
     files = {path.relative_to(folder).as_posix(): path for path in files_in(folder)}
-    allowed = [*published_files(tokenizer, str(folder)), *sentence_files(folder), *ONNX_FILES]
+    allowed = [*published_files(tokenizer, str(folder)), *sentence_files(folder)]
     return {name: files[name] for name in filter_repo_objects(files, allow_patterns=allowed)}
 
 
@@ -105,7 +103,7 @@ def stage(
         notes.append(SENTENCES_NOTE)
     if with_onnx:
         modules = next((place for place in (staging, folder) if sentence_files(place)), None)
-        export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), staging / ONNX_FILES[0], modules)
+        export_onnx(load_encoder(config, str(folder), attn_implementation="eager"), staging / ONNX_FILES[0], modules)
         notes.append(ONNX_NOTE)
     if tags:
         notes.append(TAGS_NOTE)
@@ -117,7 +115,8 @@ def stage(
     facts = {"repo_id": repo_id, "width": config.hidden_size, "tag": (tags or [""])[0], "tags": ", ".join(tags)}
     card.text += "\n\n## Other ways in\n" + "".join(note.format(**facts) for note in notes)
     card.save(staging / "README.md")
-    return {**list_published(folder, tokenizer), **list_published(staging, tokenizer)}
+    graph = {name: staging / name for name in ONNX_FILES if (staging / name).is_file()}
+    return {**list_published(folder, tokenizer), **list_published(staging, tokenizer), **graph}
 
 
 def stage_checkpoint(checkpoint: Path, staging: Path, folder: Path) -> dict[str, Path]:
@@ -127,7 +126,7 @@ def stage_checkpoint(checkpoint: Path, staging: Path, folder: Path) -> dict[str,
     if load_config(str(checkpoint), flag="checkpoint").encoder is None:
         return files
     model = TJEPAForPreTraining.from_pretrained(checkpoint)
-    getattr(model, f"{read_run(folder).exported}_encoder").save_pretrained(staging)
+    save_encoder(model, read_run(folder).exported, staging)
     tokenizer.save_pretrained(staging)
     modules = {name: folder / name for name in sentence_files(folder)}
     inside = {f"{PRETRAINING_FOLDER}/{name}": path for name, path in files.items()}

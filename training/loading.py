@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..corpus.command_line import first_line
 from ..corpus.paths import NUM_NAMES_LISTED, check_exists, hint_at_nearest
 from ..corpus.private import get_attention, set_attention
 from ..corpus.tokenizers import count_positions, load_tokenizer, same_ids, special_tokens_around, vocabulary_size
-from ..encoders_tjepa import encoder_class
+from ..encoders_tjepa import encoder_class, find_unused_parameters
 from ..layers_tjepa import TJEPAModule
 from ..modeling_tjepa import TJEPAForPreTraining
 
@@ -302,19 +303,83 @@ def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPre
         )
         check_weights(model, info, ("context_encoder.", "target_encoder."), name)
         return model
-    encoder, info = encoder_class(config.encoder).from_pretrained(
-        name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **for_hub
-    )
-    check_weights(encoder, info, ("",), name)
+    encoder, drawn = load_whole_encoder(config.encoder, name, **for_hub)
     model = TJEPAForPreTraining.from_encoder(encoder, config)
     model.config.encoder.name_or_path = name
-    missing = set(info["missing_keys"]) - set(model.encoder_traits.unused_parameters)
-    if missing := sorted(missing & dict(encoder.named_parameters()).keys()):
+    if drawn:
+        model.config.drawn_parameters = drawn
+        logger.info(f"{name} has no {', '.join(drawn)}, which no state depends on: neither will this run's folder")
+    return model
+
+
+def load_encoder(
+    config: PreTrainedConfig,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    flag: str = "--model_name_or_path",
+    **options,
+) -> PreTrainedModel:
+    """
+    The trained encoder of a folder, to read texts with: of an encoder-decoder the encoder alone, of a pretraining
+    folder the target encoder.
+
+    Args:
+        config (`PreTrainedConfig`): what `load_config` returned of `name`.
+        flag (`str`): the argument that `name` was given for, for messages.
+        options: others of `from_pretrained`.
+
+    Raises:
+        ValueError: if there is no encoder to read with, or weights of it are missing or have other sizes.
+    """
+    check_has_encoder(config, name, flag)
+    return load_whole_encoder(config, name, dtype=dtype, **options)[0]
+
+
+def check_has_encoder(config: PreTrainedConfig, name: str, flag: str = "--model_name_or_path") -> None:
+    """
+    Raises:
+        ValueError: for a folder that only pretraining goes on from.
+    """
+    if config.model_type == TJEPAConfig.model_type and config.encoder is not None:
         raise ValueError(
-            f"{name} has no weights for {len(missing)} parameters of {type(encoder).__name__}, such as {missing[0]}: "
+            f"{flag} {name}: pretraining of a {config.encoder.model_type} model goes on from there. The encoder, as "
+            f"it was at the end of that run, is in the folder of the run: {Path(name).parent}."
+        )
+
+
+def load_whole_encoder(
+    config: PreTrainedConfig, name: str, dtype: torch.dtype = torch.float32, **options
+) -> tuple[PreTrainedModel, list[str]]:
+    """
+    An encoder, and the names of its parameters that its folder lacks and no state depends on, such as a pooler's.
+
+    Raises:
+        ValueError: if the folder lacks weights that the states depend on, or has them in other sizes.
+    """
+    encoder, info = encoder_class(config).from_pretrained(
+        name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    of_head = f"{encoder.base_model_prefix}."  # how they are named in the folder of an encoder with a head
+    unexpected = {weight.removeprefix(of_head) for weight in info["unexpected_keys"]}
+    check_weights(encoder, {**info, "unexpected_keys": unexpected}, ("",), name)
+    return encoder, check_missing(encoder, info["missing_keys"], name)
+
+
+def check_missing(encoder: PreTrainedModel, missing: Iterable[str], name: str) -> list[str]:
+    """
+    Of the weights that a folder lacks those that no state of the encoder depends on.
+
+    Raises:
+        ValueError: for any other.
+    """
+    missing = set(missing) & dict(encoder.named_parameters()).keys()
+    unused = set(find_unused_parameters(encoder)) if missing else set()
+    if needed := sorted(missing - unused):
+        raise ValueError(
+            f"{name} has no weights for {len(needed)} parameters of {type(encoder).__name__}, such as {needed[0]}: "
             "they would be random. Name a folder that holds the whole encoder."
         )
-    return model
+    return sorted(missing)
 
 
 def check_attention(config: TJEPAConfig, name: str) -> None:

@@ -6,6 +6,7 @@ there were some, and what pretraining goes on from is in `pretraining/`.
 """
 
 import json
+import logging
 import re
 import shutil
 from dataclasses import asdict
@@ -22,8 +23,11 @@ from .arguments import PretrainingArguments
 from .record import read_json
 
 
+logger = logging.getLogger(__name__)
+
 PRETRAINING_FOLDER = "pretraining"
 STRATEGIES_FILE = "masking_strategies.json"
+ONNX_FILES = ("onnx/model.onnx", "onnx/model.onnx.data")  # the second one of a model over 2 GB, which ONNX needs
 SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
@@ -49,7 +53,7 @@ def save_model_folder(
         content = json.dumps([asdict(strategy) for strategy in strategies], indent=2) + "\n"
         (folder / STRATEGIES_FILE).write_text(content, encoding="utf-8")
         if model.config.encoder is not None:
-            exported_encoder(model, args).save_pretrained(root)
+            save_encoder(model, name_of_exported(model.config, args), root)
             tokenizer.save_pretrained(root)
             for name in () if sentence_modules is None else sentence_files(sentence_modules):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +62,17 @@ def save_model_folder(
     output_dir = Path(args.output_dir)
     if model.config.encoder is None and is_of_other_encoder(output_dir / PRETRAINING_FOLDER):
         shutil.rmtree(output_dir / PRETRAINING_FOLDER, ignore_errors=True)
-    for name in sentence_files(output_dir) if sentence_modules is None else ():
+    left = [] if sentence_modules is not None else sentence_files(output_dir)
+    for name in [*left, *(name for name in ONNX_FILES if (output_dir / name).is_file())]:
         (output_dir / name).unlink()
+        logger.info(f"{output_dir / name} was made of other weights, and is gone")
+
+
+def save_encoder(model: TJEPAForPreTraining, which: str, folder: Path) -> None:
+    """One encoder of another architecture, `"target"` or `"context"`, with the parameters that it came with."""
+    encoder, drawn = getattr(model, f"{which}_encoder"), model.config.drawn_parameters or ()
+    state_dict = {name: tensor for name, tensor in encoder.state_dict().items() if name not in drawn}
+    encoder.save_pretrained(folder, state_dict=state_dict)
 
 
 def pretraining_folder(name: str) -> str:
@@ -102,7 +115,7 @@ def find_sentence_modules(name: str, revision: str, cache_dir: str | None, token
         folder = Path(
             snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=patterns)
         )
-    elif folder.name == PRETRAINING_FOLDER:
+    elif is_of_other_encoder(folder):  # what its pretraining goes on from, or a checkpoint
         folder = folder.parent
     return folder if sentence_files(folder) else None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -186,7 +187,10 @@ def test_nothing_of_older_weights_stays(hub, finished, tmp_path, monkeypatch, ca
     api = publish.HfApi(token=TOKEN)
     api.create_repo("owner/tiny")
     api.upload_folder(repo_id="owner/tiny", folder_path=tmp_path)
+    (finished / "onnx").mkdir()
+    (finished / "onnx" / "model.onnx").write_text("of another run")
     start(monkeypatch, capsys, finished, "--token", TOKEN, "--no_onnx", "--no_whitening")
+    shutil.rmtree(finished / "onnx")
     files = hub.files("owner/tiny")
     assert not {"onnx/model.onnx", "2_Dense/model.safetensors"} & files.keys() and files["notes.md"] == b"of before"
 

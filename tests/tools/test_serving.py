@@ -17,7 +17,8 @@ import tjepa
 from helpers import REPOSITORY, arguments, make_texts, run
 from tjepa.layers_tjepa import TJEPAAttention
 from tjepa.tools import export_sentence_transformer
-from tjepa.tools.export_sentence_transformer import ONNX_FILE, export_onnx
+from tjepa.tools.export_sentence_transformer import export_onnx
+from tjepa.training.model_folder import ONNX_FILES
 
 
 TEXTS = ["the fox", "night falls on a red hen", "before the fox runs home"]
@@ -71,7 +72,7 @@ def test_text_embeddings_inference_takes_our_architecture_as_a_graph(ours):
 
     config = read(ours, "config.json")
     assert isinstance(config["hidden_size"], int) and isinstance(config["num_hidden_layers"], int)
-    session = InferenceSession(ours / ONNX_FILE)
+    session = InferenceSession(ours / ONNX_FILES[0])
     assert {node.name for node in session.get_inputs()} == {"input_ids", "attention_mask"}
     assert "sentence_embedding" in {node.name for node in session.get_outputs()}
     check_graph(ours, session)

@@ -10,8 +10,9 @@ import torch
 from encoder_folders import make_folder, make_tokenizer
 from safetensors.torch import load_file
 from test_distributed import SCRIPT, accelerate_launch, assert_same_run
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+import tjepa
 from encoder_families import make_encoder
 from helpers import arguments, run, run_elsewhere
 from tjepa import TJEPAConfig, TJEPAForPreTraining
@@ -225,6 +226,33 @@ def test_weights_that_are_not_the_configurations_are_refused(
     (folder / "config.json").write_text(json.dumps(config | settings))
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, options(inputs, tmp_path / "out", folder))
+
+
+def test_a_pooler_that_the_folder_lacks_is_not_saved_and_modules_come_from_a_checkpoint(
+    inputs, bert, tmp_path, monkeypatch
+):
+    start, out = shutil.copytree(bert, tmp_path / "start"), tmp_path / "out"
+    AutoModelForMaskedLM.from_pretrained(bert).save_pretrained(start)
+    steps = {"max_steps": 2, "save_steps": 1}
+    run(monkeypatch, options(inputs, out, start, **steps))
+    shutil.rmtree(out / "checkpoint-2")
+    run(monkeypatch, options(inputs, out, start, **steps, resume_from_checkpoint="last"))
+    (out / "onnx").mkdir()
+    (out / "onnx" / "model.onnx").write_text("of these weights")
+    again = tmp_path / "again"
+    run(monkeypatch, options(inputs, again, out / "checkpoint-1", max_steps=1))
+    run(monkeypatch, options(inputs, out, out / "pretraining", max_steps=1, overwrite_output_dir=True))
+    for folder in (out, again):
+        info = AutoModel.from_pretrained(folder, output_loading_info=True)[1]
+        assert set(info["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+        assert sentence_files(folder) == sentence_files(bert)
+    assert not (out / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["pretraining", "checkpoint-5"])
+def test_what_pretraining_goes_on_from_is_not_read_with(name, finished):
+    with pytest.raises(ValueError, match=f"{name}: pretraining of a bert model goes on from there.*: {finished}"):
+        tjepa.embed(finished / name, ["the fox"])
 
 
 def test_without_a_mask_token_another_stands_in(inputs, tmp_path, monkeypatch, caplog):

@@ -1,0 +1,71 @@
+"""A folder that lacks weights of its encoder is refused by all that reads with it: vectors of random layers look like
+any others."""
+
+import json
+import shutil
+
+import pytest
+from encoder_folders import make_folder
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, T5EncoderModel
+
+import tjepa
+from finetuning_helpers import arguments, run
+from tjepa.downstream.probe import EmbeddingLayer
+from tjepa.training.loading import load_config, load_encoder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("encoders") / "bert")
+
+
+DAMAGES = {
+    "other names": (lambda name: f"module.{name}", {}, "has no weights for 53 parameters of BertModel"),
+    "no positions": (
+        lambda name: name.replace("position_emb", "x"),
+        {},
+        "for 1 parameters .*position_emb",
+    ),
+    "a layer less": (str, {"num_hidden_layers": 4}, "encoder.layer.3.* is not there"),
+    "a layer more": (str, {"num_hidden_layers": 1}, "encoder.layer.1.* is a layer too many"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("has_head", [False, True])
+def test_weights_that_are_missing_are_refused(damage, has_head, bert, folder, tmp_path, monkeypatch):
+    rename, settings, message = DAMAGES[damage]
+    shutil.copytree(bert, tmp_path / "bert")
+    if has_head:
+        AutoModelForSequenceClassification.from_pretrained(bert).save_pretrained(tmp_path / "bert")
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
+    weights = {rename(name): tensor for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "bert" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(ValueError, match=message):
+        tjepa.embed(tmp_path / "bert", ["the fox"])
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, arguments(folder, tmp_path / "out", model_name_or_path=tmp_path / "bert", max_steps=1))
+
+
+def test_a_pooler_may_be_missing(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "bert")
+    encoder = AutoModel.from_pretrained(bert, add_pooling_layer=False)
+    encoder.save_pretrained(tmp_path / "bert")
+    assert tjepa.embed(tmp_path / "bert", ["the fox"]).equal(tjepa.embed(bert, ["the fox"]))
+
+
+def test_of_t5_the_encoder_alone_is_read_with(folder, tmp_path, monkeypatch):
+    t5 = make_folder(tmp_path / "t5", "t5")
+    encoder = load_encoder(load_config(str(t5)), str(t5))
+    assert isinstance(encoder, T5EncoderModel) and tjepa.embed(t5, ["the fox"]).shape == (1, 32)
+    with pytest.raises(ValueError, match="T5ForSequenceClassification reads with a decoder, which .*t5, an"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", model_name_or_path=t5, max_steps=1))
+
+
+def test_an_embedding_may_give_its_scale_too(tmp_path):
+    ibert = load_encoder(load_config(str(folder := make_folder(tmp_path / "ibert", "ibert"))), str(folder))
+    ids = ibert.dummy_inputs["input_ids"] % 40
+    assert EmbeddingLayer(ibert)(ids).last_hidden_state.shape == (*ids.shape, 32)

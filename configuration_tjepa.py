@@ -151,7 +151,7 @@ class TJEPAConfig(PreTrainedConfig):
             Weight of telling hidden segments of a document by its visible ones (`segment_length` of the collator). A
             predictor of `segment_predictor_num_hidden_layers` blocks sees the mean states of the visible segments and
             the places of the hidden ones, and its output is compared with the target encoder's mean states of all
-            segments of the batch, those of the same document among them (InfoNCE).
+            segments of the batch, less what these have in common, those of the same document among them (InfoNCE).
         segment_predictor_num_hidden_layers (`int`, defaults to 2):
             See `segment_weight`.
         contrastive_temperature (`float`, defaults to 0.05):
@@ -175,9 +175,9 @@ class TJEPAConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassError: (of huggingface_hub) for sizes that do not fit each other, numbers below zero or not
-            finite, probabilities outside [0, 1), token ids outside the vocabulary, more target layers than there are,
-            a base or a beta that is not positive, and an unknown activation, predictor, pooling, loss or
-            normalisation.
+            finite, probabilities outside [0, 1), mask and special tokens outside the vocabulary, more target layers
+            than there are, a base or a beta that is not positive, and an unknown activation, predictor, pooling, loss
+            or normalisation.
     """
 
     model_type = "tjepa"
@@ -249,10 +249,10 @@ class TJEPAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses impossible values; called by `@strict` when a config is made and when it is saved."""
-        # another encoder has checked its own sizes
-        prefixes = ("", "predictor_") if self.encoder is None else ("predictor_",)
-        no_heads = self.predictor_type in ("boundary", "in_place")
-        for prefix in prefixes if self.encoder is None or not no_heads else ():
+        has_heads = {"": self.encoder is None, "predictor_": self.predictor_type not in ("boundary", "in_place")}
+        for prefix in (
+            prefix for prefix, counts in has_heads.items() if counts
+        ):  # another encoder has checked its own
             hidden_size = getattr(self, f"{prefix}hidden_size")
             num_heads = getattr(self, f"{prefix}num_attention_heads")
             rotary_dim = getattr(self, f"{prefix}rotary_dim")
@@ -272,7 +272,7 @@ class TJEPAConfig(PreTrainedConfig):
                 )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
-        for name in ("vocab_size", "max_position_embeddings"):
+        for name in ("vocab_size", "max_position_embeddings", "predictor_intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         num_tokens = getattr(self.encoder or self, "vocab_size", None)  # some encoders have it under another name
@@ -301,12 +301,12 @@ class TJEPAConfig(PreTrainedConfig):
                 f"target_layers must be between 1 and num_hidden_layers ({self.num_hidden_layers}), got "
                 f"{self.target_layers}."
             )
-        if self.segment_predictor_num_hidden_layers < 1 or not self.contrastive_temperature > 0.0:
+        if self.segment_predictor_num_hidden_layers < 1 or not 0.0 < self.contrastive_temperature < math.inf:
             raise ValueError(
                 "segment_predictor_num_hidden_layers must be at least 1 and contrastive_temperature positive, got "
                 f"{self.segment_predictor_num_hidden_layers} and {self.contrastive_temperature}."
             )
-        if not self.smooth_l1_beta > 0.0:
+        if not 0.0 < self.smooth_l1_beta < math.inf:
             raise ValueError(f"smooth_l1_beta must be positive, got {self.smooth_l1_beta}; for 0 set loss_type='l1'.")
 
     @classmethod

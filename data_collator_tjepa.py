@@ -458,8 +458,8 @@ def pack_batch(
     document_order = np.argsort(-lengths, kind="stable")
     document_starts, document_shape = pack_rows(lengths, row_length, document_order)
     context_starts, context_shape = pack_rows(num_contexts, row_length, view_order)
-    prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, row_length, view_order)
-
+    entry_row_length = None if in_place else row_length  # a stream that nobody reads in place
+    prediction_starts, prediction_shape = pack_rows(num_contexts + num_slots, entry_row_length, view_order)
     view_groups = SimpleNamespace(  # plain integers, in what nobody moves to a device
         documents=group_equal_shapes(document_starts, lengths, 0 * lengths, document_shape),
         contexts=group_equal_shapes(context_starts, num_contexts, 0 * num_contexts, context_shape),

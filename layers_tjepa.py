@@ -306,7 +306,8 @@ def packed_attention_mask(
             f"{config._attn_implementation} cannot keep target blocks apart, so the predictor needs another backend: "
             "load the model with it and it chooses one, or set flex_attention or sdpa for the whole model."
         )
-    if config._attn_implementation in ("sdpa", VARLEN_ATTENTION):
+    is_empty = query_indices is not None and len(query_indices) == 0  # of which no mask can be made
+    if is_empty or config._attn_implementation in ("sdpa", VARLEN_ATTENTION):
         if groups is not None:
             return PackedViews.from_groups(groups, block_ids)
         return PackedViews.from_ids(view_ids, block_ids)

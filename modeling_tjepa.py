@@ -196,8 +196,8 @@ class TJEPAModel(TJEPAPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `[batch, length, hidden_size]`, *optional*):
                 Embeddings in place of `input_ids`.
             view_ids (`torch.LongTensor` of shape `[batch, length]`, *optional*):
-                For packed rows: which sequence each token belongs to; tokens attend within their sequence. Ids differ
-                between neighbouring sequences, also across rows; negative ids are padding.
+                For packed rows: which sequence each token belongs to; tokens attend within their sequence. An id is
+                that of one sequence, whose tokens are neighbours in one row; negative ids are padding.
             groups (`list[tuple[int, int, int]]`, *optional*):
                 What `view_ids` say, for the host: of neighbouring sequences of equal length their number, that length
                 and 0; padding is sequences, too. Without it some backends wait for the device to find it.

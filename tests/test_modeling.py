@@ -343,9 +343,11 @@ def test_no_batch_tensor_grows_with_the_square_of_a_length():
     assert np.diff(np.log2(sizes)) == pytest.approx(1.0, abs=0.05)  # twice the length, twice the size
 
 
-@pytest.mark.parametrize("row_length", [None, 64])
-def test_empty_batch(make_model, row_length):
-    model = make_model(variance_covariance_weight=1.0, token_prediction_weight=1.0, pooled_weight=1.0)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("row_length", "predictor"), [(None, "self_attention"), (64, "cross_attention")])
+def test_empty_batch(make_model, row_length, predictor, attention):
+    model = make_model(predictor_type=predictor, variance_covariance_weight=1.0, pooled_weight=1.0)
+    model.set_attn_implementation(attention)
     collator = DataCollatorForTJEPA(row_length=row_length)
     collator.fit_to(model.config)
     batch = collator(make_examples([1, 0]))

@@ -31,7 +31,7 @@ def close(actual, expected, atol=1e-5):
 # --- Mask tokens in place --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row_length", [None, 96])
+@pytest.mark.parametrize("row_length", [None, max(LENGTHS), 96])
 @torch.no_grad()
 def test_in_place_is_masked_language_modelling_with_labels(make_model, row_length):
     model = make_model(**IN_PLACE).eval()

@@ -40,7 +40,7 @@ class EMACallback(TrainerCallback):
         anneal_ratio (`float`, defaults to 1.0): share of T after which the momentum is m_1, in (0, 1].
 
     Raises:
-        ValueError: for a momentum outside [0, 1], a ratio outside (0, 1] and an unknown schedule.
+        ValueError: for a momentum outside [0, 1], a ratio outside (0, 1], a stretch of 0 or less, an unknown schedule.
     """
 
     momentum: float = 0.996
@@ -57,6 +57,8 @@ class EMACallback(TrainerCallback):
         if self.schedule not in EMA_SCHEDULES:
             allowed = ", ".join(EMA_SCHEDULES)
             raise ValueError(f"EMACallback: schedule must be one of {allowed}, got {self.schedule!r}.")
+        if not self.schedule_stretch > 0.0:
+            raise ValueError(f"EMACallback: schedule_stretch must be positive, got {self.schedule_stretch}.")
         if not 0.0 < self.anneal_ratio <= 1.0:
             raise ValueError(f"EMACallback: anneal_ratio must be in (0, 1], got {self.anneal_ratio}.")
 

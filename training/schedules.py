@@ -177,7 +177,7 @@ class WeightDecayCallback(TrainerCallback):
     Weight decay of matrices from `weight_decay` to `final_weight_decay` along a cosine over
     `schedule_stretch * max_steps` optimizer steps; groups of biases, norms and other 1-D parameters keep none.
 
-    Works in any Trainer whose optimizer has a group for each of the two, as the Trainer makes them.
+    Works in any Trainer whose optimizer has a group for each of the two, as `TJEPATrainer` makes them.
     """
 
     weight_decay: float = 0.04

@@ -155,6 +155,8 @@ def test_target_encoder_is_updated_in_float32_under_bfloat16(tmp_path, make_mode
 def test_momentum_out_of_range():
     with pytest.raises(ValueError, match=r"final_momentum must be in \[0, 1\], got 1.1"):
         EMACallback(0.9, 1.1)
+    with pytest.raises(ValueError, match="schedule_stretch must be positive, got 0"):
+        EMACallback(schedule_stretch=0)
 
 
 # --- Resume and evaluation -------------------------------------------------------------------------------------------

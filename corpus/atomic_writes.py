@@ -24,14 +24,17 @@ def flush(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raises a `PermissionError` or `FileExistsError`, before the work, if `--output_dir` cannot be written."""
+def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Raises a `PermissionError` or `FileExistsError`, before the work, if a folder cannot be written."""
     path = Path(folder).absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir():
-        raise FileExistsError(f"--output_dir {folder}: {existing} is a file: name a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"--output_dir {folder} cannot be written: {existing} is not yours to write in.")
+        raise FileExistsError(f"{flag} {folder}: {existing} is a file: name a folder.".strip())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # the permissions do not say it: of root, or of a full disk
+    except OSError as error:
+        reason = f"nothing can be made in {existing} ({error.strerror})"
+        raise PermissionError(f"{flag} {folder} cannot be written: {reason}.".strip()) from error
 
 
 def holds_something(path: Path) -> bool:
@@ -58,6 +61,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     one or the new one, never half of one. Files of other names stay.
     """
     folder = Path(folder)
+    check_writable(folder, flag="")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{UNFINISHED}*"):
         _clear_if_left_over(leftover, SECONDS_TO_WRITE)
@@ -84,6 +88,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).resolve()  # of a link what it points to is replaced
     if folder.is_mount():
         raise OSError(f"{folder} is a mount point, which cannot be replaced: name a folder in it.")
+    check_writable(folder.parent, flag="")
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}{UNFINISHED}"
     for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):

@@ -8,6 +8,7 @@ folder says what it was made with, and training on it follows that.
 """
 
 import os
+import shlex
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,9 +33,6 @@ class PreparationArguments(HubArguments, DataArguments):
 
     output_dir: str = HfArg(help="The folder to write: train, validation and the tokenizer.")
     tokenizer_name: str = HfArg(help="A tokenizer on the Hub or in a local folder.")
-    min_tokens: int | None = HfArg(
-        default=64, help="Documents of fewer tokens are dropped, and the last piece of a split document likewise."
-    )
     deduplicate: bool = HfArg(
         default=False,
         help="Drop documents whose text, apart from whitespace around it, came before, or the part of it that "
@@ -117,7 +115,7 @@ def main():
     (args,) = parse_arguments(PreparationArguments, description=__doc__)
     for name, counts in prepare_dataset(args).items():
         print(f"\n{name}\n{counts}")
-    print(f"\nWritten to {args.output_dir}; train on it with --dataset_name {args.output_dir}")
+    print(f"\nWritten to {args.output_dir}; train on it with --dataset_name {shlex.quote(args.output_dir)}")
 
 
 if __name__ == "__main__":

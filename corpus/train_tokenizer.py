@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from datasets.utils import tqdm
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
@@ -32,6 +32,8 @@ from .tokenization import check_columns
 # takes the space before it, as RoBERTa's does: the word that stood there has that space in its own first token.
 MASK = AddedToken("<mask>", lstrip=True, special=True, normalized=False)
 SPECIAL_TOKENS = {"pad_token": "<pad>", "mask_token": MASK, "bos_token": "<s>", "eos_token": "</s>"}
+
+LONGEST_WORD = 1000  # bytes that are trained on in one piece
 
 # what tokenizers of other kinds or older versions have beside tokenizer.json and tokenizer_config.json
 FILES_OF_OTHERS = ("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
@@ -88,11 +90,15 @@ def train_tokenizer(
         raise ValueError(f"There is no text to train the tokenizer on: {why}")
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # a word takes time that grows with the square of its length: of DNA, say, or of text without spaces
+    in_pieces = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, in_pieces])
     tokenizer.decoder = decoders.ByteLevel()
     special = {"special_tokens": list(SPECIAL_TOKENS.values()), "initial_alphabet": alphabet}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **special)  # the bar above is enough
     tokenizer.train_from_iterator(chain([first_text], usable_texts), trainer)
+    tokenizer.pre_tokenizer = byte_level
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=model_max_length,

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..corpus.faults import DROP_REASONS, EMPTY, find_fault
 from ..corpus.private import get_attention
 from ..corpus.tokenizers import load_tokenizer, longest_input, text_reader
 from ..encoders_tjepa import encode, measure_packing
@@ -62,10 +63,19 @@ def embed(
     Raises:
         FileNotFoundError: if the model is a path that is not there.
         ValueError: for a folder without model or tokenizer, or with a module that is not computed here; for an empty
-            text, and for a string in place of several.
+            text, or what is none, and for a string in place of several.
     """
     if isinstance(texts, str):
         raise ValueError("embed takes a list of texts, got one string: each of its characters would be a text.")
+    if not isinstance(model, (str, Path, PreTrainedModel)):
+        raise ValueError(f"embed takes a folder, a name on the Hub or a model of transformers, got a {type(model)}.")
+    for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if (fault := find_fault(text)) not in (None, EMPTY):  # a tokenizer may have a token for white space
+            raise ValueError(f"Text {number} of {len(texts)} is {DROP_REASONS[fault]}: {text!r}. Leave it out.")
     return load_embedder(model, tokenizer, max_length)(texts, batch_size)
 
 
@@ -122,6 +132,8 @@ def load_embedder(
             max_length = max_length or longest
         model = load_encoder(config, name, dtype, flag, **for_hub).to(default_device())
     model = model.base_model  # of a head or of pretraining the encoder
+    if tokenizer is None and not name:
+        raise ValueError("This model is of no folder that could hold its tokenizer: pass it, too (tokenizer=...).")
     if tokenizer is None:
         tokenizer = load_tokenizer(name, flag, **for_hub)
     if folder is not None:

@@ -29,6 +29,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrain
 from transformers.hf_argparser import HfArg
 
 from ..corpus.arguments import parse_arguments
+from ..corpus.atomic_writes import check_writable
 from ..corpus.command_line import first_line, start
 from ..corpus.faults import find_fault
 from ..corpus.files import CODECS, has_columns, load_table
@@ -127,6 +128,7 @@ def main():
         load_config(name, **args.for_hub())
     columns = short_names(args.model_name_or_path)
     for path in filter(None, (args.output, args.plot)):
+        check_writable(Path(path).parent, "--output")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     tasks = []
     if args.dataset or args.data_dir or not args.mteb:

@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from pyarrow import parquet
 
-from ..corpus.atomic_writes import holds_something, replacing_files
+from ..corpus.atomic_writes import check_writable, holds_something, replacing_files
 from ..corpus.command_line import at_least_one, start
 from ..corpus.faults import find_fault
 from ..corpus.files import find_paths, load_files
@@ -125,6 +125,7 @@ def write_arrays(folder: Path, parts: list[Path]) -> None:
 
 def embed_file(args: argparse.Namespace) -> tuple[int, int]:
     """Writes what is not there yet; returns how many texts there are, and how many of them could not be embedded."""
+    check_writable(args.output, "--output")
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.cache_dir)
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")
     folder = Path(args.model)
@@ -193,6 +194,8 @@ def main():
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on with {args.output}.", file=sys.stderr)
         sys.exit(130)
+    if num_left_out == num_texts:
+        raise ValueError(f"{args.file} holds no text that could be read: {num_texts:,} were empty or unreadable.")
     left_out = f"; {num_left_out:,} were empty or unreadable and are left out" if num_left_out else ""
     print(f"{args.output}: vectors of {num_texts - num_left_out:,} texts by {args.model}{left_out}")
 

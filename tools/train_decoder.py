@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..corpus.atomic_writes import replacing_files
+from ..corpus.atomic_writes import check_writable, replacing_files
 from ..corpus.command_line import at_least_one, start
 from ..corpus.private import initialise
 from ..corpus.quickstart import load_quickstart_documents
@@ -130,6 +130,7 @@ def main():
     if model.config.token_prediction_weight > 0:
         raise ValueError(f"{args.folder} has learned to predict tokens in pretraining: tjepa fill reads them.")
     folder = Path(model.name_or_path)  # where the predictor is
+    check_writable(folder, "FOLDER")
     strategies = folder / STRATEGIES_FILE
     collator = DataCollatorForTJEPA(load_masking_strategies(strategies if strategies.is_file() else "ul2"), args.seed)
     collator.fit_to(model.config)

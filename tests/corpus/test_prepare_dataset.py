@@ -393,7 +393,7 @@ def test_script_prints_statistics(tmp_path, stories_file, tokenizer, monkeypatch
 def test_script_runs_from_anywhere(tmp_path):
     command = [sys.executable, "-m", "tjepa.corpus.prepare_dataset", "--help"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert "--max_length" in output and "Default: 64." in output
+    assert "--max_length" in output and "Default: truncate." in output
 
 
 def test_tinystories(shared_folder, tmp_path):

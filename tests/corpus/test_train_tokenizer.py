@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from datasets import disable_progress_bars, enable_progress_bars
@@ -66,6 +67,15 @@ def test_one_bar_shows_how_far_it_is(capfd):
 def test_is_deterministic():
     first, second = (train_tokenizer(TEXTS, 400, 128).backend_tokenizer.to_str() for _ in range(2))
     assert first == second
+
+
+def test_a_word_without_end_is_trained_on_in_pieces():
+    start = time.process_time()
+    tokenizer = train_tokenizer([*TEXTS, "x" * 300_000], 400, 128)  # in one piece a minute and more
+    assert time.process_time() - start < 20
+    assert tokenizer.decode(tokenizer("x" * 3000)["input_ids"]) == "x" * 3000
+    words = [text for text in TEXTS for _ in range(2)] + ["a" * 900]
+    assert '"pattern"' not in train_tokenizer(words, 400, 128).backend_tokenizer.to_str()  # reads as ever
 
 
 def test_what_is_no_text_is_passed_over():

@@ -135,7 +135,16 @@ def test_what_cannot_be_embedded_is_said(folder, tmp_path):
     with pytest.raises(ValueError, match="takes a list of texts, got one string"):
         tjepa.embed(folder / "encoder", "a fox")
     with pytest.raises(ValueError, match="Text 1 of 2 has no tokens"):
-        tjepa.embed(folder / "encoder", ["a fox", ""])
+        tjepa.embed(folder / "encoder", (text for text in ["a fox", ""]))
+    for text, fault in ((None, "null: None"), (0.5, "not a string: 0.5"), ("a\ud800", "invalid unicode: 'a")):
+        with pytest.raises(ValueError, match=f"Text 1 of 2 is {fault}"):
+            tjepa.embed(folder / "encoder", ["a fox", text])
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        tjepa.embed(folder / "encoder", TEXTS, max_length=0)
+    with pytest.raises(ValueError, match="of no folder that could hold its tokenizer"):
+        tjepa.embed(make_model("ours"), TEXTS)
+    with pytest.raises(ValueError, match="a folder, a name on the Hub or a model of transformers, got a .*Linear"):
+        tjepa.embed(torch.nn.Linear(2, 2), TEXTS)
     stock = make_stock_folder(tmp_path / "stock")
     (stock / "sentence_bert_config.json").write_text('{"max_seq_length": 64, "do_lower_case": true}')
     with pytest.raises(ValueError, match="has do_lower_case in sentence_bert_config.json, which is not computed"):

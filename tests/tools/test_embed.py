@@ -65,6 +65,14 @@ def test_vectors_have_the_ids_of_their_texts(model, texts, tmp_path, monkeypatch
     assert "3 were empty or unreadable and are left out" in capsys.readouterr().out
 
 
+def test_a_file_without_texts_and_a_folder_that_cannot_be_written_are_errors(model, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text(" \n\t\n")
+    with pytest.raises(ValueError, match="texts.txt holds no text that could be read: 2 were empty or unreadable"):
+        run(monkeypatch, tmp_path / "texts.txt", "--output", tmp_path / "out", "--model", model)
+    with pytest.raises(FileExistsError, match="--output .*texts.txt is a file: name a folder"):
+        run(monkeypatch, tmp_path / "texts.txt", "--output", tmp_path / "texts.txt" / "out", "--model", model)
+
+
 def test_an_interrupted_command_goes_on(model, texts, tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "texts.txt", tmp_path / "out"
     file.write_text("\n".join(texts) + "\n")

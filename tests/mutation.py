@@ -37,8 +37,8 @@ SUBJECTS = {
     "collator": (
         "data_collator_tjepa.py",
         "tests/test_masking.py -k 'not workers and not context and not recurring'",
-        "tests/test_masking.py tests/test_modeling.py tests/test_performance_guard.py "
-        "-k 'context or recurring or packed_equals or empty or plain or host'",
+        "tests/test_masking.py tests/test_modeling.py tests/test_performance_guard.py tests/test_objectives.py "
+        "-k 'context or recurring or packed_equals or empty or plain or host or in_place'",
     ),
     "losses": (
         "losses_tjepa.py",

@@ -249,10 +249,9 @@ class TJEPAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuses impossible values; called by `@strict` when a config is made and when it is saved."""
-        has_heads = {"": self.encoder is None, "predictor_": self.predictor_type not in ("boundary", "in_place")}
-        for prefix in (
-            prefix for prefix, counts in has_heads.items() if counts
-        ):  # another encoder has checked its own
+        # another encoder has checked its own sizes
+        counts = {"": self.encoder is None, "predictor_": self.predictor_type not in ("boundary", "in_place")}
+        for prefix in [prefix for prefix in counts if counts[prefix]]:
             hidden_size = getattr(self, f"{prefix}hidden_size")
             num_heads = getattr(self, f"{prefix}num_attention_heads")
             rotary_dim = getattr(self, f"{prefix}rotary_dim")

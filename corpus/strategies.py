@@ -26,4 +26,4 @@ def load_masking_strategies(name_or_path: str | Path) -> list[MaskingStrategy]:
             raise ValueError(f"must hold a list of masking strategies, got {type(strategies).__name__}.")
         return [MaskingStrategy.from_dict(strategy) for strategy in strategies]
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"masking_strategies {path}: {error}") from error

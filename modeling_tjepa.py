@@ -427,7 +427,7 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
         targets, contexts = (dict(part.named_parameters()) for part in (self.target_encoder, self.context_encoder))
         if others := sorted(targets.keys() ^ contexts.keys()):
             raise ValueError(f"One encoder alone has {others[0]}: adapters such as LoRA are for encoders and heads.")
-        if any(target.dtype.itemsize < 4 for target in targets.values()):
+        if momentum < 1.0 and any(target.dtype.itemsize < 4 for target in targets.values()):
             raise ValueError("The target encoder is in 16 bits, where small updates are lost: use autocast instead.")
         contexts = [contexts[name].to(target.dtype) for name, target in targets.items()]
         get_ema_multi_avg_fn(momentum)(list(targets.values()), contexts, None)  # exact where both are equal

@@ -517,7 +517,7 @@ def check_evaluation(
     if args.save_strategy == "best" and not best_by:
         raise ValueError("--save_strategy best needs --metric_for_best_model: loss, or another figure.")
     if best_by == "probe_accuracy" and (report_args.probe_file is None or wants_fsdp(args)):
-        raise ValueError(f"--metric_for_best_model {best_by} is that of --probe_file, and is not there under FSDP.")
+        raise ValueError(f"--metric_for_best_model {best_by} needs --probe_file, and no FSDP: or choose another.")
     figures = evaluation_figures(config, [strategy.name for strategy in collator.strategies])
     if best_by not in ("", "probe_accuracy", *figures):
         raise ValueError(

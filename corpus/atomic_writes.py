@@ -31,7 +31,7 @@ def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
     if not existing.is_dir():
         raise FileExistsError(f"{flag} {folder}: {existing} is a file: name a folder.".strip())
     try:
-        tempfile.TemporaryFile(dir=existing).close()  # the permissions do not say it: of root, or of a full disk
+        tempfile.TemporaryFile(dir=existing).close()  # permissions do not tell: root, a read-only mount
     except OSError as error:
         reason = f"nothing can be made in {existing} ({error.strerror})"
         raise PermissionError(f"{flag} {folder} cannot be written: {reason}.".strip()) from error

@@ -411,7 +411,8 @@ def load_model(
             "`tjepa probe` read with the encoder alone."
         )
     check_weights(model, info, (base,), name, args.config_overrides)
-    check_missing(model.base_model, {weight.removeprefix(base) for weight in info["missing_keys"]}, name)
+    of_encoder = {weight.removeprefix(base) for weight in info["missing_keys"] if weight.startswith(base)}
+    check_missing(model.base_model, of_encoder, name)
     if needs_head and (new := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})):
         raise ValueError(
             f"--do_train False evaluates a model as it is, but {args.model_name_or_path} has no head for these "

@@ -127,9 +127,10 @@ def main():
     for name in args.model_name_or_path:  # a mistyped one costs a second, not the time of all before it
         load_config(name, **args.for_hub())
     columns = short_names(args.model_name_or_path)
-    for path in filter(None, (args.output, args.plot)):
-        check_writable(Path(path).parent, "--output")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for flag, path in {"--output": args.output, "--plot": args.plot}.items():
+        if path is not None:
+            check_writable(Path(path).parent, flag)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     tasks = []
     if args.dataset or args.data_dir or not args.mteb:
         tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)

@@ -205,7 +205,7 @@ def test_output_folder_that_holds_a_run(inputs, tmp_path, monkeypatch):
             ValueError,
             "--segment_length 64 leaves documents of --max_length 64 in one piece",
         ),
-        ({"save_strategy": "best", "metric_for_best_model": "probe_accuracy"}, ValueError, "that of --probe_file"),
+        ({"save_strategy": "best", "metric_for_best_model": "probe_accuracy"}, ValueError, "needs --probe_file"),
         ({"save_strategy": "best", "metric_for_best_model": "accuracy"}, ValueError, "accuracy is not among .*cosine"),
         (
             {"metric_for_best_model": "train_loss"},
@@ -235,7 +235,7 @@ def test_no_checkpoint_is_chosen_by_a_probe_that_fsdp_leaves_out(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     args = SimpleNamespace(metric_for_best_model="eval_probe_accuracy", eval_strategy="steps", do_train=True)
     args.save_strategy, args.fsdp, judged = "steps", None, SimpleNamespace(probe_file="labels.jsonl")
-    with pytest.raises(ValueError, match="probe_accuracy .* is not there under FSDP"):
+    with pytest.raises(ValueError, match="probe_accuracy needs .* no FSDP"):
         run_pretraining.check_evaluation({"validation": []}, None, args, judged, None, None)
 
 

@@ -25,7 +25,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..corpus.atomic_writes import holds_something, replacing_folder
+from ..corpus.atomic_writes import check_writable, holds_something, replacing_folder
 from ..corpus.command_line import at_least_one, first_line, start
 from ..corpus.documents import SourceArguments, load_documents
 from ..corpus.files import load_files
@@ -86,6 +86,7 @@ def export_sentence_transformer(
         check_onnx("leave out --onnx")
     if holds_something(output_folder):
         raise FileExistsError(f"{output_folder} is not an empty folder: choose another one, or empty it.")
+    check_writable(output_folder, "")
     flag = "model_name_or_path"
     model_type = load_config(str(model_name_or_path), flag=flag).model_type
     if model_type != "tjepa":

@@ -413,6 +413,7 @@ def check_positions(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 # of a configuration: what a library writes into it, and what a run may change
 NOT_OF_THE_RUN = {"_name_or_path", "architectures", "auto_map", "dtype", "encoder", "transformers_version"}
 NOT_OF_THE_RUN |= {"max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+NOT_OF_THE_RUN |= {"drawn_parameters"}  # what the folder of another encoder lacked
 
 
 def check_tokenizer(

@@ -63,9 +63,9 @@ def save_model_folder(
     if model.config.encoder is None and is_of_other_encoder(output_dir / PRETRAINING_FOLDER):
         shutil.rmtree(output_dir / PRETRAINING_FOLDER, ignore_errors=True)
     left = [] if sentence_modules is not None else sentence_files(output_dir)
-    for name in [*left, *(name for name in ONNX_FILES if (output_dir / name).is_file())]:
+    for name in [*left, *(f"onnx/{path.name}" for path in output_dir.glob("onnx/*.onnx*"))]:
         (output_dir / name).unlink()
-        logger.info(f"{output_dir / name} was made of other weights, and is gone")
+        logger.info(f"{output_dir / name} was made before this run, and is gone: make it again from the new weights")
 
 
 def save_encoder(model: TJEPAForPreTraining, which: str, folder: Path) -> None:

@@ -150,6 +150,7 @@ def test_target_encoder_is_updated_in_float32_under_bfloat16(tmp_path, make_mode
     torch.testing.assert_close(model.target_encoder.token_embedding.weight, expected, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="The target encoder is in 16 bits"):
         model.bfloat16().update_target_encoder(0.9999)
+    model.update_target_encoder(1.0)  # stands still
 
 
 def test_momentum_out_of_range():

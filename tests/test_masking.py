@@ -492,8 +492,10 @@ def test_collator_errors():
     assert DataCollatorForTJEPA([{"target_block_size_mean": 3}]).strategies == [MaskingStrategy(3)]
     with pytest.raises(ValueError, match="masking strategy"):
         DataCollatorForTJEPA("ul2")  # the name of a preset
-    with pytest.raises(ValueError, match="views_per_document"):
-        DataCollatorForTJEPA(views_per_document=8)
+    assert DataCollatorForTJEPA(views_per_document=7).views_per_document == 7
+    for number in (0, 8):
+        with pytest.raises(ValueError, match="views_per_document"):
+            DataCollatorForTJEPA(views_per_document=number)
     with pytest.raises(ValueError, match="row_length=16"):
         DataCollatorForTJEPA(row_length=16)([{"input_ids": list(range(20)), "document_index": 0, "epoch": 0}])
 

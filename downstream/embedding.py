@@ -132,9 +132,9 @@ def load_embedder(
             max_length = max_length or longest
         model = load_encoder(config, name, dtype, flag, **for_hub).to(default_device())
     model = model.base_model  # of a head or of pretraining the encoder
-    if tokenizer is None and not name:
-        raise ValueError("This model is of no folder that could hold its tokenizer: pass it, too (tokenizer=...).")
     if tokenizer is None:
+        if not name:
+            raise ValueError("This model is of no folder that could hold its tokenizer: pass it, too (tokenizer=...).")
         tokenizer = load_tokenizer(name, flag, **for_hub)
     if folder is not None:
         check_sentence_options(folder, tokenizer)

@@ -422,8 +422,9 @@ def probe_model(
     for seed in seeds:
         logger.info(f"{column} untrained, seed {seed}")
         torch.manual_seed(seed)
-        options_of_code = {"trust_remote_code": args.trust_remote_code}
-        model = encoder_class(config).from_config(config, dtype=torch.float32, **options_of_code)
+        model = encoder_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=args.trust_remote_code
+        )
         if with_head is not None:
             torch.manual_seed(seed)
             with_head = type(with_head)(config)

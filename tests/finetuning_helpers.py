@@ -69,5 +69,9 @@ def run(monkeypatch, argv: list[str], script=run_classification) -> dict:
     return json.loads((output_dir / name).read_text(), parse_constant=no_constant)
 
 
+def read_predictions(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "predict_results.jsonl").read_text().splitlines()]
+
+
 def no_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")

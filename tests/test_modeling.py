@@ -344,15 +344,15 @@ def test_no_batch_tensor_grows_with_the_square_of_a_length():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("row_length", "predictor"), [(None, "self_attention"), (64, "cross_attention")])
+@pytest.mark.parametrize("predictor", ["self_attention", "cross_attention"])
+@pytest.mark.parametrize("row_length", [None, 64])
 def test_empty_batch(make_model, row_length, predictor, attention):
-    model = make_model(predictor_type=predictor, variance_covariance_weight=1.0, pooled_weight=1.0)
+    weights = dict.fromkeys(("variance_covariance_weight", "token_prediction_weight", "pooled_weight"), 1.0)
+    model = make_model(predictor_type=predictor, **weights)
     model.set_attn_implementation(attention)
     collator = DataCollatorForTJEPA(row_length=row_length)
     collator.fit_to(model.config)
-    batch = collator(make_examples([1, 0]))
-    for gradient in gradients(model, batch).values():
-        assert torch.isfinite(gradient).all()
+    assert all(gradient.isfinite().all() for gradient in gradients(model, collator(make_examples([1, 0]))).values())
 
 
 # --- No leak ---------------------------------------------------------------------------------------------------------

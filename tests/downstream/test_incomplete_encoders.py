@@ -22,11 +22,7 @@ def bert(tmp_path_factory):
 
 DAMAGES = {
     "other names": (lambda name: f"module.{name}", {}, "has no weights for 53 parameters of BertModel"),
-    "no positions": (
-        lambda name: name.replace("position_emb", "x"),
-        {},
-        "for 1 parameters .*position_emb",
-    ),
+    "no positions": (lambda name: name.replace("position_emb", "x"), {}, "for 1 parameters .*position_emb"),
     "a layer less": (str, {"num_hidden_layers": 4}, "encoder.layer.3.* is not there"),
     "a layer more": (str, {"num_hidden_layers": 1}, "encoder.layer.1.* is a layer too many"),
 }

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -17,14 +16,10 @@ from transformers import (
 )
 
 from fault_injection import Fault, InjectedError
-from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, run
+from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, read_predictions, run
 from helpers import make_tiny_config, make_word_tokenizer, write_jsonl
 from tjepa import TJEPAModel
 from tjepa.downstream import run_token_classification
-
-
-def read_predictions(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "predict_results.jsonl").read_text().splitlines()]
 
 
 # --- Predictions -----------------------------------------------------------------------------------------------------

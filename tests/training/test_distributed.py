@@ -253,10 +253,7 @@ def test_two_processes_fine_tune_as_one(tmp_path, monkeypatch):
     finetuning_helpers.run(monkeypatch, finetuning_helpers.arguments(folder, tmp_path / "one", **one))
     two = finetuning_helpers.arguments(folder, tmp_path / "two", **options, per_device_train_batch_size=4)
     accelerate_launch("cpu.yaml", ["-m", "tjepa.downstream.run_classification", *two], tmp_path)
-    predictions = [
-        [json.loads(line) for line in (tmp_path / name / "predict_results.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
+    predictions = (finetuning_helpers.read_predictions(tmp_path / name) for name in ("one", "two"))
     for line, other in zip(*predictions, strict=True):
         assert other["probabilities"] == pytest.approx(line["probabilities"], abs=1e-4)
 

@@ -199,7 +199,7 @@ def test_a_push_at_every_save_and_a_second_run(hub, inputs, tmp_path):
     streamed = {"train_file": None, "dataset_name": "owner/data", "streaming": True, "max_eval_samples": 10}
     again = pretrain(hub, inputs, tmp_path / "again", TOKEN, seed=7, hub_strategy="end", **streamed)
     assert again.returncode == 0, again.stderr
-    assert messages(hub)[-1] == "End of training" and len(commits) == 4 + 1 + 1
+    assert messages(hub)[5:] == ["End of training"] and len(commits) == 6
     files = hub.files("owner/name")
     assert not {"modules.json", "2_Dense/model.safetensors"} & files.keys() and files["notes.md"] == b"of before"
     second_weights = load(hub.files("owner/name")["model.safetensors"])

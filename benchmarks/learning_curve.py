@@ -75,6 +75,7 @@ class Recipe:
         masking: of T-JEPA, a preset, a file, or a list of masking strategies as mappings.
         views_per_document: of T-JEPA, how many of the strategies each document gets; `None`: all.
         mask_ratio: of MLM, the share of tokens that is predicted (80% masked, 10% random, 10% kept, as in BERT).
+        random_ratio: of MLM, the share of these that is random.
         final_mask_ratio: of MLM, what that share goes to, linearly, by the last step; `None`: it stays.
         causal_first: of MLM, the share of its steps, at the start, in which each token is told from those before it
             (arXiv 2605.12438).
@@ -96,6 +97,7 @@ class Recipe:
     masking: str | list[dict] = "single_tokens"
     views_per_document: int | None = None
     mask_ratio: float = 0.15
+    random_ratio: float = 0.1
     final_mask_ratio: float | None = None
     causal_first: float = 0.0
     causal_mixed: float = 0.0
@@ -228,7 +230,8 @@ class CausalViews(PackedViews):
 
 class MLM:
     def __init__(self, recipe: Recipe, config: TJEPAConfig, args: PretrainingArguments, tokenizer):
-        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=recipe.mask_ratio)
+        ratios = {"mlm_probability": recipe.mask_ratio, "random_replace_prob": recipe.random_ratio}
+        self.collator = DataCollatorForLanguageModeling(tokenizer, **ratios)
         self.recipe = recipe
         self.model = TJEPAForMaskedLM(config).train()
         self.encoder = self.model.encoder

@@ -153,6 +153,15 @@ def test_packed_mlm_equals_the_models_own_loss(learning_curve, tokenizer):
     torch.testing.assert_close(loss, F.cross_entropy(torch.cat(logits), labels), rtol=1e-5, atol=1e-5)
 
 
+def test_mlm_without_random_tokens_masks_or_keeps(learning_curve, tokenizer):
+    ids = torch.randint(5, len(tokenizer), (4000,))
+    for values, is_random in (({"random_ratio": 0.0}, False), ({}, True)):
+        mlm = objective(learning_curve, tokenizer, objective="mlm", mask_ratio=0.5, **values)
+        seen, labels = mlm.collator.torch_mask_tokens(ids.clone(), torch.zeros_like(ids))
+        others = (seen != ids) & (seen != tokenizer.mask_token_id)
+        assert others.any() == is_random and 0.7 < (seen == tokenizer.mask_token_id)[labels >= 0].float().mean() < 0.9
+
+
 def test_the_masking_rate_of_mlm_falls(learning_curve, tokenizer):
     values = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "per_device_train_batch_size": 4}
     values |= {"objective": "mlm", "mask_ratio": 0.4, "final_mask_ratio": 0.1}

@@ -90,7 +90,8 @@ class TJEPAConfig(PreTrainedConfig):
             Activation of the MLP; `"gelu"` is the exact one.
         max_position_embeddings (`int`, defaults to 1024):
             Longest document, in tokens, that the model is meant for. Rotary positions are computed on the fly, so
-            nothing breaks beyond it; tokenization truncates here.
+            nothing breaks beyond it. A run sets it, and the tokenizer's `model_max_length`, to its `--max_length`, or
+            to what the model that it goes on from has, if that is more.
         rotary_dim (`int`, *optional*, defaults to `min(32, head width)`):
             The first `rotary_dim` features of each head are rotated; even, at least 4, and no wider than a head.
         rope_theta (`float`, defaults to 10000.0):
@@ -174,6 +175,7 @@ class TJEPAConfig(PreTrainedConfig):
             Dropout before the linear layer of the classification and question answering heads.
 
     Raises:
+        ValueError: for an `encoder` as a dict without a `model_type`, or with one that transformers does not know.
         StrictDataclassError: (of huggingface_hub) for sizes that do not fit each other, numbers below zero or not
             finite, probabilities outside [0, 1), mask and special tokens outside the vocabulary, more target layers
             than there are, a base or a beta that is not positive, and an unknown activation, predictor, pooling, loss

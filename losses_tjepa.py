@@ -137,9 +137,10 @@ def sigreg_loss(
     SIGReg of LeJEPA (arXiv 2511.08544): the test statistic of Epps and Pulley for N(0, 1), averaged over random
     directions a of unit length. With the empirical characteristic function phi_a(t) = 1/N sum_n exp(i t a'z_n):
 
-        mean_a integral_{-3}^{3} |phi_a(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt      by the trapezoidal rule on 17 knots
+        mean_a integral_{-3}^{3} |phi_a(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt
 
-    The paper's statistic is N times this; without it the weight means the same for every batch size.
+    by the trapezoidal rule on 17 knots of [0, 3], twice. The paper's statistic is N times this; without it the weight
+    means the same for every batch size.
 
     The directions come anew from torch's generator in every call. On several processes the sum of their draws is
     used, so that all have the same, and N and phi_a are those of the batch of all processes.

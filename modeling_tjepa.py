@@ -255,7 +255,8 @@ class TJEPAForPreTrainingOutput(ModelOutput):
             `token_prediction_loss` for each strategy.
         predictions (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): the predictor's output.
         labels (`torch.FloatTensor` of shape `[num_slots, hidden_size]`): what they should be.
-        context_states (`torch.FloatTensor` of shape `[num_contexts, hidden_size]`): the context encoder's output.
+        context_states (`torch.FloatTensor` of shape `[rows * row_length, hidden_size]`):
+            The context encoder's output; what it has at padding means nothing.
     """
 
     loss: torch.FloatTensor | None = None
@@ -419,8 +420,8 @@ class TJEPAForPreTraining(TJEPAPreTrainedModel):
             momentum (`float`): in [0, 1].
 
         Raises:
-            ValueError: for a momentum outside [0, 1]; if one encoder has parameters that the other lacks; if the
-                target encoder is in 16 bits.
+            ValueError: for a momentum outside [0, 1]; if one encoder has parameters that the other lacks; for a
+                momentum below 1 if the target encoder is in 16 bits.
         """
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"The momentum of the target encoder must be in [0, 1], got {momentum}.")

@@ -53,17 +53,18 @@ def embed(
             is loaded already; of T-JEPA's pretraining folders it is the target encoder.
         texts: sequence of `num_texts` strings, none of them empty.
         tokenizer: default: the one that lies beside the model.
-        max_length: tokens of a text that are read. Default: what the model is made for, at most 512.
+        max_length: tokens of a text that are read. Default: what the modules of sentence-transformers say; without
+            them what the model is made for, at most 512.
         batch_size: texts per forward.
 
     Returns:
-        float32 `[num_texts, hidden_size]` on the CPU, in the order of `texts`. A folder runs on the GPU if there is
-        one, a loaded model where it is.
+        float32 `[num_texts, width]` on the CPU, in the order of `texts`; the width is the encoder's `hidden_size`, or
+        what the modules make of it. A folder runs on the GPU if there is one, a loaded model where it is.
 
     Raises:
         FileNotFoundError: if the model is a path that is not there.
-        ValueError: for a folder without model or tokenizer, or with a module that is not computed here; for an empty
-            text, or what is none, and for a string in place of several.
+        ValueError: for a folder without model or tokenizer, or with a module that is not computed here; for no texts,
+            an empty one or one that is no string, and for one string in place of several.
     """
     if isinstance(texts, str):
         raise ValueError("embed takes a list of texts, got one string: each of its characters would be a text.")

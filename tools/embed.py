@@ -184,7 +184,7 @@ def main():
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the encoder; bfloat16 is for GPUs and processors with AMX",
+        help="of the encoder; bfloat16 is for GPUs and processors with AMX or AVX512-BF16",
     )
     parser.add_argument("--cache_dir", help="where the cache of datasets is")
     args = parser.parse_args()

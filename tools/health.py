@@ -161,7 +161,7 @@ def find_lead(run: Run, figures: dict[str, float], where: str, earlier: list[dic
             "watch",
             name,
             shown,
-            "Predictions are no better than one constant guess yet. In the first third of a run that is normal.",
+            "Predictions are no better than one constant guess yet. In the first two fifths of a run that is normal.",
             "Wait while the cosine rises. If it does not: a higher --learning_rate, shorter blocks, more steps.",
         )
     blocks_are_short = run.settings.get("masking_strategies") in ("short_blocks", "single_tokens")

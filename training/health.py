@@ -186,7 +186,7 @@ def collapse_verdict(metrics: dict[str, float], prefix: str = "", is_new: bool =
 def is_learning(lead: float, step: int, earlier_lead: float | None, max_steps: int | None) -> bool:
     """
     Whether predictions that do not beat the mean target yet are on their way to: the predictor was just drawn, or, in
-    the first half of a run, they come nearer from evaluation to evaluation. A healthy run needs a third of its steps.
+    the first half of a run, they come nearer from evaluation to evaluation. A healthy run needs up to two fifths.
 
     Args:
         lead (`float`): cosine of predictions and targets less that of the mean target.

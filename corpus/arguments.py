@@ -81,7 +81,15 @@ def parse_arguments(
         for name, value in lists.items():
             from_file += [f"--{name}", *map(str, value)]
     try:
-        return parser.parse_args_into_dataclasses(from_file + flags, look_for_args_file=False)
+        *instances, left_over = parser.parse_args_into_dataclasses(
+            from_file + flags, return_remaining_strings=True, look_for_args_file=False
+        )
+        if left_over:
+            raise ValueError(
+                f"{left_over[0]} belongs to no flag. A flag takes one value, and of several files a glob in quotes: "
+                "--train_file 'data/*.txt'."
+            )
+        return tuple(instances)
     except (ValueError, TypeError) as error:  # also from TrainingArguments, whose combinations of flags may not fit
         raise ValueError(str(error)) from error
 

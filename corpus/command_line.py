@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -50,7 +51,7 @@ def answer_early(command: str) -> None:
         command (`str`): a subcommand of `tjepa`; what it was given is in `sys.argv`.
     """
     wait_briefly()
-    arguments = sys.argv[1:]
+    arguments = [expand_home(argument) for argument in sys.argv[1:]]
     debug = ["--debug"] * _take_debug(arguments)
     table = json.loads(FLAG_TABLE.read_text(encoding="utf-8"))
     names, presets, help_lines = (table["commands"][command][key] for key in ("names", "presets", "help"))
@@ -84,6 +85,11 @@ def available_cores() -> int:
 
 def wants_help(arguments: Iterable[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def expand_home(argument: str) -> str:
+    """`~` where a path begins with it, as a shell does it; also behind the `=` of a flag, and in a list."""
+    return re.sub(r"(?<![^=,])~(?=/|$)", lambda _: os.path.expanduser("~"), argument)
 
 
 def is_yaml(argument: str) -> bool:
@@ -159,6 +165,11 @@ def read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
         if name not in allowed:
             hint = _did_you_mean(repr(name), list(map(repr, allowed)))
             raise ValueError(f"{path} has the unknown key {name!r}.{hint} --help lists the arguments.")
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = [expand_home(one) if isinstance(one, str) else one for one in value]
+        elif isinstance(value, str):
+            values[name] = expand_home(value)
     return values
 
 
@@ -182,6 +193,7 @@ def start(main: Callable[[], Any]) -> None:
     """
     with errors_in_one_line():
         _take_debug(sys.argv)
+        sys.argv[1:] = map(expand_home, sys.argv[1:])
         main()
 
 
@@ -199,9 +211,10 @@ def errors_in_one_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, ImportError, OSError) as error:
-        if debug or not (isinstance(error, OSError) or _raised_here(error)):
+        message, file = _message_and_file(error)
+        if debug or not (isinstance(error, OSError) or file.startswith(f"{PACKAGE}{os.sep}")):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(message.split()) or type(error).__name__
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
@@ -220,6 +233,10 @@ def _take_debug(arguments: list[str]) -> bool:
     return False
 
 
-def _raised_here(error: BaseException) -> bool:
-    last_frame = traceback.extract_tb(error.__traceback__)[-1]
-    return os.path.realpath(last_frame.filename).startswith(f"{PACKAGE}{os.sep}")
+def _message_and_file(error: BaseException) -> tuple[str, str]:
+    """What an error says, and where it was raised; of one in a worker of a DataLoader torch hands on the traceback."""
+    message, file = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
+    if re.match("Caught .* in DataLoader worker", message):
+        files = re.findall(r'^  File "(.+)", line', message, flags=re.MULTILINE)
+        message, file = message.rpartition(f"{type(error).__name__}: ")[2], files[-1]
+    return message, os.path.realpath(file)

@@ -22,7 +22,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.data_files import FILES_TO_IGNORE, EmptyDatasetError
-from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -244,7 +244,7 @@ def load_splits(
         if args.validation_file is not None:
             check_files_are_apart(args.train_file, args.validation_file)
         return {
-            split: load_files(f"{split}_file", pattern, streaming, cache_dir, text_column_name)
+            split: load_files(f"--{split}_file", pattern, streaming, cache_dir, text_column_name)
             for split, pattern in given.items()
             if pattern is not None
         }
@@ -291,7 +291,12 @@ def _load_by_name(
                 f"--dataset_config_name {args.dataset_config_name}: {name} is a dataset as it was saved, which has "
                 "no configurations; leave it out."
             )
-        splits = load_from_disk(name)
+        try:
+            splits = load_from_disk(name)
+        except IndexError as error:  # of datasets, for a split that has no file
+            raise ValueError(
+                f"--dataset_name {name}: one of its splits has no rows. Save it without that one."
+            ) from error
         return {"train": splits} if isinstance(splits, Dataset) else splits
     try:
         builder = load_dataset_builder(name, args.dataset_config_name, cache_dir=cache_dir, token=token)
@@ -317,6 +322,8 @@ def _load_by_name(
         return load_dataset(name, args.dataset_config_name, streaming=streaming, cache_dir=cache_dir, token=token)
     except DataFilesNotFoundError as error:
         raise _no_file_to_read(name) from error
+    except DatasetGenerationError as error:  # of columns or types that differ between files, or of a damaged file
+        raise ValueError(f"--dataset_name {name} cannot be read: {first_line(error.__cause__ or error)}") from error
 
 
 def is_saved(folder: str | Path) -> bool:
@@ -326,10 +333,11 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def _no_file_to_read(name: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"--dataset_name {name}: there is no file in it that can be read, which is one of {EXTENSIONS}. "
-        f"{hint_at_nearest(name)}".rstrip()
-    )
+    hint = hint_at_nearest(name)
+    if set("[]*?") & set(name) and Path(name).is_dir():
+        hint = "datasets takes [, ], * and ? in a folder's name for a pattern: give the folder another name."
+    message = f"--dataset_name {name}: there is no file in it that can be read, which is one of {EXTENSIONS}. {hint}"
+    return FileNotFoundError(message.rstrip())
 
 
 def check_dataset_exists(name: str) -> None:

@@ -23,7 +23,8 @@ ADVICE = {
     INVALID_UNICODE: "Files are read as UTF-8: convert them, as with iconv -f LATIN1 -t UTF-8.",
     TOO_SHORT: "A lower --min_tokens (2 is the lowest) keeps shorter ones.",
     DUPLICATE: "Pass --validation_split_percentage 0, or other documents as --validation_file.",
-    UNREADABLE: "A jsonl file holds one JSON object a line, and the fields of a csv file are separated by commas.",
+    UNREADABLE: "A jsonl file holds one JSON object a line, and in a csv file commas separate the fields and "
+    "each quote is closed.",
 }
 KEPT = -1
 DAMAGED = object()  # stands for a document that is in a file but cannot be read from it

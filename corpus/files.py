@@ -16,6 +16,7 @@ import lzma
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -27,10 +28,11 @@ from datasets import Dataset, DownloadConfig, DownloadManager, Features, Iterabl
 from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.table import InMemoryTable
 from datasets.utils.file_utils import xopen
 from pyarrow import parquet
 
-from .faults import DAMAGED, KEPT, UNREADABLE, find_fault
+from .faults import ADVICE, DAMAGED, INVALID_UNICODE, KEPT, UNREADABLE, find_fault
 from .paths import hint_at_nearest
 
 
@@ -84,7 +86,7 @@ def load_files(
     The rows of the files that match `pattern`.
 
     Args:
-        argument (`str`): what errors call the flag that the pattern came from, without its dashes.
+        argument (`str`): what errors call the flag that the pattern came from.
         pattern (`str`): a path, a glob or a URL. A file of exactly that name wins over a glob.
         streaming (`bool`): give an `IterableDataset` with the files as its shards.
         cache_dir (`str`, *optional*): where `datasets` keeps its cache.
@@ -98,22 +100,24 @@ def load_files(
     if not paths:
         hint = "" if "://" in pattern else hint_at_nearest(pattern)
         if os.path.isdir(pattern):
-            hint = (
-                "It is a folder, which is given with --dataset_name; its files are given with a glob in quotes, such "
-                f"as {os.path.join(pattern, '*.jsonl')!r}."
+            whole = "which is given with --dataset_name; its" if argument == "--train_file" else "whose"
+            extension = next(
+                (os.path.splitext(name)[1] for name in os.listdir(pattern) if can_be_read([name])), ".jsonl"
             )
+            example = os.path.join(pattern, f"*{extension}")
+            hint = f"It is a folder, {whole} files are given with a glob in quotes, such as {example!r}."
         raise FileNotFoundError(
-            f"--{argument}: no file {without_query(pattern)!r} (seen from {os.getcwd()}). {hint}".rstrip()
+            f"{argument}: no file {without_query(pattern)!r} (seen from {os.getcwd()}). {hint}".rstrip()
         )
     formats = {FILE_FORMATS.get(_extension(path)) for path in paths}
     if len(formats) > 1 or None in formats:
         raise ValueError(
-            f"--{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
-            f"must be one of {EXTENSIONS}. A folder is given with --dataset_name."
+            f"{argument} {without_query(pattern)!r} has the extension(s) {sorted({*map(_extension, paths)})}; it "
+            f"must be one of {EXTENSIONS}."
         )
     if "://" not in pattern and not any(os.path.getsize(path) for path in paths):
-        raise ValueError(f"--{argument}: {pattern!r} is empty; it must hold at least one document.")
-    return load_paths(f"--{argument} {without_query(pattern)!r}", paths, streaming, cache_dir, text_column_name)
+        raise ValueError(f"{argument}: {pattern!r} is empty; it must hold at least one document.")
+    return load_paths(f"{argument} {without_query(pattern)!r}", paths, streaming, cache_dir, text_column_name)
 
 
 def load_table(argument: str, path: str | Path) -> Dataset:
@@ -125,10 +129,10 @@ def load_table(argument: str, path: str | Path) -> Dataset:
         ValueError: if the file has no columns, or cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--{argument} {path}: there is no such file. {hint_at_nearest(path)}".rstrip())
+        raise FileNotFoundError(f"{argument} {path}: there is no such file. {hint_at_nearest(path)}".rstrip())
     if not has_columns(path):
-        raise ValueError(f"--{argument} {path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
-    return load_paths(f"--{argument} {path}", [str(path)])
+        raise ValueError(f"{argument} {path} must be a json, jsonl, csv, tsv or parquet file, with columns.")
+    return load_paths(f"{argument} {path}", [str(path)])
 
 
 def has_columns(path: str | Path) -> bool:
@@ -196,7 +200,8 @@ def check_text_column(source: str, paths: list[str], names: list[str], column: s
     seen, has_rows = set(), False
     for path, name in zip(paths, names, strict=True):
         try:
-            for row in islice(read_rows(path, name, token=token), NUM_SAMPLED_ROWS):
+            columns = [column] if _extension(name) == ".txt" else None  # whose lines are of any column
+            for row in islice(read_rows(path, name, columns, token), NUM_SAMPLED_ROWS):
                 has_rows = True
                 seen |= row.keys() if row is not DAMAGED else set()
                 if column in seen:
@@ -220,7 +225,7 @@ def _load_all_columns(source: str, paths: list[str], names: list[str], cache_dir
     for path, name in zip(paths, names, strict=True):
         try:
             if _extension(name) == ".parquet":  # which says itself what types and classes it has
-                parts.append(Dataset.from_parquet(glob.escape(path), cache_dir=cache_dir))
+                parts.append(_load_parquet(path, name, cache_dir))
             else:
                 parts.append(list(read_rows(path, name)))
         except Exception as error:
@@ -230,7 +235,7 @@ def _load_all_columns(source: str, paths: list[str], names: list[str], cache_dir
         if isinstance(parts[-1], list) and DAMAGED in parts[-1]:
             raise ValueError(
                 f"{source}: row {parts[-1].index(DAMAGED) + 1} of {name} cannot be read: it is not a JSON object, or "
-                "has more fields than the first line names."
+                "has more fields than the first line names, or a quote in it is not closed."
             )
     if not isinstance(parts[0], list):
         try:
@@ -242,7 +247,15 @@ def _load_all_columns(source: str, paths: list[str], names: list[str], cache_dir
     try:
         return Dataset.from_dict({column: _column([row.get(column) for row in rows]) for column in columns})
     except UnicodeEncodeError as error:
-        raise ValueError(f"{source} has a text that is not valid unicode: {error}.") from error
+        at = next(n for n, row in enumerate(rows, 1) if any(find_fault(v) == INVALID_UNICODE for v in row.values()))
+        raise ValueError(f"{source}: row {at} is not valid unicode. {ADVICE[INVALID_UNICODE]}") from error
+
+
+def _load_parquet(path: str, name: str, cache_dir: str | None) -> Dataset:
+    if name.lower().endswith(".parquet"):
+        return Dataset.from_parquet(glob.escape(path), cache_dir=cache_dir)
+    with _open(path, name, None) as file:  # compressed once more, which datasets does not expect
+        return Dataset(InMemoryTable(parquet.read_table(io.BytesIO(file.read()))))
 
 
 def _column(values: list) -> pyarrow.Array:
@@ -320,14 +333,15 @@ def read_rows(
         newline = "" if FILE_FORMATS[extension] == "csv" else "\n"
         lines = io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline)
         if extension == ".txt":
-            yield from ({"text": line.rstrip("\r\n")} for line in lines)
+            column = columns[0] if columns else "text"
+            yield from ({column: line.rstrip("\r\n")} for line in lines)
         elif extension == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from _read_table(csv.reader(lines))
+            yield from _read_table(_split_csv(lines), name)
         elif extension == ".tsv":
-            yield from _read_table(_split_tsv(lines))
+            yield from _read_table(_split_tsv(lines), name)
         else:
-            yield from _read_json(lines, is_one_value=extension == ".json")
+            yield from _read_json(lines, name, is_one_value=extension == ".json")
 
 
 def find_encoding(sample: bytes) -> str:
@@ -351,24 +365,63 @@ def _open(path: str, name: str, token: str | bool | None) -> io.BufferedReader:
 
 
 def _read_parquet(file: BinaryIO, columns: list[str] | None) -> Iterator[dict]:
-    content = parquet.ParquetFile(file)
+    content = parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
     if columns is not None:
         columns = [column for column in columns if column in content.schema_arrow.names]
     for batch in content.iter_batches(columns=columns):
         yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
 
 
-def _read_table(rows: Iterator[list[str]]) -> Iterator[dict | Any]:
-    """Rows of fields, of which the first names the columns; an empty or missing field is `None`."""
-    rows = iter(rows)
-    header = next(rows, [])
+def _read_table(rows: Iterator[list[str] | Any], name: str) -> Iterator[dict | Any]:
+    """
+    Rows of fields, of which the first names the columns; an empty or missing field is `None`.
+
+    Raises:
+        ValueError: if a name stands twice in the first row, or it has other separators than the format.
+    """
+    header = next((row for row in rows if row is not DAMAGED), [])
+    if twice := [column for column in header if column and header.count(column) > 1]:
+        raise ValueError(f"{name} has two columns {twice[0]!r}: give one of them another name, or take it out.")
+    others = (";", "\t") if _extension(name) == ".csv" else (",", ";")
+    if len(header) == 1 and (found := next((mark for mark in others if mark in header[0]), None)):
+        raise ValueError(
+            f"{name} begins with {header[0]!r}, where {found!r} separates the columns: in a csv file commas do, in a "
+            "tsv file tabs."
+        )
     for fields in rows:
-        if not any(fields) and len(fields) < 2:
-            continue  # a blank line
-        if len(fields) > len(header):
+        if fields is DAMAGED or len(fields) > len(header):
             yield DAMAGED  # a comma in a text without quotes, of which only a part would be read
-        else:
+        elif any(fields) or len(fields) > 1:  # not a blank line
             yield {column: field or None for column, field in zip_longest(header, fields)}
+
+
+def _split_csv(lines: Iterable[str]) -> Iterator[list[str] | Any]:
+    """
+    The fields of each row of a csv file. A quote that is not closed would take all that follows into its field: a row
+    of several lines that is not quoted as it should be is `DAMAGED` in its first line, and the others are read anew.
+    """
+    lines, again, held = iter(lines), deque(), []
+
+    def take() -> Iterator[str]:
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            held.append(line)
+            yield line
+
+    rows = csv.reader(take())
+    while (fields := next(rows, None)) is not None:
+        if len(held) > 1 and not _is_quoted_well(held):
+            fields = DAMAGED
+            again.extendleft(reversed(held[1:]))
+            rows = csv.reader(take())
+        held.clear()
+        yield fields
+
+
+def _is_quoted_well(lines: list[str]) -> bool:
+    try:
+        return len(list(csv.reader(lines, strict=True))) == 1
+    except csv.Error:
+        return False
 
 
 def _split_tsv(lines: Iterable[str]) -> Iterator[list[str]]:
@@ -412,14 +465,21 @@ def _unquote(field: str) -> str:
     return inner.replace('""', '"') if is_quoted else field
 
 
-def _read_json(lines: io.TextIOWrapper, is_one_value: bool) -> Iterator[dict | Any]:
-    """One value per line, or one list over many lines."""
+def _read_json(lines: io.TextIOWrapper, name: str, is_one_value: bool) -> Iterator[dict | Any]:
+    """
+    One value per line, or one list over many lines.
+
+    Raises:
+        ValueError: for one mapping of columns, each a mapping of row numbers, as pandas writes it.
+    """
     first = next((line for line in lines if line.strip()), "")
     value = _parse_json(first)
     if value is DAMAGED and is_one_value:
         content = first + lines.read()
         value = _parse_json(content)
         lines = [] if value is not DAMAGED else content.split("\n")[1:]
+    if isinstance(value, dict) and value and all(isinstance(of, dict) and "0" in of for of in value.values()):
+        raise ValueError(f"{name} holds columns in place of rows: write it by to_json(..., orient='records').")
     if first:
         yield from _rows_of_json(value)
     for line in lines:

@@ -53,19 +53,36 @@ def tokenize_splits(
 def check_token_ids(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments, desc: str
 ) -> None:
-    """Raises a `ValueError` if rows tokenized before are not this tokenizer's, or longer than `max_length`."""
+    """
+    Raises:
+        ValueError: if rows tokenized before are not lists of this tokenizer's ids, or have fewer than `min_tokens` or
+            more than `max_length` of them.
+    """
     check_vocabulary(args.dataset_name, tokenizer)
     column = dataset.data.column("input_ids")
-    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(column)).as_py() or 0
+    if not pyarrow.types.is_integer(getattr(column.type, "value_type", pyarrow.null())):
+        raise ValueError(
+            f"{args.dataset_name}: input_ids of the {desc} split are of the type {column.type}, and must be lists of "
+            "integers. Without that column the texts are tokenized here."
+        )
+    lengths, ids = pyarrow.compute.list_value_length(column), pyarrow.compute.list_flatten(column)
+    num_short = pyarrow.compute.sum(pyarrow.compute.less(lengths, args.min_tokens)).as_py() or 0
+    if num_short + column.null_count:
+        raise ValueError(
+            f"{args.dataset_name}: the {desc} split has {num_short + column.null_count:,} rows of fewer than "
+            f"{args.min_tokens} tokens (--min_tokens). Rows that were tokenized before are not dropped: take them out."
+        )
+    longest = pyarrow.compute.max(lengths).as_py() or 0
     if longest > args.max_length:
         raise ValueError(
             f"{args.dataset_name}: the {desc} split has rows of up to {longest} tokens, and --max_length is "
             f"{args.max_length}. Rows that were tokenized before are not cut: pass --max_length {longest}."
         )
-    highest = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py() or 0
-    if highest > max(tokenizer.get_vocab().values()):
+    lowest, highest = (pyarrow.compute.min_max(ids)[of].as_py() or 0 for of in ("min", "max"))
+    if lowest < 0 or ids.null_count or highest > max(tokenizer.get_vocab().values()):
+        wrong = None if ids.null_count else lowest if lowest < 0 else highest
         raise ValueError(
-            f"{args.dataset_name}: the {desc} split has the token id {highest}, which the tokenizer "
+            f"{args.dataset_name}: the {desc} split has the token id {wrong}, which the tokenizer "
             f"{tokenizer.name_or_path} does not have. Pass --tokenizer_name with the one that the rows were made with."
         )
 

@@ -13,6 +13,7 @@ import torch
 
 from ..data_collator_tjepa import hash_keys
 from .documents import hash_bytes
+from .faults import advise, list_reasons
 from .private import has_shuffle_buffer
 
 
@@ -234,6 +235,10 @@ class DocumentStream(torch.utils.data.IterableDataset):
                 rows = (np.asarray(batch["input_ids"][0], dtype=np.int32) for batch in share.iter(batch_size=1))
                 documents = list(islice(rows, block * block_size, (block + 1) * block_size))
             if self.repeat and block == 0 and not documents:
+                counts = self.transform.counts() if hasattr(self.transform, "counts") else None
+                if counts is not None and counts.dropped and not counts.num_kept:
+                    reasons = f"{list_reasons(counts.dropped)}. {advise(counts.dropped)}"
+                    raise ValueError(f"Every document of the stream that was read was dropped: {reasons}")
                 raise ValueError(
                     f"{shares.world_size} processes with {shares.num_workers} workers each split the stream of "
                     f"{self.dataset.num_shards} files, and share {index} has no usable document. Take fewer "

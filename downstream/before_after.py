@@ -230,7 +230,7 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it has no columns, not these, or too little in them.
     """
-    rows = load_table("probe_file", path)
+    rows = load_table("--probe_file", path)
     if missing := sorted({"text", "label"} - set(rows.column_names)):
         raise ValueError(f"--probe_file {path} has no column {missing[0]!r}, only {sorted(rows.column_names)}.")
     labels = read_labels(rows, "label")

@@ -206,7 +206,7 @@ def load_tasks(
                 f"--dataset {name}: no such data set in --data_dir {data_dir}, which has {sorted(in_folder)}. "
                 f"Files elsewhere are given as {name}=train.jsonl,test.jsonl."
             )
-        tasks += make_tasks(name, {split: load_table("dataset", path) for split, path in files.items()})
+        tasks += make_tasks(name, {split: load_table("--dataset", path) for split, path in files.items()})
     return [limit_task(task, max_samples, max_words, seed) for task in tasks]
 
 

@@ -17,7 +17,15 @@ import tjepa
 from helpers import REPOSITORY
 from tjepa import cli, run_pretraining
 from tjepa.corpus.arguments import parse_arguments
-from tjepa.corpus.command_line import CONFIGS, FLAG_TABLE, answer_early, available_cores, find_config, start
+from tjepa.corpus.command_line import (
+    CONFIGS,
+    FLAG_TABLE,
+    answer_early,
+    available_cores,
+    expand_home,
+    find_config,
+    start,
+)
 from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.prepare_dataset import PreparationArguments
 from tjepa.downstream.run_probing import ProbingArguments
@@ -93,6 +101,25 @@ def test_dashes_are_as_good_as_underscores_and_values_stay():
     assert (args.train_file, args.max_length, args.streaming) == ("a-b_c.txt", 128, True)
     _, training = parse_arguments([DataArguments, PretrainingArguments], ["--no-do-eval", "--max-steps", "1"])
     assert training.do_eval is False and training.max_steps == 1
+
+
+def test_several_files_that_a_shell_made_of_a_glob():
+    with pytest.raises(ValueError, match=r"b.txt belongs to no flag.*a glob in quotes: --train_file 'data/\*.txt'"):
+        parse_arguments(DataArguments, ["--train_file", "a.txt", "b.txt"])
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["~/a", "~", "--x=~/a", "m=~/a,~/b", "a~/b", "~user/a", "--x", "1~2"]
+    home = str(tmp_path)
+    expected = [f"{home}/a", home, f"--x={home}/a", f"m={home}/a,{home}/b", *given[4:]]
+    monkeypatch.setattr(sys, "argv", ["tjepa x", *given])
+    seen = []
+    start(lambda: seen.extend(sys.argv[1:]))
+    assert seen == expected == [expand_home(argument) for argument in given]
+    (tmp_path / "a.yaml").write_text("data_dir: ~/x\nmodel_name_or_path: [~/m, n]\n")
+    (args,) = parse_arguments(ProbingArguments, [str(tmp_path / "a.yaml")])
+    assert (args.data_dir, args.model_name_or_path) == (f"{home}/x", [f"{home}/m", "n"])
 
 
 def test_no_flag_is_abbreviated():
@@ -277,6 +304,25 @@ def test_an_error_of_the_users_is_one_line_and_exit_code_2(error, monkeypatch, c
     with pytest.raises(type(error)):
         start(fail(error))
     assert sys.argv == ["tjepa pretrain"]
+
+
+class Failing(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise ValueError("two\nlines")
+
+    def __len__(self):
+        return 1
+
+
+def test_an_error_in_a_worker_is_the_users_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tjepa pretrain"])
+    monkeypatch.setattr("tjepa.corpus.command_line.PACKAGE", REPOSITORY / "tests")
+    with pytest.raises(SystemExit):
+        start(lambda: list(torch.utils.data.DataLoader(Failing(), num_workers=1)))
+    assert capsys.readouterr().err == "tjepa pretrain: error: two lines\n"
+    monkeypatch.setattr("tjepa.corpus.command_line.PACKAGE", REPOSITORY / "corpus")
+    with pytest.raises(ValueError, match="Caught ValueError in DataLoader worker"):
+        start(lambda: list(torch.utils.data.DataLoader(Failing(), num_workers=1)))
 
 
 def test_an_error_of_a_librarys_keeps_its_traceback(monkeypatch):

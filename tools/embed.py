@@ -44,8 +44,8 @@ def load_texts(pattern: str, text_column_name: str, id_column_name: str | None, 
         FileNotFoundError, ValueError: as `load_files`; if a column is not there, or an id.
     """
     if id_column_name is None:
-        return load_files("file", pattern, cache_dir=cache_dir, text_column_name=text_column_name)
-    rows = load_files("file", pattern, cache_dir=cache_dir)
+        return load_files("FILE", pattern, cache_dir=cache_dir, text_column_name=text_column_name)
+    rows = load_files("FILE", pattern, cache_dir=cache_dir)
     for flag, name in (("text_column_name", text_column_name), ("id_column_name", id_column_name)):
         if name not in rows.column_names:
             raise ValueError(f"{pattern} has no column {name!r}, only {rows.column_names}: pass --{flag}.")

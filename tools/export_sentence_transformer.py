@@ -216,7 +216,7 @@ def read_whitening_texts(
         FileNotFoundError, ValueError: if there are none; the message names the flag.
     """
     if whitening_file is not None:
-        documents = load_files("whitening_file", whitening_file, text_column_name=text_column_name)
+        documents = load_files("--whitening_file", whitening_file, text_column_name=text_column_name)
         yield from documents.shuffle(seed=0)[text_column_name]
         return
     flag = "Pass --whitening_file with texts such as you will embed, or --no_whitening."

@@ -83,7 +83,7 @@ def load_passages(file: str | None = None, text_column_name: str = "text") -> di
     """
     if file is None:
         return load_docstrings()
-    rows = load_files("file", file, text_column_name=text_column_name)
+    rows = load_files("--file", file, text_column_name=text_column_name)
     texts = zip(rows[text_column_name][:], rows[FAULT_COLUMN][:], strict=True)
     passages = {text: "" for text, fault in texts if fault == KEPT}
     if not passages:

@@ -11,7 +11,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from helpers import make_texts
 from tjepa.corpus import files
@@ -43,7 +43,8 @@ def to_jsonl(rows: list[dict]) -> bytes:
 
 def texts_of(pattern, streaming: bool = False, **arguments) -> list:
     source = {"train_file": str(pattern), "validation_split_percentage": 0, "streaming": streaming, **arguments}
-    return [row["text"] for row in load_documents(DataArguments(**source))["train"]]
+    column = arguments.get("text_column_name", "text")
+    return [row[column] for row in load_documents(DataArguments(**source))["train"]]
 
 
 def dropped_of(pattern, tokenizer, streaming: bool = False) -> tuple[int, dict[str, int]]:
@@ -71,7 +72,7 @@ def test_brackets_in_a_name(tmp_path, streaming):
 def test_brackets_in_the_name_of_a_labelled_file(tmp_path):
     for name, label in (("part[1]", 1), ("part1", 2)):
         Dataset.from_dict({"text": [name], "label": [label]}).to_parquet(tmp_path / f"{name}.parquet")
-    assert load_files("train_file", str(tmp_path / "*.parquet"))["label"][:] == [2, 1]
+    assert load_files("--train_file", str(tmp_path / "*.parquet"))["label"][:] == [2, 1]
 
 
 def test_a_name_that_is_nearly_right(tmp_path):
@@ -86,6 +87,9 @@ def test_a_folder_as_a_file_and_a_file_as_a_folder(tmp_path):
         texts_of(tmp_path)
     with pytest.raises(ValueError, match="it is a file, which is given with --train_file .*stories.jsonl"):
         load_documents(DataArguments(dataset_name=str(tmp_path / "stories.jsonl")))
+    (tmp_path / "stories.jsonl").rename(tmp_path / "stories.csv")
+    with pytest.raises(FileNotFoundError, match=r"It is a folder, whose files are given with .*/\*\.csv'"):
+        load_files("--validation_file", str(tmp_path))
 
 
 @pytest.mark.parametrize("names", [["a.md"], ["a.docx"], []])
@@ -95,6 +99,23 @@ def test_a_folder_of_files_that_are_not_read(tmp_path, names):
         (tmp_path / "data" / name).write_text("text\n")
     with pytest.raises(FileNotFoundError, match="no file in it that can be read, which is one of .parquet, .*holds"):
         load_documents(DataArguments(dataset_name=str(tmp_path / "data")))
+
+
+def test_folders_that_datasets_cannot_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, column in (("a", "label"), ("b", "lab")):
+        Dataset.from_dict({"text": [name], column: [1]}).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    arguments = TextArguments(dataset_name=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="--dataset_name .*data cannot be read: Couldn't cast"):
+        load_splits(arguments, ("train",))
+    rows = Dataset.from_dict({"text": TEXTS})
+    DatasetDict(train=rows, validation=rows.select([])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="--dataset_name .*saved: one of its splits has no rows"):
+        load_documents(DataArguments(dataset_name=str(tmp_path / "saved")))
+    (tmp_path / "data [x]").mkdir()
+    rows.to_parquet(tmp_path / "data [x]" / "a.parquet")
+    with pytest.raises(FileNotFoundError, match="in a folder's name for a pattern: give the folder another name"):
+        load_documents(DataArguments(dataset_name=str(tmp_path / "data [x]")))
 
 
 # ---- columns ----
@@ -197,7 +218,7 @@ def test_nothing_in_a_csv_file_is_guessed(tmp_path):
     folder.mkdir()
     (folder / "train.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     expected = [label or None for label in labels]
-    assert load_files("train_file", str(folder / "train.csv"))["label"][:] == expected
+    assert load_files("--train_file", str(folder / "train.csv"))["label"][:] == expected
     args = TextArguments(dataset_name=str(folder))
     assert load_splits(args, ("train", "validation", "test"))["train"]["label"][:] == expected
     assert texts_of(folder / "train.csv")[:2] == ["text 0", "text 1"]
@@ -215,7 +236,50 @@ def test_csv_fields_of_several_lines_and_rows_of_too_many_fields(tmp_path, token
     assert texts_of(tmp_path / "train.csv") == ['the fox\nsees "a" hen', None, None]
     assert dropped_of(tmp_path / "train.csv", tokenizer) == (1, {"unreadable": 1, "null": 1})
     with pytest.raises(ValueError, match="row 2 of .*train.csv cannot be read.*more fields than the first line"):
-        load_files("train_file", str(tmp_path / "train.csv"))
+        load_files("--train_file", str(tmp_path / "train.csv"))
+
+
+@both
+@pytest.mark.parametrize(("num_rows", "damaged"), [(100, [20, 70]), (60, [20]), (21, [20])])
+def test_a_lone_quote_in_a_csv_file_costs_its_own_row(tmp_path, streaming, num_rows, damaged):
+    """Not those behind it, up to the next quote or to the end."""
+    rows = [f"{quote}text {n},{n % 2}" for n in range(num_rows) for quote in ['"' if n in damaged else ""]]
+    last = ['"on two\nlines",0', 'the "end",1']
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows, *last]))
+    expected = [None if n in damaged else f"text {n}" for n in range(num_rows)]
+    assert texts_of(tmp_path / "train.csv", streaming) == [*expected, "on two\nlines", 'the "end"']
+    with pytest.raises(ValueError, match="row 21 of .* or a quote in it is not closed"):
+        load_files("--train_file", str(tmp_path / "train.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "message"),
+    [
+        ("train.csv", "text,label,text", "train.csv has two columns 'text'"),
+        ("train.csv", "text;label", "begins with 'text;label', where ';' separates .* in a csv file commas"),
+        ("train.tsv", "text,label", "begins with 'text,label', where ',' separates .* tsv file tabs"),
+    ],
+)
+def test_a_first_line_that_names_no_columns(tmp_path, name, header, message):
+    (tmp_path / name).write_text(f"{header}\na,b,c\n")
+    with pytest.raises(ValueError, match=message):
+        texts_of(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        load_files("--train_file", str(tmp_path / name))
+
+
+def test_columns_in_place_of_rows(tmp_path):
+    pandas.DataFrame({"text": TEXTS}).to_json(tmp_path / "train.json")
+    with pytest.raises(ValueError, match="train.json holds columns in place of rows: .*orient='records'"):
+        texts_of(tmp_path / "train.json")
+    pandas.DataFrame({"text": TEXTS}).to_json(tmp_path / "train.json", orient="records")
+    assert texts_of(tmp_path / "train.json") == TEXTS
+
+
+@both
+def test_lines_are_of_the_column_that_is_asked_for(tmp_path, streaming):
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    assert texts_of(tmp_path / "train.txt", streaming, text_column_name="content") == ["a", "b"]
 
 
 def test_tsv_files(tmp_path):
@@ -224,7 +288,7 @@ def test_tsv_files(tmp_path):
     (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
     expected = ['He said "no', '"Quoted"', 'a "b" c', None]
     assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == expected
-    assert load_files("train_file", str(tmp_path / "train.tsv"))["label"][:] == ["None", "007", None, "x"]
+    assert load_files("--train_file", str(tmp_path / "train.tsv"))["label"][:] == ["None", "007", None, "x"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +300,7 @@ def test_tsv_fields_of_several_lines(tmp_path, columns):
     rows = {"text": texts, "label": [*"0123456789"], "note": texts[::-1]}
     rows = {column: rows[column] for column in columns}
     pandas.DataFrame(rows).to_csv(tmp_path / "train.tsv", sep="\t", index=False)
-    loaded = load_files("train_file", str(tmp_path / "train.tsv"))
+    loaded = load_files("--train_file", str(tmp_path / "train.tsv"))
     assert {column: loaded[column][:] for column in columns} == rows
     assert texts_of(tmp_path / "train.tsv") == texts_of(tmp_path / "train.tsv", True) == texts
 
@@ -255,14 +319,14 @@ def test_a_lone_quote_in_a_tsv_file_is_text(tmp_path, order):
 def test_labels_of_json_files_keep_their_types(tmp_path):
     rows = [{"text": "a", "label": 1, "tags": ["x"]}, {"text": "b", "label": 2}, {"text": "c", "note": "late"}]
     (tmp_path / "train.jsonl").write_bytes(to_jsonl(rows))
-    loaded = load_files("train_file", str(tmp_path / "train.jsonl"))
+    loaded = load_files("--train_file", str(tmp_path / "train.jsonl"))
     assert loaded["label"][:] == [1, 2, None] and loaded["tags"][:] == [["x"], None, None]
     assert loaded["note"][:] == [None, None, "late"]
     (tmp_path / "mixed.jsonl").write_bytes(to_jsonl([*rows * 5000, {"text": "d", "label": "unknown"}]))
-    assert load_files("train_file", str(tmp_path / "mixed.jsonl"))["label"][-4:] == ["1", "2", None, "unknown"]
+    assert load_files("--train_file", str(tmp_path / "mixed.jsonl"))["label"][-4:] == ["1", "2", None, "unknown"]
     (tmp_path / "torn.jsonl").write_bytes(to_jsonl(rows) + b'{"text": "d"')
     with pytest.raises(ValueError, match="row 4 of .*torn.jsonl cannot be read"):
-        load_files("train_file", str(tmp_path / "torn.jsonl"))
+        load_files("--train_file", str(tmp_path / "torn.jsonl"))
 
 
 def test_damaged_json_keeps_the_lines_behind_it(tmp_path):
@@ -353,6 +417,17 @@ def test_a_file_that_cannot_be_reached_is_an_error(tmp_path, streaming, error, m
     monkeypatch.setattr(files, "_open", fail)
     with pytest.raises(type(error), match=str(error.args[-1])):
         texts_of(tmp_path / "*.jsonl", streaming)
+
+
+@pytest.mark.parametrize("extension", COMPRESS)
+def test_parquet_files_that_are_compressed_once_more(tmp_path, extension):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
+    Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).to_parquet(tmp_path / "train.parquet")
+    packed = COMPRESS[extension]((tmp_path / "train.parquet").read_bytes())
+    (tmp_path / f"packed.parquet{extension}").write_bytes(packed)
+    assert texts_of(tmp_path / f"packed.parquet{extension}") == ["a", "b"]
+    loaded = load_files("--train_file", str(tmp_path / f"packed.parquet{extension}"))
+    assert loaded.features["label"].names == ["x", "y"] and loaded["label"][:] == [1, 0]
 
 
 @both

@@ -187,6 +187,28 @@ def test_token_ids_from_elsewhere(prepare):
         tokenize_splits(load_documents(args), tokenizer, args, training_args=None)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[5, 6, -100]], "token id -100, which"),
+        ([[5, 6, None]], "token id None, which"),
+        ([[5, 6, 7], [5], None, []], "the train split has 3 rows of fewer than 2 tokens"),
+        (
+            [[5.0, 6.0]],
+            "input_ids of the train split are of the type list<item: double>, and must be lists of integers",
+        ),
+        ([[[5], [6]]], "must be lists of integers"),
+        (["a text"], "must be lists of integers"),
+    ],
+)
+def test_token_ids_that_are_none(prepare, rows, message):
+    prepare()
+    DatasetDict(train=Dataset.from_dict({"input_ids": rows})).save_to_disk("rows")
+    args = DataArguments(dataset_name="rows", validation_split_percentage=0)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokenize_splits(load_documents(args), AutoTokenizer.from_pretrained("tokenizer"), args, training_args=None)
+
+
 def test_presets_go_together():
     """configs/tinystories.yaml trains on what configs/prepare_tinystories.yaml prepares."""
     import yaml

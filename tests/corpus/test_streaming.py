@@ -95,6 +95,17 @@ def test_an_empty_share_is_an_error_and_no_hang(tmp_path):
         next(iter(stream))
 
 
+def test_a_stream_of_which_nothing_can_be_used_says_why(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 7}\n' * 5)
+    args = DataArguments(train_file=str(tmp_path / "a.jsonl"), streaming=True, validation_split_percentage=0)
+    tokenizer = train_tokenizer(make_texts(9), vocab_size=270, model_max_length=64)
+    stream = DocumentStream(load_documents(args)["train"], StreamTokenizer(tokenizer, args), repeat=True)
+    with pytest.raises(
+        ValueError, match="Every document of the stream .* dropped: not a string 5. --text_column_name"
+    ):
+        next(iter(stream))
+
+
 def test_bad_settings(tmp_path):
     pattern = write_files(tmp_path, 1, 3)
     with pytest.raises(ValueError, match="shuffle_buffer_size is -1"):

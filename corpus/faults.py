@@ -53,6 +53,6 @@ def list_reasons(counts: Mapping[str, int]) -> str:
 
 
 def advise(counts: Mapping[str, int]) -> str:
-    """What can be done about the commonest of the reasons, which are of `DROP_REASONS`."""
+    """What can be done about the commonest of the reasons, if it is of `DROP_REASONS`."""
     [(reason, _)] = Counter(counts).most_common(1)
-    return ADVICE[DROP_REASONS.index(reason)]
+    return ADVICE[DROP_REASONS.index(reason)] if reason in DROP_REASONS else ""

@@ -37,7 +37,7 @@ from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
 from ..training.record import earlier_results
 from ..training.setup import check_number_of_processes, set_up_logging, use_all_cores
-from ..training.trainer import dataloaders_for_evaluation
+from ..training.trainer import check_batches, dataloaders_for_evaluation
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
 from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
@@ -470,6 +470,11 @@ class FinetuningTrainer(Trainer):
     The Trainer as it is, but that evaluations see every row in its order, whatever training does, and that an
     undefined figure is null in its history, because NaN is not JSON.
     """
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        check_batches(loader, self.args)
+        return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         with dataloaders_for_evaluation(self.args):

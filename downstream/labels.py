@@ -82,7 +82,8 @@ def find_problem_type(dataset: Dataset, column: str, labels: list) -> str:
         labels (`list`): Its labels, as `read_labels` gives them.
 
     Raises:
-        ValueError: if there are no labels, or they are whole numbers written as 1.0, which may be either.
+        ValueError: if there are no labels, they are whole numbers written as 1.0, which may be either, or most but not
+            all are numbers with a fraction.
     """
     feature, given = dataset.features[column], [label for label in labels if label is not None]
     if not given:
@@ -97,7 +98,15 @@ def find_problem_type(dataset: Dataset, column: str, labels: list) -> str:
             "integers (classes), all lists (several classes for each text), or all numbers (regression)."
         )
     is_text = feature.dtype in ("string", "large_string", "string_view")
-    if not feature.dtype.startswith("float") and not (is_text and all(map(is_finite_number, given))):
+    is_number = feature.dtype.startswith(("float", "decimal"))
+    numbers = [label for label in given if is_finite_number(label)]
+    if is_text and len(given) > len(numbers) > len(given) / 2 and has_fractions(numbers):
+        others = sorted({label for label in given if not is_finite_number(label)})
+        raise ValueError(
+            f"Most labels of the train split are numbers with a fraction, and {len(given) - len(numbers):,} are not: "
+            f"{others[:5]}. Correct them or leave these rows out; or, if all are names, pass --problem_type {SINGLE}."
+        )
+    if not is_number and not (is_text and len(numbers) == len(given)):
         return SINGLE
     if is_text and all(map(is_integer, given)):
         return SINGLE
@@ -111,7 +120,7 @@ def find_problem_type(dataset: Dataset, column: str, labels: list) -> str:
 
 def is_finite_number(label: Any) -> bool:
     try:
-        return math.isfinite(float(label))
+        return math.isfinite(float(label)) and "_" not in str(label)  # which Python allows, as in 1_0
     except (TypeError, ValueError):
         return False
 

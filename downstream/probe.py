@@ -135,7 +135,8 @@ def knn_accuracy(
         k: voters, or the whole training part where that is smaller. The vote of each is weighed by its cosine.
     """
     whitening = fit_whitening(train)
-    voters = KNeighborsClassifier(min(k, len(train)), metric="cosine", weights=lambda distances: 1 - distances)
+    # 1e-9: texts that are all the same have cosines of 0, and there must be a vote
+    voters = KNeighborsClassifier(min(k, len(train)), metric="cosine", weights=lambda distances: 1 - distances + 1e-9)
     voters.fit(whitening.transform(as_array(train)), train_labels.numpy())
     return voters.score(whitening.transform(as_array(test)), test_labels.numpy())
 

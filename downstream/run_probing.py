@@ -189,6 +189,8 @@ def load_tasks(
         where = f"{data_dir} has no files such as NAME-train.jsonl" if data_dir else "No data was named"
         raise ValueError(f"{where}: pass --data_dir FOLDER, or --dataset NAME=train.jsonl,test.jsonl.")
     tasks = []
+    if len({name.partition("=")[0] for name in names or ()}) < len(names or ()):
+        raise ValueError(f"--dataset {' '.join(names)}: two have one name. Give each data set a name of its own.")
     for name in names or sorted(in_folder):
         name, _, paths = name.partition("=")
         if paths:
@@ -206,6 +208,8 @@ def load_tasks(
                 f"--dataset {name}: no such data set in --data_dir {data_dir}, which has {sorted(in_folder)}. "
                 f"Files elsewhere are given as {name}=train.jsonl,test.jsonl."
             )
+        if len({Path(path).resolve() for path in files.values()}) < len(files):
+            raise ValueError(f"--dataset {name}: two splits are the same file, which would be judged by itself.")
         tasks += make_tasks(name, {split: load_table("--dataset", path) for split, path in files.items()})
     return [limit_task(task, max_samples, max_words, seed) for task in tasks]
 
@@ -224,7 +228,7 @@ def find_files(folder: str) -> dict[str, dict[str, Path]]:
     for path in sorted(Path(folder).iterdir()):
         stem = Path(path.stem).stem if path.suffix.lower() in CODECS else path.stem
         name, _, split = stem.rpartition("-")
-        if name and split in SPLITS and has_columns(path):
+        if name and split in SPLITS and has_columns(path) and not path.name.startswith("."):
             if other := files.setdefault(name, {}).get(split):
                 raise ValueError(f"--data_dir {folder} has {name}-{split} twice: {other.name} and {path.name}.")
             files[name][split] = path
@@ -302,6 +306,8 @@ def make_task(
     if kind == "similarity":
         for content in columns.values():
             content[answer] = [float(score) for score in content[answer]]
+            if len(set(content[answer])) < 2:
+                raise ValueError(f"{name}: {answer} is the same in all rows, so that nothing correlates with it.")
     elif kind in TRAINED:
         labels = {split: set(flatten(c[answer])) - {IGNORED} for split, c in columns.items()}
         classes = {split: set(map(class_name, of_split)) for split, of_split in labels.items()}

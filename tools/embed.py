@@ -12,7 +12,7 @@ its `encode`. All cores work, or the GPU. Interrupted, the same command goes on 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from pyarrow import parquet
 
 from ..corpus.atomic_writes import check_writable, holds_something, replacing_files
 from ..corpus.command_line import at_least_one, start
-from ..corpus.faults import find_fault
-from ..corpus.files import find_paths, load_files
+from ..corpus.faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
+from ..corpus.files import FAULT_COLUMN, find_paths, load_files
 from ..corpus.paths import find_newest_run
 from ..downstream.embedding import Embedder, load_embedder
 
@@ -36,12 +36,15 @@ SETTINGS = "_settings.json"  # readers of a folder of parquet files pass over na
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_texts(pattern: str, text_column_name: str, id_column_name: str | None, cache_dir: str | None) -> Dataset:
+def load_texts(
+    pattern: str, text_column_name: str, id_column_name: str | None, output_format: str, cache_dir: str | None
+) -> Dataset:
     """
     The rows of files. Without ids the texts alone are read, into the cache of datasets rather than into memory.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_files`; if a column is not there, or an id.
+        FileNotFoundError, ValueError: as `load_files`; if a column is not there, or an id, or for ids that the format
+            of the output cannot hold.
     """
     if id_column_name is None:
         return load_files("FILE", pattern, cache_dir=cache_dir, text_column_name=text_column_name)
@@ -51,10 +54,15 @@ def load_texts(pattern: str, text_column_name: str, id_column_name: str | None, 
             raise ValueError(f"{pattern} has no column {name!r}, only {rows.column_names}: pass --{flag}.")
     if None in rows[id_column_name]:
         raise ValueError(f"{pattern} has a row without an id in its column {id_column_name!r}.")
+    kind = rows.features[id_column_name]
+    if output_format == "npy" and not getattr(kind, "dtype", "").startswith(
+        ("int", "uint", "float", "string", "large_s")
+    ):
+        raise ValueError(f"The ids of {pattern} are {kind}, and --format npy takes numbers and texts: leave it out.")
     return rows
 
 
-def embed_part(embedder: Embedder, ids: Sequence, texts: list, batch_size: int, bar: tqdm) -> pyarrow.Table:
+def embed_part(embedder: Embedder, ids: pyarrow.Array, texts: list, batch_size: int, bar: tqdm) -> pyarrow.Table:
     """Columns id and embedding of the texts that can be embedded."""
     kept, vectors = [], [torch.zeros(0, embedder.width)]
     for first in range(0, len(texts), TEXTS_PER_STEP):
@@ -63,12 +71,12 @@ def embed_part(embedder: Embedder, ids: Sequence, texts: list, batch_size: int, 
         encoded = dict(zip(usable, embedder.tokenize([texts[index] for index in usable]), strict=True))
         encoded = {index: tokens for index, tokens in encoded.items() if tokens}
         if encoded:
-            kept += [ids[index] for index in encoded]
+            kept += encoded
             vectors.append(embedder.embed_tokens(list(encoded.values()), batch_size))
         bar.update(len(step))
     flat = pyarrow.array(torch.cat(vectors).flatten().numpy())
     embeddings = pyarrow.FixedSizeListArray.from_arrays(flat, embedder.width)
-    return pyarrow.table({"id": pyarrow.array(kept, None if kept else pyarrow.int64()), "embedding": embeddings})
+    return pyarrow.table({"id": ids.take(pyarrow.array(kept, pyarrow.int64())), "embedding": embeddings})
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
@@ -123,10 +131,10 @@ def write_arrays(folder: Path, parts: list[Path]) -> None:
         np.save(unfinished / "ids.npy", np.array(ids), allow_pickle=False)  # moves into the folder last
 
 
-def embed_file(args: argparse.Namespace) -> tuple[int, int]:
-    """Writes what is not there yet; returns how many texts there are, and how many of them could not be embedded."""
+def embed_file(args: argparse.Namespace) -> tuple[int, Counter]:
+    """Writes what is not there yet; returns how many texts there are, and how many are left out for which reason."""
     check_writable(args.output, "--output")
-    rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.cache_dir)
+    rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.format, args.cache_dir)
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")
     folder = Path(args.model)
     # its own and its modules' (2_Dense); not what a run keeps beside them, nor the index of `tjepa search`
@@ -144,26 +152,31 @@ def embed_file(args: argparse.Namespace) -> tuple[int, int]:
     if not (args.output / "ids.npy").is_file():
         with tqdm(total=len(rows), unit=" texts", desc="embedding") as bar:
             for first, path in zip(starts, parts, strict=True):
-                part = rows[first : first + TEXTS_PER_PART]
-                texts = part[args.text_column_name]
+                part = rows.with_format("arrow")[first : first + TEXTS_PER_PART]
                 if path.is_file():
-                    bar.update(len(texts))
+                    bar.update(len(part))
                     continue
-                ids = (
-                    list(range(first, first + len(texts)))
-                    if args.id_column_name is None
-                    else part[args.id_column_name]
-                )
-                table = embed_part(embedder, ids, texts, args.batch_size, bar)
+                numbers = pyarrow.array(range(first, first + len(part)), pyarrow.int64())
+                ids = numbers if args.id_column_name is None else part[args.id_column_name]
+                table = embed_part(embedder, ids, part[args.text_column_name].to_pylist(), args.batch_size, bar)
                 with replacing_files(args.output) as unfinished:
-                    parquet.write_table(table, unfinished / path.name)
+                    with parquet.ParquetWriter(unfinished / path.name, table.schema) as writer:
+                        if len(table):  # readers of datasets stop at a group without rows
+                            writer.write_table(table)
         if args.format == "npy":
             write_arrays(args.output, parts)
     if args.format == "npy":
         for path in parts:
             path.unlink(missing_ok=True)
-        return len(rows), len(rows) - len(np.load(args.output / "ids.npy", mmap_mode="r"))
-    return len(rows), len(rows) - sum(parquet.read_metadata(path).num_rows for path in parts)
+        num_embedded = len(np.load(args.output / "ids.npy", mmap_mode="r"))
+    else:
+        num_embedded = sum(parquet.read_metadata(path).num_rows for path in parts)
+    if num_embedded == len(rows):
+        return len(rows), Counter()
+    faults = rows[FAULT_COLUMN] if FAULT_COLUMN in rows.column_names else map(find_fault, rows[args.text_column_name])
+    left_out = Counter(DROP_REASONS[fault] for fault in faults if fault not in (None, KEPT))
+    num_without_tokens = len(rows) - num_embedded - left_out.total()
+    return len(rows), left_out + Counter({"without a token": num_without_tokens})
 
 
 def main():
@@ -190,14 +203,14 @@ def main():
     args = parser.parse_args()
     args.model = args.model or str(find_newest_run())
     try:
-        num_texts, num_left_out = embed_file(args)
+        num_texts, left_out = embed_file(args)
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on with {args.output}.", file=sys.stderr)
         sys.exit(130)
-    if num_left_out == num_texts:
-        raise ValueError(f"{args.file} holds no text that could be read: {num_texts:,} were empty or unreadable.")
-    left_out = f"; {num_left_out:,} were empty or unreadable and are left out" if num_left_out else ""
-    print(f"{args.output}: vectors of {num_texts - num_left_out:,} texts by {args.model}{left_out}")
+    if left_out.total() == num_texts:
+        raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}. {advise(left_out)}")
+    without = f"; left out: {list_reasons(left_out)}" if left_out else ""
+    print(f"{args.output}: vectors of {num_texts - left_out.total():,} texts by {args.model}{without}")
 
 
 if __name__ == "__main__":

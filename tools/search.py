@@ -15,6 +15,7 @@ import logging
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import at_least_one, start
-from ..corpus.faults import KEPT
+from ..corpus.faults import DROP_REASONS, KEPT, advise, list_reasons
 from ..corpus.files import FAULT_COLUMN, load_files, without_query
 from ..corpus.paths import find_newest_run
 from ..corpus.quickstart import load_quickstart_documents
@@ -84,10 +85,17 @@ def load_passages(file: str | None = None, text_column_name: str = "text") -> di
     if file is None:
         return load_docstrings()
     rows = load_files("--file", file, text_column_name=text_column_name)
-    texts = zip(rows[text_column_name][:], rows[FAULT_COLUMN][:], strict=True)
-    passages = {text: "" for text, fault in texts if fault == KEPT}
+    faults = rows[FAULT_COLUMN][:]
+    passages = {text: "" for text, fault in zip(rows[text_column_name][:], faults, strict=True) if fault == KEPT}
+    left_out = Counter(DROP_REASONS[fault] for fault in faults if fault != KEPT)
     if not passages:
-        raise ValueError(f"--file {file} holds no text that could be found: all its rows are empty or unreadable.")
+        raise ValueError(
+            f"--file {file} holds no text that could be found: {list_reasons(left_out)}. {advise(left_out)}"
+        )
+    if copies := len(rows) - left_out.total() - len(passages):
+        left_out["copy of another"] = copies
+    if left_out:
+        logger.warning(f"--file {file}: {left_out.total():,} of {len(rows):,} left out: {list_reasons(left_out)}")
     return passages
 
 

@@ -97,6 +97,16 @@ def dataloaders_for_evaluation(args: TrainingArguments) -> Iterator[None]:
         args.dataloader_drop_last, args.train_sampling_strategy = given
 
 
+def check_batches(loader: torch.utils.data.DataLoader, args: TrainingArguments) -> None:
+    """Raises a `ValueError` if `dataloader_drop_last` leaves no batch to train on."""
+    if args.dataloader_drop_last and has_length(loader) and len(loader) == 0:
+        raise ValueError(
+            f"--dataloader_drop_last drops all there is: {len(loader.dataset):,} rows do not fill a batch of "
+            f"{args.train_batch_size} on {args.world_size} processes. Leave it out, or take a lower "
+            "--per_device_train_batch_size."
+        )
+
+
 class TJEPATrainer(TrainerHooks, Trainer):
     """
     A Trainer for which an optimizer step is the same however its documents are divided: over processes (DDP, FSDP2,
@@ -275,13 +285,7 @@ class TJEPATrainer(TrainerHooks, Trainer):
         if isinstance(shard, IterableDatasetShard) and getattr(shard.dataset, "world_size", 1) > 1:
             # a stream of which every process reads its own share: accelerate must not take a part of that part
             shard.num_processes, shard.process_index = 1, 0
-        if self.args.dataloader_drop_last and has_length(loader) and len(loader) == 0:
-            num_documents = len(self.train_dataset)
-            raise ValueError(
-                f"--dataloader_drop_last drops all there is: {num_documents} documents do not fill a batch of "
-                f"{self.args.train_batch_size} documents on {self.args.world_size} processes. Leave it out, or take a "
-                "lower --per_device_train_batch_size."
-            )
+        check_batches(loader, self.args)
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:

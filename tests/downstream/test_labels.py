@@ -1,8 +1,10 @@
 """Labels in every shape in which data sets have them, and what is said of those that cannot be used."""
 
 from collections import Counter
+from decimal import Decimal
 
 import datasets
+import pyarrow
 import pytest
 
 from tjepa.downstream.labels import (
@@ -49,6 +51,18 @@ def test_one_class_stored_in_several_ways():
 def test_quantities_are_no_classes():
     assert has_fractions([0.5, 1, 2.0]) and has_fractions(["0.5", "1"])
     assert not has_fractions([1.0, 2]) and not has_fractions(["1.0", "2"]) and not has_fractions(["1.5", "two"])
+
+
+def test_numbers_with_a_fraction_are_quantities_in_any_type():
+    decimals = datasets.Dataset(pyarrow.table({"label": pyarrow.array([Decimal("0.5"), Decimal("2.0"), None])}))
+    assert find_problem_type(decimals, "label", read_labels(decimals, "label")) == "regression"
+    names = datasets.Dataset.from_dict({"label": ["1_0", "1_1"]})  # numbers to Python alone
+    assert find_problem_type(names, "label", read_labels(names, "label")) == "single_label_classification"
+    mixed = datasets.Dataset.from_dict({"label": ["0.5", "1.5", "N/A", "2"]})
+    with pytest.raises(
+        ValueError, match=r"numbers with a fraction, and 1 are not: \['N/A'\]. .*--problem_type single"
+    ):
+        find_problem_type(mixed, "label", read_labels(mixed, "label"))
 
 
 def test_lists_written_as_text_are_not_classes():

@@ -202,6 +202,8 @@ def test_neighbours_vote_weighed_by_cosine():
     assert knn_accuracy(train, labels, train + 0.01, labels, k=1) == 1.0
     assert knn_accuracy(train, labels, train, 1 - labels, k=5) < 0.1
     assert knn_accuracy(train, labels, train, labels, k=1000) > 0.9  # all vote: the far ones against
+    same = torch.ones(4, 3)
+    assert knn_accuracy(same, torch.tensor([0, 1, 1, 1]), same, torch.tensor([1, 1, 1, 0])) == 0.75
     # two neighbours at an angle beat none: the vote of the nearest alone is 0, that of three is 1
     axes = torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.9, -0.5], [-1.4, 0.5], [-1.4, -0.5]])
     assert knn_accuracy(axes, torch.tensor([0, 1, 1, 0, 0]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]), k=1) == 1.0

@@ -174,7 +174,8 @@ def test_csv_and_parquet_and_three_splits(tmp_path):
     rows = Dataset.from_dict({"text": ["a b", "c d", "e f"], "label": ["007", "NA", ""]})
     rows.to_csv(tmp_path / "a.csv")
     rows.to_parquet(tmp_path / "a.parquet")
-    (task,) = load_tasks([f"mine={tmp_path}/a.csv,{tmp_path}/a.parquet,{tmp_path}/a.csv"], None)
+    rows.to_csv(tmp_path / "b.csv")
+    (task,) = load_tasks([f"mine={tmp_path}/a.csv,{tmp_path}/a.parquet,{tmp_path}/b.csv"], None)
     assert list(task.splits) == ["train", "validation", "test"]
     assert all(split == {"text": ["a b", "c d"], "label": [0, 1]} for split in task.splits.values())
 
@@ -194,8 +195,9 @@ def test_labels_are_read_as_in_fine_tuning(tmp_path):
 
 def test_without_words_there_is_no_tfidf(tmp_path, caplog):
     rows = [{"text": "ab"[i % 2], "label": i % 2} for i in range(20)]
-    write(tmp_path / "a.jsonl", rows, ("text", "label"))
-    tasks = load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/a.jsonl"], None)
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, rows, ("text", "label"))
+    tasks = load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/b.jsonl"], None)
     assert probe_tasks_with_tfidf(tasks) == {}
     assert "mine is left out for TF-IDF: none of its texts has a word of two letters" in caplog.text
 
@@ -230,8 +232,9 @@ def test_tags_of_minus_100_are_neither_learned_nor_judged(models, tmp_path):
     (task,) = load_tasks(None, str(tmp_path))
     assert task.splits["train"]["tags"] == [[-100, 0, 1]] * 6
     named = [{"tokens": ["a", 5, "b"], "x_tags": [-100, "X", "Y"]}, {"tokens": ["a"], "x_tags": ["X"]}]
-    write(tmp_path / "named.jsonl", named, ("tokens", "x_tags"))
-    (of_names,) = load_tasks([f"mine={tmp_path}/named.jsonl,{tmp_path}/named.jsonl"], None)
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, named, ("tokens", "x_tags"))
+    (of_names,) = load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/b.jsonl"], None)
     assert of_names.splits["test"] == {"tokens": [["a", "5", "b"], ["a"]], "tags": [[-100, 0, 1], [0]]}
     encoder, tokenizer = AutoModel.from_pretrained(models / "ours"), AutoTokenizer.from_pretrained(models / "ours")
     embedded = embed_task(encoder, tokenizer, task, max_length=16)
@@ -260,9 +263,10 @@ def test_samples_are_limited_and_the_same_for_a_seed(data):
     ],
 )
 def test_data_that_is_refused(tmp_path, rows, message):
-    write(tmp_path / "a.jsonl", rows, tuple(rows[0]))
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, rows, tuple(rows[0]))
     with pytest.raises(ValueError, match=message):
-        load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/a.jsonl"], None)
+        load_tasks([f"mine={tmp_path}/a.jsonl,{tmp_path}/b.jsonl"], None)
 
 
 def test_sources_that_are_refused(data, tmp_path):
@@ -282,12 +286,25 @@ def test_sources_that_are_refused(data, tmp_path):
         load_tasks(["other"], str(data))
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         load_tasks([f"mine={tmp_path}/a.csv"], None)
+    twin = f"mine={data}/kinds-train.jsonl,{data}/kinds-test.jsonl"
+    with pytest.raises(ValueError, match="two have one name. Give each data set a name of its own"):
+        load_tasks([twin, twin], None)
+    with pytest.raises(ValueError, match="--dataset mine: two splits are the same file"):
+        load_tasks([f"mine={data}/kinds-train.jsonl,{data}/../{data.name}/kinds-train.jsonl"], None)
+    write(
+        tmp_path / "flat.jsonl",
+        [{"sentence1": "a", "sentence2": "b", "score": 2}] * 3,
+        ("sentence1", "sentence2", "score"),
+    )
+    with pytest.raises(ValueError, match="flat: score is the same in all rows"):
+        load_tasks([f"flat={tmp_path}/flat.jsonl"], None)
     with pytest.raises(ValueError, match="has 4 files"):
         load_tasks(["mine=a,b,c,d"], None)
     with pytest.raises(ValueError, match="must be a json, jsonl, csv, tsv or parquet file"):
         load_tasks([f"mine={data}/README.md"], None)
     with pytest.raises(ValueError, match="needs the splits train and test; it has \\['test'\\]"):
         load_tasks([f"mine={data}/kinds-test.jsonl"], None)
+    (data / "._kinds-train.jsonl").touch()  # as macOS leaves them
     assert set(find_files(str(data))) == {"kinds", "pairs", "words"}
 
 

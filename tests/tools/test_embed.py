@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
@@ -62,12 +63,14 @@ def test_vectors_have_the_ids_of_their_texts(model, texts, tmp_path, monkeypatch
         ids, vectors = np.load(tmp_path / "out" / "ids.npy").tolist(), np.load(tmp_path / "out" / "embeddings.npy")
     assert ids == [row["key"] for row in kept]
     check(vectors, tjepa.embed(model, [row["body"] for row in kept]))
-    assert "3 were empty or unreadable and are left out" in capsys.readouterr().out
+    assert "left out: empty or whitespace only 1, null 1, without a token 1" in capsys.readouterr().out
 
 
 def test_a_file_without_texts_and_a_folder_that_cannot_be_written_are_errors(model, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text(" \n\t\n")
-    with pytest.raises(ValueError, match="texts.txt holds no text that could be read: 2 were empty or unreadable"):
+    with pytest.raises(
+        ValueError, match="holds no text that could be read: empty or whitespace only 2. --text_column"
+    ):
         run(monkeypatch, tmp_path / "texts.txt", "--output", tmp_path / "out", "--model", model)
     with pytest.raises(FileExistsError, match="--output .*texts.txt is a file: name a folder"):
         run(monkeypatch, tmp_path / "texts.txt", "--output", tmp_path / "texts.txt" / "out", "--model", model)
@@ -81,7 +84,7 @@ def test_an_interrupted_command_goes_on(model, texts, tmp_path, monkeypatch, cap
     def interrupted(embedder, ids, *others):
         if len(embedded) == 2:
             raise KeyboardInterrupt
-        embedded.append(list(ids))
+        embedded.append(ids.to_pylist())
         return embed_part(embedder, ids, *others)
 
     monkeypatch.setattr(embed, "embed_part", interrupted)
@@ -151,6 +154,32 @@ def test_vectors_of_a_model_that_has_changed_are_not_kept(model, texts, tmp_path
     changed.write_bytes(before)
     with pytest.raises(ValueError, match=rf"vectors of another model \(\S*{name} changed\)"):
         run(monkeypatch, *command)
+
+
+@pytest.mark.parametrize(
+    ("ids", "format"),
+    [
+        (pyarrow.array([2**63 + index for index in range(20)], pyarrow.uint64()), "npy"),
+        (pyarrow.array([f"k{index}" for index in range(20)]), "npy"),
+        (pyarrow.array(range(20), pyarrow.timestamp("s")), "parquet"),
+    ],
+)
+def test_ids_keep_their_type(model, texts, tmp_path, monkeypatch, ids, format):
+    """Also where a part of the folder has no text that can be read; which readers of `datasets` pass over."""
+    from datasets import load_dataset
+
+    texts[8:16] = [""] * 8
+    parquet.write_table(pyarrow.table({"text": texts, "key": ids}), tmp_path / "texts.parquet")
+    out = tmp_path / "out"
+    command = [tmp_path / "texts.parquet", "--model", model, "--id_column_name", "key", "--output", out]
+    run(monkeypatch, *command, "--format", format)
+    kept = ids.take(pyarrow.array([*range(8), *range(16, 20)])).to_pylist()
+    if format == "npy":
+        assert np.load(out / "ids.npy").tolist() == kept
+    else:
+        assert load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))["id"][:] == kept
+        with pytest.raises(ValueError, match="The ids of .* are Value.*timestamp.*, and --format npy takes numbers"):
+            run(monkeypatch, *command[:-1], tmp_path / "arrays", "--format", "npy")
 
 
 def test_settings_are_read_by_nobody_else(model, texts, tmp_path, monkeypatch):

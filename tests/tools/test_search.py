@@ -95,10 +95,11 @@ def test_docstrings_are_their_first_paragraphs_each_once(docstrings):
     assert load_passages() == docstrings
 
 
-def test_files_with_columns_and_unusable_rows(tmp_path):
+def test_files_with_columns_and_unusable_rows(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"body": text}) for text in ["a fox", None, " ", "a fox", "a hen"]))
     assert load_passages(str(path), "body") == {"a fox": "", "a hen": ""}
+    assert "3 of 5 left out: null 1, empty or whitespace only 1, copy of another 1" in caplog.text
 
 
 def test_words_find_what_shares_words_and_nothing_else():
@@ -203,8 +204,8 @@ def test_without_a_query_each_line_of_the_input_is_one(model, texts, monkeypatch
         ([" "], "The query is empty"),
         (["fox", "--num_results", "0"], "argument --num_results: 0; it must be at least 1"),
         (["fox", "--file", "missing.txt"], "--file: no file 'missing.txt'"),
-        (["fox", "--file", "TEXTS", "--text_column_name", "body"], "has no column 'body'"),
-        (["fox", "--file", "EMPTY"], "holds no text that could be found"),
+        (["fox", "--file", "EMPTY", "--text_column_name", "body"], "has no column 'body'"),
+        (["fox", "--file", "EMPTY"], "holds no text that could be found: empty or whitespace only 1. --text_column"),
         (["fox", "--model", "./missing"], "--model ./missing: there is no such file or folder"),
     ],
 )

@@ -62,14 +62,12 @@ def usage() -> str:
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
+    answers = {"-h": usage, "--help": usage, "--version": lambda: version("tjepa")}
     if name == "adapt" and wants_help(arguments):
-        print(ADAPT_USAGE)
-        return
-    if name in ("-h", "--help"):
-        print(usage())
-        return
-    if name == "--version":
-        print(version("tjepa"))
+        answers[name] = lambda: ADAPT_USAGE
+    if name in answers:
+        with errors_in_one_line():
+            print(answers[name](), flush=True)
         return
     if name not in COMMANDS:
         print(f"tjepa: error: there is no command {name!r}.\n{usage()}", file=sys.stderr)

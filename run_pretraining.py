@@ -44,7 +44,7 @@ from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA
 from tjepa.downstream.before_after import BeforeAfter, BeforeAfterArguments, held_out_texts
 from tjepa.downstream.quickstart_report import report_what_was_learned
 from tjepa.layers_tjepa import VARLEN_ATTENTION, has_varlen_kernel
-from tjepa.tools.health import closing_lines
+from tjepa.tools.health import closing_lines, summarise_run
 from tjepa.tools.report import ReportCallback, texts_to_keep, write_report
 from tjepa.tools.search import build_docstring_index
 from tjepa.training.arguments import PretrainingArguments
@@ -298,7 +298,7 @@ def main():
                 collator.strategies,
                 counts,
                 results,
-                trainer.health.verdict,
+                trainer.health.verdict or summarise_run(training_args.output_dir),
                 dataset_name=data_args.dataset_name,
                 train_file=data_args.train_file,
                 max_length=data_args.max_length,

@@ -173,6 +173,11 @@ def read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
     return values
 
 
+def printable(text: str) -> str:
+    """A text for a terminal: its control characters, which could do anything there, are shown as one sign."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 def at_least_one(text: str) -> int:
     """A type for argparse: how many of something."""
     number = int(text)

@@ -44,6 +44,8 @@ def hint_at_nearest(name: str | Path) -> str:
 
 
 def _list_folder(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file."
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     return f"{folder} holds: {list_names(names) or 'nothing'}."
 

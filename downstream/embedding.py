@@ -7,6 +7,7 @@ like length in padded batches.
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from ..training.loading import load_config, load_encoder
 from ..training.model_folder import find_sentence_modules
 from ..training.setup import default_device
 
+
+logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_LENGTH = 512  # tokens
 
@@ -210,8 +213,10 @@ def choose_max_length(name: str, model: nn.Module, tokenizer, max_length: int | 
     longest = longest_input(tokenizer, model)
     if max_length is None:
         return min(longest, MAX_DEFAULT_LENGTH)
-    if max_length > longest and model.config.model_type != "tjepa":  # whose rotary positions do not end
+    if max_length > longest and model.config.model_type != "tjepa":
         raise ValueError(f"--max_length is {max_length}, but {name} is made for {longest} tokens at most.")
+    if max_length > longest:  # rotary positions have no end
+        logger.warning(f"--max_length {max_length} is more than the {longest} tokens that {name} was made for")
     return max_length
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..corpus.atomic_writes import replacing_files
+from ..corpus.command_line import first_line
 from .embedding import load_embedder
 
 
@@ -52,7 +53,10 @@ def load_mteb_tasks(names: Sequence[str]) -> list[Any]:
             raise FileNotFoundError(f"--mteb {name}: there is no such file.")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"--mteb {name} cannot be run: {type(error).__name__}: {error}") from error
         own = [
             found
             for found in vars(module).values()
@@ -65,7 +69,13 @@ def load_mteb_tasks(names: Sequence[str]) -> list[Any]:
 
 
 def run_mteb(
-    name: str, tasks: Sequence[Any], output: str | Path, max_length: int | None, batch_size: int, **for_hub
+    name: str,
+    column: str,
+    tasks: Sequence[Any],
+    output: str | Path,
+    max_length: int | None,
+    batch_size: int,
+    **for_hub,
 ) -> dict[str, float]:
     """
     Runs tasks on one encoder. mteb's JSON files come to lie in `output`, under `results/`; the card of a model that is
@@ -73,6 +83,7 @@ def run_mteb(
 
     Args:
         name: a folder, or a name on the Hub.
+        column: what a folder is called among others.
         tasks: what `load_mteb_tasks` returned.
         max_length, batch_size, for_hub: as in `load_embedder` and `Embedder`.
 
@@ -85,7 +96,7 @@ def run_mteb(
 
     embedder = load_embedder(name, max_length=max_length, **for_hub)
     folder = Path(name)
-    label = f"local/{folder.resolve().name}" if folder.is_dir() else name  # mteb wants owner/name
+    label = f"local/{column.strip('./').replace('/', '-')}" if folder.is_dir() else name  # mteb wants owner/name
 
     class Encoder(AbsEncoder):
         model = embedder
@@ -95,14 +106,20 @@ def run_mteb(
             texts = [text for batch in inputs for text in batch["text"]]
             return embedder(texts, batch_size).numpy()
 
-    found = mteb.evaluate(
-        Encoder(),
-        tasks,
-        co2_tracker=False,
-        cache=mteb.ResultCache(output),
-        overwrite_strategy="always",  # what is kept there may be of other weights
-        show_progress_bar=False,
-    )
+    try:
+        found = mteb.evaluate(
+            Encoder(),
+            tasks,
+            co2_tracker=False,
+            cache=mteb.ResultCache(output),
+            overwrite_strategy="always",  # what is kept there may be of other weights
+            show_progress_bar=False,
+        )
+    except Exception as error:  # of a task, its data or its measures
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"--mteb could not judge {name} by {[task.metadata.name for task in tasks]}: {reason}"
+        ) from error
     scores = {}
     for task, result in zip(tasks, found.task_results, strict=True):
         scores[f"{result.task_name}/{task.metadata.main_score}"] = result.get_score()

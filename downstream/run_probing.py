@@ -6,8 +6,8 @@
     tjepa probe --model_name_or_path runs/quickstart --mteb STSBenchmark mine.py
 
 Every encoder embeds every data set once. The protocol (mean pooling, whitening, logistic regression whose strength is
-chosen on a validation part) is in probe.py, and the same for every column of the table. What a data set is for
-is seen from its columns: text and label; sentence1, sentence2 and score or label; sentences and label; title and
+chosen on a validation part) is in probe.py, and the same for every column of the table. What a data set is for is
+seen from its columns: text and label; sentence1, sentence2 and score or label; sentences and label; title and
 segments; paradigm, good and bad; tokens and one that ends in _tags.
 """
 
@@ -99,7 +99,7 @@ class ProbingArguments(HubArguments):
     max_samples: int = HfArg(default=10_000, help="Rows of a split that are used, drawn with the first seed.")
     max_words: int = HfArg(default=10_000, help="The same for tagging, in words (whole sentences, so a few more).")
     output: str | None = HfArg(default=None, help="JSON file for the figures.")
-    plot: str | None = HfArg(default=None, help="PNG file for a bar chart.")
+    plot: str | None = HfArg(default=None, help="PNG file for a bar chart, without k-NN and quality.")
 
     def __post_init__(self):
         for name in ("max_length", "batch_size", "num_seeds", "max_samples", "max_words"):
@@ -135,10 +135,11 @@ def main():
     if args.dataset or args.data_dir or not args.mteb:
         tasks = load_tasks(args.dataset, args.data_dir, args.max_samples, args.max_words, args.seed)
     if args.mteb:
+        check_writable(Path(args.mteb_output), "--mteb_output")
         mteb_tasks = load_mteb_tasks(args.mteb)
         options = {"max_length": args.max_length, "batch_size": args.batch_size, **args.for_hub()}
         scores = {
-            column: run_mteb(name, mteb_tasks, args.mteb_output, **options)
+            column: run_mteb(name, column, mteb_tasks, args.mteb_output, **options)
             for name, column in zip(args.model_name_or_path, columns, strict=True)
         }
         print(f"\n{format_table(scores)}\n\nmteb's JSON files: {args.mteb_output}\n")
@@ -206,7 +207,7 @@ def load_tasks(
         else:
             raise FileNotFoundError(
                 f"--dataset {name}: no such data set in --data_dir {data_dir}, which has {sorted(in_folder)}. "
-                f"Files elsewhere are given as {name}=train.jsonl,test.jsonl."
+                "Files are given with a name for them: --dataset mine=train.jsonl,test.jsonl."
             )
         if len({Path(path).resolve() for path in files.values()}) < len(files):
             raise ValueError(f"--dataset {name}: two splits are the same file, which would be judged by itself.")
@@ -344,16 +345,13 @@ def is_usable(kind: str, row: tuple) -> bool:
     if kind == MINIMAL_PAIRS:
         return are_texts(list(row))
     *texts, answer = row
-    if kind == "similarity":
-        has_answer = is_finite_number(answer)  # a csv file holds text
-    elif kind == "tagging":
+    has_answer = is_finite_number(answer) if kind == "similarity" else answer is not None  # a csv file holds text
+    if kind == "tagging":
         (words,) = texts
         if not (isinstance(words, list) and isinstance(answer, list) and len(words) == len(answer)):
             return False
         has_answer = None not in answer and bool({*answer} - {IGNORED})
         return has_answer and all(isinstance(word, str) for word in words)
-    else:
-        has_answer = answer is not None
     if kind == POSITION:
         return has_answer and are_texts(texts[0])
     return has_answer and all(find_fault(text) is None for text in texts)
@@ -577,7 +575,7 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     shown = [key for key in measures(results) if not key.startswith("quality/") and not key.endswith("/knn")]
     encoders = [name for name in results if name != TFIDF]
     width = 0.8 / len(encoders)
-    figure = Figure(figsize=(2 + 1.4 * len(shown), 4))
+    figure = Figure(figsize=(max(7, 2 + 1.4 * len(shown)), 4))
     axis = figure.subplots()
     colours = colormaps["tab20c"].colors  # fours from dark to light: trained, untrained, embeddings
     for index, name in enumerate(encoders):
@@ -593,7 +591,7 @@ def plot(results: dict[str, dict[str, float]], path: str) -> None:
     axis.set_ylabel("accuracy, Spearman or reciprocal rank, %")
     figure.legend(loc="upper center", ncol=min(4, len(results)), fontsize="small")  # above the bars, hiding none
     figure.tight_layout(rect=(0, 0, 1, 0.92 - 0.06 * ((len(results) - 1) // 4)))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

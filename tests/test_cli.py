@@ -71,6 +71,16 @@ def test_the_command_without_a_subcommand_lists_them(monkeypatch, capsys):
     assert end.value.code == 2 and "no command 'pretain'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["adapt", "--help"], ["--version"]])
+def test_an_answer_that_nobody_reads_is_no_error(arguments):
+    lines = f"import sys\nsys.argv[1:] = {arguments}\nfrom tjepa.cli import main\nmain()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", lines], stdout=full, stderr=subprocess.PIPE, text=True, timeout=100
+        )
+    assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", PARSING_COMMANDS)
 def test_every_subcommand_is_its_files_main(command, monkeypatch):
     module = import_module(f"tjepa.{cli.COMMANDS[command][0]}")

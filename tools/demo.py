@@ -39,7 +39,7 @@ from ..training.setup import hide_what_loading_says
 from .fill import Gapped, guess_tokens, load_for_filling, tokens_around
 from .lookup import Lookup, owners_of_tokens, split_into_tokens, split_into_words
 from .report import group_pieces, token_kinds
-from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
+from .search import SearchIndex, WordIndex, add_text_flags, check_text_flags, index_path, load_passages, open_index
 
 
 HIDDEN, NEXT_HIDDEN, LEFT_OUT = "hidden", "hidden, the next block", "left out of the context"
@@ -181,7 +181,11 @@ class Demo:
     def _index_file(self, file: str | None) -> tuple[SearchIndex, WordIndex]:
         if file is None:
             return self.index, WordIndex(self.index.passages)
-        passages = load_passages(file)
+        try:
+            passages = load_passages(file)
+        except ValueError as error:  # to a visitor, who knows neither the server's folders nor flags
+            said = str(error).replace("--file ", "").replace(file, Path(file).name)
+            raise ValueError(re.split(r" (?:Pass )?--text_column_name", said)[0]) from error
         if len(passages) > MAX_FILE_TEXTS:
             raise ValueError(
                 f"The file has {len(passages):,} texts, and {MAX_FILE_TEXTS:,} at most are read here. "
@@ -340,12 +344,17 @@ def build_app(demo: Demo, title: str):
                 number = gradio.Slider(1, 20, 5, step=1, label="Answers")
                 with_words = gradio.Checkbox(True, label="Beside it what counting words finds (TF-IDF)")
             found = gradio.HTML(elem_id="found")
+
+            def find(query, file, num_results, with_words):
+                return search(demo, query, file, num_results, with_words)
+
             gradio.on(
                 [query.submit, file.change, number.change, with_words.change],
-                lambda *args: search(demo, *args),
+                find,
                 [query, file, number, with_words],
                 found,
                 trigger_mode="always_last",
+                api_name="search",
             )
     return app
 
@@ -455,14 +464,15 @@ def main() -> None:
         "--export", metavar="SPACE_FOLDER", type=Path, help="write a Space of the Hub rather than start the demo"
     )
     args = parser.parse_args()
+    check_text_flags(args)
     import_gradio()
     logging.basicConfig(format="%(message)s")
     hide_what_loading_says()
     name = args.folder or str(find_newest_run())
     if args.export is None:
-        launch(name, args.file, args.text_column_name)
+        launch(name, args.file, args.text_column_name or "text")
         return
-    export(name, args.export, args.file, args.text_column_name)
+    export(name, args.export, args.file, args.text_column_name or "text")
     repository = re.sub(r"[^A-Za-z0-9._-]+", "-", args.export.name)  # the Hub takes nothing else
     print(
         f"Wrote {args.export}. Try it with `pip install -r requirements.txt && python app.py` in that folder, and put "

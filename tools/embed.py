@@ -28,6 +28,7 @@ from ..corpus.faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
 from ..corpus.files import FAULT_COLUMN, find_paths, load_files
 from ..corpus.paths import find_newest_run
 from ..downstream.embedding import Embedder, load_embedder
+from ..training.setup import hide_what_loading_says
 
 
 TEXTS_PER_PART = 4096  # of a file that is written, and embedded again after an interruption
@@ -84,7 +85,6 @@ def claim_folder(folder: Path, settings: dict) -> None:
     Writes what the vectors depend on into a folder for them, or compares it with what is there.
 
     Raises:
-        FileExistsError: if the folder holds something else.
         ValueError: if it holds vectors made in another way.
     """
     path = folder / SETTINGS
@@ -101,8 +101,6 @@ def claim_folder(folder: Path, settings: dict) -> None:
                 raise ValueError(
                     f"{folder} holds vectors of another {name} ({differs}): choose another --output, or delete it."
                 )
-    elif holds_something(folder):
-        raise FileExistsError(f"{folder} holds other files: choose another --output.")
     with replacing_files(folder) as unfinished:
         (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -131,10 +129,22 @@ def write_arrays(folder: Path, parts: list[Path]) -> None:
         np.save(unfinished / "ids.npy", np.array(ids), allow_pickle=False)  # moves into the folder last
 
 
-def embed_file(args: argparse.Namespace) -> tuple[int, Counter]:
-    """Writes what is not there yet; returns how many texts there are, and how many are left out for which reason."""
+def embed_file(args: argparse.Namespace) -> str:
+    """
+    Writes what is not there yet, and says what is there.
+
+    Raises:
+        FileExistsError: if the output folder holds something else.
+        ValueError: if no text can be embedded.
+    """
     check_writable(args.output, "--output")
+    if holds_something(args.output) and not (args.output / SETTINGS).is_file():
+        raise FileExistsError(f"{args.output} holds other files: choose another --output.")
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.format, args.cache_dir)
+    faults = rows[FAULT_COLUMN] if FAULT_COLUMN in rows.column_names else map(find_fault, rows[args.text_column_name])
+    left_out = Counter(DROP_REASONS[fault] for fault in faults if fault not in (None, KEPT))
+    if left_out.total() == len(rows):
+        raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}. {advise(left_out)}")
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")
     folder = Path(args.model)
     # its own and its modules' (2_Dense); not what a run keeps beside them, nor the index of `tjepa search`
@@ -171,12 +181,10 @@ def embed_file(args: argparse.Namespace) -> tuple[int, Counter]:
         num_embedded = len(np.load(args.output / "ids.npy", mmap_mode="r"))
     else:
         num_embedded = sum(parquet.read_metadata(path).num_rows for path in parts)
-    if num_embedded == len(rows):
-        return len(rows), Counter()
-    faults = rows[FAULT_COLUMN] if FAULT_COLUMN in rows.column_names else map(find_fault, rows[args.text_column_name])
-    left_out = Counter(DROP_REASONS[fault] for fault in faults if fault not in (None, KEPT))
-    num_without_tokens = len(rows) - num_embedded - left_out.total()
-    return len(rows), left_out + Counter({"without a token": num_without_tokens})
+    left_out += Counter({"without a token": len(rows) - num_embedded - left_out.total()})  # but not if that is 0
+    without = f"; left out: {list_reasons(left_out)}" if left_out else ""
+    first = f"the first {embedder.max_length} tokens of each"
+    return f"{args.output}: vectors of {num_embedded:,} texts ({first}) by {args.model}{without}"
 
 
 def main():
@@ -202,15 +210,12 @@ def main():
     parser.add_argument("--cache_dir", help="where the cache of datasets is")
     args = parser.parse_args()
     args.model = args.model or str(find_newest_run())
+    hide_what_loading_says()
     try:
-        num_texts, left_out = embed_file(args)
+        print(embed_file(args))
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on with {args.output}.", file=sys.stderr)
         sys.exit(130)
-    if left_out.total() == num_texts:
-        raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}. {advise(left_out)}")
-    without = f"; left out: {list_reasons(left_out)}" if left_out else ""
-    print(f"{args.output}: vectors of {num_texts - left_out.total():,} texts by {args.model}{without}")
 
 
 if __name__ == "__main__":

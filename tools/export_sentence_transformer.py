@@ -36,6 +36,7 @@ from ..downstream.whitening import fit_text_whitening
 from ..training.loading import load_config
 from ..training.model_folder import ONNX_FILES
 from ..training.record import earlier_results
+from ..training.setup import hide_what_loading_says
 
 
 def check_onnx(way_out: str) -> None:
@@ -241,7 +242,7 @@ def add_whitening_flags(parser: argparse.ArgumentParser) -> None:
         help="texts such as will be embedded, to fit the whitening on (parquet, json, jsonl, csv, tsv, txt); default: "
         "what the run was trained on",
     )
-    parser.add_argument("--text_column_name", default="text", help="the column of --whitening_file that holds texts")
+    parser.add_argument("--text_column_name", help="the column of --whitening_file that holds texts; default: text")
     parser.add_argument("--whitening_dimensions", type=int, help="how many the embeddings have; default: all")
     parser.add_argument("--no_whitening", action="store_true", help="leave the mean over the tokens as it is")
 
@@ -253,8 +254,10 @@ def whitening_texts(args: argparse.Namespace, model_name_or_path: str) -> Iterat
     Raises:
         ValueError: if they contradict each other.
     """
+    if args.text_column_name is not None and args.whitening_file is None:
+        raise ValueError(f"--text_column_name {args.text_column_name} is a column of --whitening_file: pass it, too.")
     if not args.no_whitening:
-        return read_whitening_texts(model_name_or_path, args.whitening_file, args.text_column_name)
+        return read_whitening_texts(model_name_or_path, args.whitening_file, args.text_column_name or "text")
     if args.whitening_file is not None or args.whitening_dimensions is not None:
         raise ValueError("--no_whitening has no use for --whitening_file and --whitening_dimensions: leave them out.")
     return None
@@ -270,6 +273,7 @@ def main():
     parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx as well, for ONNX Runtime")
     parser.add_argument("--no_normalize", action="store_true", help="leave the embeddings' length as it is")
     args = parser.parse_args()
+    hide_what_loading_says()
     export_sentence_transformer(
         args.model_name_or_path,
         args.output_folder,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..corpus.command_line import at_least_one, start
+from ..corpus.command_line import at_least_one, printable, start
 from ..corpus.paths import find_newest_run
 from ..corpus.tokenizers import load_tokenizer, longest_input, special_tokens_around, text_reader
 from ..modeling_tjepa import TJEPAForPreTraining
@@ -137,9 +137,9 @@ def main():
         )
     gapped = read_gaps(args.text, model, tokenizer)
     guesses = guess_tokens(model, tokenizer, gapped, args.num_results)
-    print(f"{name}\n\n{fill(tokenizer, gapped, guesses)}\n")
+    print(f"{name}\n\n{printable(fill(tokenizer, gapped, guesses).replace(chr(10), '⏎'))}\n")
     for place, of_place in enumerate(guesses, start=1):
-        print(f"{place:>3}  " + "  ".join(f"{guess.token!r} {guess.probability:.0%}" for guess in of_place))
+        print(f"{place:>3}  " + "  ".join(f"{guess.token!r} {guess.probability:.1%}" for guess in of_place))
 
 
 if __name__ == "__main__":

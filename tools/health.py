@@ -10,13 +10,14 @@ curves of good runs look like is in docs/health.md. The exit code is 3 where a r
 import argparse
 import math
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..corpus.command_line import start
-from ..corpus.paths import find_newest_run
+from ..corpus.paths import RUN_FILE, find_newest_run
 from ..training.checkpoints import list_checkpoints
 from ..training.ema import MAX_SHARE_OF_START
 from ..training.health import MIN_RANK, MIN_STEPS, MIN_TARGET_STD, is_learning
@@ -271,8 +272,8 @@ def find_judgement(run: Run) -> Finding:
             "bad",
             name,
             shown,
-            "The frozen encoder tells less than it did before training.",
-            "Train longer, or from configs/quickstart.yaml's recipe; plain T-JEPA needs long runs.",
+            f"The frozen encoder tells {'less' if trained < untrained else 'no more'} than it did before training.",
+            "Train longer; or with token_prediction_weight and single_tokens: plain T-JEPA needs long runs.",
         )
     folder = shlex.quote(str(run.folder))
     if lines := run.results.get("before_after", {}).get("lines"):
@@ -285,8 +286,16 @@ def find_judgement(run: Run) -> Finding:
         name,
         "not judged",
         "Loss and cosine do not tell whether the encoder is good; only a probe does.",
-        f"tjepa probe --model_name_or_path {folder} (on labelled texts), or --probe_file in the next run.",
+        f"tjepa probe --model_name_or_path {folder} --dataset mine=train.jsonl,test.jsonl, with labelled texts; or "
+        "--probe_file in the next run.",
     )
+
+
+def summarise_run(folder: str) -> str:
+    """`summarise`, of the run in a folder."""
+    if not (Path(folder) / RUN_FILE).is_file():
+        return "Not known: the run has kept no record."
+    return summarise(diagnose(read_run(folder)))
 
 
 def closing_lines(folder: str) -> list[str]:
@@ -312,14 +321,15 @@ def closing_lines(folder: str) -> list[str]:
 
 
 def as_text(findings: list[Finding]) -> str:
-    """For a terminal: 100 columns."""
+    """For a terminal: at most 100 columns."""
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     marks = {"good": "ok   ", "watch": "look ", "bad": "BAD  "}
     lines = [summarise(findings), ""]
     for finding in findings:
         lines.append(f"{marks[finding.level]} {finding.name}: {finding.figures}")
         for words, sign in ((finding.meaning, "  "), (finding.advice, "> ")):
             indent = " " * 6
-            lines += textwrap.wrap(words, WIDTH, initial_indent=indent + sign, subsequent_indent=f"{indent}  ")
+            lines += textwrap.wrap(words, width, initial_indent=indent + sign, subsequent_indent=f"{indent}  ")
     return "\n".join(lines)
 
 
@@ -333,8 +343,9 @@ def main() -> None:
         prog="tjepa health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_folder_argument(parser)
-    findings = diagnose(read_run(parser.parse_args().folder or find_newest_run()))
-    print(as_text(findings))
+    folder = parser.parse_args().folder or find_newest_run()
+    findings = diagnose(read_run(folder))
+    print(f"{folder}: {as_text(findings)}")
     if worst_level(findings) == "bad":
         sys.exit(NOT_HEALTHY)
 

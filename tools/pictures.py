@@ -33,10 +33,12 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 7,
     "lines.linewidth": 1.5,
-    "axes.prop_cycle": matplotlib.cycler(color=["#2a6f97", "#e07a3f", "#5b8e3e", "#8257a5", "#b8405e", "#6b6b6b"]),
+    "axes.prop_cycle": matplotlib.cycler(linestyle=["-", "--"])
+    * matplotlib.cycler(color=["#2a6f97", "#e07a3f", "#5b8e3e", "#8257a5", "#b8405e", "#6b6b6b"]),
 }
 GREY, RED, AMBER = "#b5b5b5", "#c0392b", "#d99a2b"
 MAX_CLASSES = 12  # with a colour of their own
+HATCHES = (None, "//", "..", "xx", "--", "oo", "||", "**")  # of what was kept, and of each reason to drop
 REFERENCE_FILE = Path(__file__).with_name("reference_runs.json")
 
 
@@ -220,9 +222,8 @@ def draw_documents(run: Run) -> Figure | None:
             numbers = [c["num_kept"] if reason == "kept" else c["dropped"].get(reason, 0) for c in counts.values()]
             shares = np.array(numbers) / [max(1, count["num_documents"]) for count in counts.values()]
             label = f"{reason} ({sum(numbers):,})"
-            axis.barh(
-                list(counts), shares, left=left, label=label, color="#2a6f97" if index == 0 else None, height=0.5
-            )
+            look = {"color": f"C{index}", "hatch": HATCHES[index], "edgecolor": "white", "height": 0.5}
+            axis.barh(list(counts), shares, left=left, label=label, **look)
             left += shares
         axis.set_xlim(0, 1)
         axis.grid(axis="y", visible=False)

@@ -38,6 +38,7 @@ from .export_sentence_transformer import (
     export_sentence_transformer,
     whitening_texts,
 )
+from .health import summarise_run
 
 
 BRANCH = "checkpoints"
@@ -213,6 +214,7 @@ def publish(args: argparse.Namespace) -> None:
             tag: additions(stage_checkpoint(checkpoint, Path(staging) / tag, folder))
             for tag, checkpoint in checkpoints.items()
         }
+        print(f"Health: {summarise_run(folder)}")
         if args.dry_run:
             print(f"To {repo_id} would go, with the SHA-256 of each file:\n")
             print(

@@ -202,6 +202,9 @@ def why_missing(run: Run, draw: Callable) -> str:
     if draw is pictures.draw_documents:
         return "The run has not written down what became of its documents; of a stream that is known at its end."
     if draw is pictures.draw_probe:
+        trained, untrained = (run.results.get(name) for name in ("probe_accuracy", "probe_accuracy_untrained"))
+        if trained is not None and untrained is not None:
+            return f"Judged once, at the end: {trained:.1%}, the untrained encoder {untrained:.1%}."
         if "probe_file" in run.settings:
             return "The labels of --probe_file are judged at evaluations, and none is in the log (--eval_strategy)."
         return "The run was given no labelled texts to judge the encoder by (--probe_file)."

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
-from ..corpus.command_line import at_least_one, start
+from ..corpus.command_line import at_least_one, printable, start
 from ..corpus.faults import DROP_REASONS, KEPT, advise, list_reasons
 from ..corpus.files import FAULT_COLUMN, load_files, without_query
 from ..corpus.paths import find_newest_run
@@ -246,6 +246,7 @@ def format_hits(hits: list[Hit], width: int) -> list[str]:
     lines = []
     for hit in hits:
         line = " ".join(f"{hit.score:5.2f}  {f'[{hit.label}] ' if hit.label else ''}{hit.text[: 2 * width]}".split())
+        line = printable(line)
         lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
     return lines
 
@@ -277,7 +278,13 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
         help="texts to search: txt (one in each line), parquet, json, jsonl, csv or tsv; default: the docstrings of "
         "the libraries that are installed here",
     )
-    parser.add_argument("--text_column_name", default="text", help="the column of --file that holds the texts")
+    parser.add_argument("--text_column_name", help="the column of --file that holds the texts; default: text")
+
+
+def check_text_flags(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` for a column of no file."""
+    if args.file is None and args.text_column_name is not None:
+        raise ValueError(f"--text_column_name {args.text_column_name} is a column of --file, and there is none.")
 
 
 def main():
@@ -290,10 +297,11 @@ def main():
     args = parser.parse_args()
     if args.query is not None and not args.query.strip():
         raise ValueError("The query is empty: what should be found?")
+    check_text_flags(args)
     logging.basicConfig(format="%(message)s")
     hide_what_loading_says()
     name = args.model or str(find_newest_run())
-    index = open_index(name, args.file, args.text_column_name)
+    index = open_index(name, args.file, args.text_column_name or "text")
     words = WordIndex(index.passages) if args.tfidf else None
     print(f"{name}, {len(index.texts):,} {DOCSTRINGS if args.file is None else f'texts of {args.file}'}")
     columns = shutil.get_terminal_size((120, 24)).columns

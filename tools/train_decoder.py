@@ -26,10 +26,11 @@ from ..corpus.tokenizers import longest_input, text_reader
 from ..data_collator_tjepa import DataCollatorForTJEPA
 from ..modeling_tjepa import TJEPAForPreTraining
 from ..predictors_tjepa import TJEPATokenHead
+from ..training.checkpoints import is_marked
 from ..training.model_folder import STRATEGIES_FILE
 from ..training.setup import hide_what_loading_says
 from .fill import load_for_filling, tokens_around
-from .search import load_passages
+from .search import check_text_flags, load_passages
 
 
 BATCH_SIZE = 16  # documents
@@ -119,13 +120,16 @@ def main():
     parser.add_argument(
         "--file", help="texts, as for tjepa search; default: the docstrings of the libraries that are installed here"
     )
-    parser.add_argument("--text_column_name", default="text", help="the column of --file that holds the texts")
+    parser.add_argument("--text_column_name", help="the column of --file that holds the texts; default: text")
     parser.add_argument("--num_steps", type=at_least_one, default=300, help="of 16 texts each (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the head, and of what is read when (default: 0)")
     args = parser.parse_args()
     hide_what_loading_says()
     if not Path(args.folder).is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder; the token head is saved in that of the model.")
+    if is_marked(Path(args.folder)):
+        raise ValueError(f"{args.folder} is a checkpoint, and could not be resumed any more: name the run's folder.")
+    check_text_flags(args)
     model, tokenizer = load_for_filling(args.folder, "FOLDER")
     if model.config.token_prediction_weight > 0:
         raise ValueError(f"{args.folder} has learned to predict tokens in pretraining: tjepa fill reads them.")
@@ -140,7 +144,7 @@ def main():
     if args.file is None:
         texts = load_quickstart_documents()["train"]["text"][:]
     else:
-        texts = list(load_passages(args.file, args.text_column_name))
+        texts = list(load_passages(args.file, args.text_column_name or "text"))
     figures = train_decoder(model, tokenize(texts, tokenizer, max_length), collator, args.num_steps, args.seed)
     with replacing_files(folder) as unfinished:
         model.save_pretrained(unfinished)

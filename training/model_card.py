@@ -121,7 +121,7 @@ def write_pretraining_card(
     strategies: list[MaskingStrategy],
     counts: Mapping[str, object],
     metrics: Mapping[str, float],
-    verdict: str | None,
+    verdict: str,
     *,
     dataset_name: str | None,
     train_file: str | None,
@@ -139,7 +139,7 @@ def write_pretraining_card(
         strategies (`list[MaskingStrategy]`): What was hidden.
         counts (`Mapping[str, object]`): Split -> what became of its documents; what `str` makes of it is shown.
         metrics (`Mapping[str, float]`): The results, of which evaluation and probe are shown.
-        verdict (`str`, *optional*): What the health figures say, if not that all is well.
+        verdict (`str`): What the health figures say.
         dataset_name, train_file, max_length, license: As the arguments of `run_pretraining.py` of these names.
         ema_momentum (`float`): Of the target encoder at the start.
         pictures (`Mapping[str, str]`): Those to show: file in the folder -> what it shows.
@@ -168,7 +168,7 @@ def write_pretraining_card(
         pictures=pictures,
         rows="\n\n".join(f"{split}:\n\n```\n{count}\n```" for split, count in counts.items()),
         strategies=yaml.safe_dump([asdict(strategy) for strategy in strategies], sort_keys=False).strip(),
-        health=verdict or "no collapse was seen in the last evaluation" if figures else "not evaluated",
+        health=verdict.rstrip(".") if figures else "not evaluated",
         settings={
             "documents per step and process": (state.train_batch_size or args.train_batch_size)
             * args.gradient_accumulation_steps,

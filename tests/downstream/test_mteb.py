@@ -1,6 +1,7 @@
 """`tjepa probe --mteb`: a task of one's own, mteb's JSON, and the model-index of the card."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
     assert figures == {"mine.jsonl": 0.5, "MTEB Colours (default)": scores["accuracy"]}
     assert len(card.data.eval_results) == 2
 
+    shutil.copytree("pretraining", "other/pretraining")  # two of one name keep their figures apart
+    probe(monkeypatch, "--model_name_or_path", "pretraining", "other/pretraining", *flags[2:])
+    assert {path.parts[-3] for path in (tmp_path / "results-of-mteb").rglob("Colours.json")} == {
+        "local__pretraining",
+        "local__other-pretraining",
+    }
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "colours" / f"{split}.jsonl", [{**row, "label": str(row["label"] % 2)} for row in rows])
+    with pytest.raises(
+        ValueError, match=r"--mteb could not judge pretraining by \['Colours'\]: ValueError: pos_label=1"
+    ):
+        probe(monkeypatch, *flags)
+
 
 @pytest.mark.parametrize(
     "flags, error",
@@ -67,6 +81,8 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
         (("--mteb", "STSBenchmarkk"), "Did you mean: 'STSBenchmark'"),
         (("--mteb", "none.py"), "there is no such file"),
         (("--mteb", "empty.py"), "defines no task"),
+        (("--mteb", "broken.py"), "--mteb broken.py cannot be run: SyntaxError"),
+        (("--mteb", "empty.py", "--mteb_output", "empty.py"), "--mteb_output empty.py: .* is a file"),
         (("--mteb", "x", "--encoder", "context"), "leave out --encoder"),
     ],
 )
@@ -74,8 +90,9 @@ def test_refused_before_the_work(tmp_path, monkeypatch, flags, error):
     pytest.importorskip("mteb", reason="mteb is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.py").write_text("from mteb.abstasks import AbsTaskClassification\n")
+    (tmp_path / "broken.py").write_text("x = (\n")
     monkeypatch.setattr(run_probing, "load_config", lambda *args, **kwargs: None)
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
+    with pytest.raises((ValueError, FileNotFoundError, FileExistsError), match=error):
         probe(monkeypatch, "--model_name_or_path", "pretraining", *flags)
 
 

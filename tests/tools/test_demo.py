@@ -179,6 +179,10 @@ def test_search_in_the_demos_texts_and_in_a_file(demo, folder, tmp_path, monkeyp
     (tmp_path / "more.txt").write_text("a red fox\nthe blue night\n")
     with pytest.raises(ValueError, match="has 2 texts, and 1 at most"):
         demo.search("red fox", str(tmp_path / "more.txt"), 1, True)
+    (tmp_path / "other.jsonl").write_text('{"body": "a red fox"}')
+    with pytest.raises(ValueError) as error:  # of which a visitor sees no flag and no folder
+        demo.search("red fox", str(tmp_path / "other.jsonl"), 1, True)
+    assert str(error.value) == "'other.jsonl' has no column 'text'; it has ['body']."
 
 
 # ---- bad input ----

@@ -18,7 +18,7 @@ from tjepa.corpus.paths import find_newest_run
 from tjepa.downstream.embedding import Embedder, embed_texts, load_embedder
 from tjepa.downstream.whitening import Whitening
 from tjepa.tools import search
-from tjepa.tools.search import SearchIndex, WordIndex, index_path, load_passages, open_index
+from tjepa.tools.search import Hit, SearchIndex, WordIndex, format_hits, index_path, load_passages, open_index
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,11 @@ def test_files_with_columns_and_unusable_rows(tmp_path, caplog):
     path.write_text("\n".join(json.dumps({"body": text}) for text in ["a fox", None, " ", "a fox", "a hen"]))
     assert load_passages(str(path), "body") == {"a fox": "", "a hen": ""}
     assert "3 of 5 left out: null 1, empty or whitespace only 1, copy of another 1" in caplog.text
+
+
+def test_what_a_text_would_do_to_a_terminal_is_not_done():
+    (line,) = format_hits([Hit(0.5, "x\x1b]0;mine\x07y \x9b31m", "")], 60)
+    assert line == "0.50 x\ufffd]0;mine\ufffdy \ufffd31m"
 
 
 def test_words_find_what_shares_words_and_nothing_else():
@@ -202,6 +207,7 @@ def test_without_a_query_each_line_of_the_input_is_one(model, texts, monkeypatch
     ("arguments", "message"),
     [
         ([" "], "The query is empty"),
+        (["fox", "--text_column_name", "body"], "--text_column_name body is a column of --file, and there is none"),
         (["fox", "--num_results", "0"], "argument --num_results: 0; it must be at least 1"),
         (["fox", "--file", "missing.txt"], "--file: no file 'missing.txt'"),
         (["fox", "--file", "EMPTY", "--text_column_name", "body"], "has no column 'body'"),

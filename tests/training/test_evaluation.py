@@ -207,7 +207,7 @@ def test_health_figures_are_logged_by_epoch(tmp_path):
 
 def test_a_batch_that_is_never_full_is_said_to_be(tmp_path):
     trainer = make_trainer(tmp_path, per_device_train_batch_size=25, dataloader_drop_last=True)
-    with pytest.raises(ValueError, match="24 documents do not fill a batch of 25"):
+    with pytest.raises(ValueError, match="24 rows do not fill a batch of 25"):
         trainer.train()
 
 
@@ -218,7 +218,7 @@ def test_no_verdict_before_the_warm_up_is_over(inputs, tmp_path, monkeypatch, ca
     run(monkeypatch, arguments(inputs, tmp_path / "trial", max_steps=2))
     run(monkeypatch, arguments(inputs, tmp_path / "warm-up", max_steps=12, warmup_steps=12, **STEPS))
     assert "collapsed" not in caplog.text
-    assert "Health: no collapse" in (tmp_path / "trial" / "README.md").read_text()
+    assert "Health: No collapse. Look at: " in (tmp_path / "trial" / "README.md").read_text()
 
 
 class Collapse(TrainerCallback):

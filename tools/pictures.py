@@ -123,8 +123,9 @@ def draw_terms(run: Run) -> Figure | None:
     figure, axis = curves(run, "Terms of the loss, before their weights", names)
     if axis is not None and all((line.get_ydata() > 0).all() for line in axis.lines):
         axis.set_yscale("log")
-        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.7)))
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     return figure
 
 

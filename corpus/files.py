@@ -18,7 +18,7 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -59,6 +59,7 @@ FAULT_COLUMN = "fault_found_when_read"
 OPEN_FIELD = re.compile(r'(?:^|\t)"[^"\t]*(?:""[^"\t]*)*$')
 MIDDLE_OF_FIELD = re.compile(r'[^"\t]*(?:""[^"\t]*)*')
 END_OF_FIELD = re.compile(r'[^"\t]*(?:""[^"\t]*)*"(?=\t|$)')
+MAX_LINES_READ_ANEW = 10_000_000  # of a csv file in which quotes are not closed
 NUM_SAMPLED_BYTES = 4096  # from which the encoding is told
 NUM_SAMPLED_ROWS = 1000  # in which the text column must occur
 DECODING_ERRORS = (
@@ -200,7 +201,7 @@ def check_text_column(source: str, paths: list[str], names: list[str], column: s
     seen, has_rows = set(), False
     for path, name in zip(paths, names, strict=True):
         try:
-            columns = [column] if _extension(name) == ".txt" else None  # whose lines are of any column
+            columns = None if _extension(name) == ".parquet" else [column]  # which reads no others
             for row in islice(read_rows(path, name, columns, token), NUM_SAMPLED_ROWS):
                 has_rows = True
                 seen |= row.keys() if row is not DAMAGED else set()
@@ -337,9 +338,9 @@ def read_rows(
             yield from ({column: line.rstrip("\r\n")} for line in lines)
         elif extension == ".csv":
             csv.field_size_limit(2**31 - 1)
-            yield from _read_table(_split_csv(lines), name)
+            yield from _read_table(_split_csv(lines), name, columns)
         elif extension == ".tsv":
-            yield from _read_table(_split_tsv(lines), name)
+            yield from _read_table(_split_tsv(lines), name, columns)
         else:
             yield from _read_json(lines, name, is_one_value=extension == ".json")
 
@@ -372,18 +373,23 @@ def _read_parquet(file: BinaryIO, columns: list[str] | None) -> Iterator[dict]:
         yield from batch.to_pylist() if batch.num_columns else ({} for _ in range(batch.num_rows))
 
 
-def _read_table(rows: Iterator[list[str] | Any], name: str) -> Iterator[dict | Any]:
+def _read_table(rows: Iterator[list[str] | Any], name: str, columns: list[str] | None) -> Iterator[dict | Any]:
     """
     Rows of fields, of which the first names the columns; an empty or missing field is `None`.
 
     Raises:
-        ValueError: if a name stands twice in the first row, or it has other separators than the format.
+        ValueError: if a column that is wanted (`None`: any) is there twice, or the first row has a quote that is not
+            closed, or other separators than the format.
     """
-    header = next((row for row in rows if row is not DAMAGED), [])
-    if twice := [column for column in header if column and header.count(column) > 1]:
+    header = next(rows, [])
+    if header is DAMAGED:
+        raise ValueError(f"{name} begins with a quote that is not closed.")
+    wanted = [column for column in header if column and (columns is None or column in columns)]
+    if twice := [column for column in wanted if wanted.count(column) > 1]:
         raise ValueError(f"{name} has two columns {twice[0]!r}: give one of them another name, or take it out.")
     others = (";", "\t") if _extension(name) == ".csv" else (",", ";")
-    if len(header) == 1 and (found := next((mark for mark in others if mark in header[0]), None)):
+    found = next((mark for mark in others if len(header) == 1 and mark in header[0]), None)
+    if found and header != columns:
         raise ValueError(
             f"{name} begins with {header[0]!r}, where {found!r} separates the columns: in a csv file commas do, in a "
             "tsv file tabs."
@@ -397,31 +403,44 @@ def _read_table(rows: Iterator[list[str] | Any], name: str) -> Iterator[dict | A
 
 def _split_csv(lines: Iterable[str]) -> Iterator[list[str] | Any]:
     """
-    The fields of each row of a csv file. A quote that is not closed would take all that follows into its field: a row
-    of several lines that is not quoted as it should be is `DAMAGED` in its first line, and the others are read anew.
+    The fields of each row of a csv file. A quote that is not closed takes the rows behind it into its field, up to the
+    next quote or to the end: then its own row is `DAMAGED`, and the others are read anew.
     """
     lines, again, held = iter(lines), deque(), []
+    num_columns, num_anew, is_open = 0, 0, False
 
     def take() -> Iterator[str]:
+        nonlocal is_open
         while (line := again.popleft() if again else next(lines, None)) is not None:
             held.append(line)
             yield line
+        is_open = bool(held)  # for another line is only asked within a row
 
     rows = csv.reader(take())
     while (fields := next(rows, None)) is not None:
-        if len(held) > 1 and not _is_quoted_well(held):
-            fields = DAMAGED
-            again.extendleft(reversed(held[1:]))
+        num_columns = num_columns or len(fields)
+        if is_open or _holds_rows(held, num_columns):
+            fields, rest = DAMAGED, held[1:]
+            if is_open and not any(line.count(",") >= num_columns - 1 for line in rest):
+                rest = []  # a text that is cut off
+            again.extendleft(reversed(rest))
+            num_anew, is_open = num_anew + len(rest), False
             rows = csv.reader(take())
         held.clear()
         yield fields
+        if num_anew > MAX_LINES_READ_ANEW:
+            yield from (DAMAGED for _ in chain(again, lines))
+            return
 
 
-def _is_quoted_well(lines: list[str]) -> bool:
-    try:
-        return len(list(csv.reader(lines, strict=True))) == 1
-    except csv.Error:
+def _holds_rows(lines: list[str], num_columns: int) -> bool:
+    """Whether what was read as one row is several: each has its commas, and the quotes are not those of one row."""
+    if len(lines) < 2 or any(line.count(",") != num_columns - 1 for line in lines[:-1]):
         return False
+    try:
+        return len(list(csv.reader(lines, strict=True))) > 1
+    except csv.Error:
+        return True
 
 
 def _split_tsv(lines: Iterable[str]) -> Iterator[list[str]]:

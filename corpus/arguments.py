@@ -86,8 +86,7 @@ def parse_arguments(
         )
         if left_over:
             raise ValueError(
-                f"{left_over[0]} belongs to no flag. A flag takes one value, and of several files a glob in quotes: "
-                "--train_file 'data/*.txt'."
+                f"{left_over[0]} belongs to no flag: put a value with spaces, or a glob for several files, in quotes."
             )
         return tuple(instances)
     except (ValueError, TypeError) as error:  # also from TrainingArguments, whose combinations of flags may not fit

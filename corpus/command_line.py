@@ -51,7 +51,7 @@ def answer_early(command: str) -> None:
         command (`str`): a subcommand of `tjepa`; what it was given is in `sys.argv`.
     """
     wait_briefly()
-    arguments = [expand_home(argument) for argument in sys.argv[1:]]
+    arguments = expand_homes(sys.argv[1:])
     debug = ["--debug"] * _take_debug(arguments)
     table = json.loads(FLAG_TABLE.read_text(encoding="utf-8"))
     names, presets, help_lines = (table["commands"][command][key] for key in ("names", "presets", "help"))
@@ -87,9 +87,15 @@ def wants_help(arguments: Iterable[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
 
 
-def expand_home(argument: str) -> str:
-    """`~` where a path begins with it, as a shell does it; also behind the `=` of a flag, and in a list."""
-    return re.sub(r"(?<![^=,])~(?=/|$)", lambda _: os.path.expanduser("~"), argument)
+def expand_home(value: str) -> str:
+    """`~` where a path begins with it, also behind a `=` and in a list; a shell does so with single paths alone."""
+    return value if "://" in value else re.sub(r"(?<![^=,])~(?=/|$)", lambda _: os.path.expanduser("~"), value)
+
+
+def expand_homes(arguments: list[str]) -> list[str]:
+    """The same in flags and their values; what stands before them may be a text."""
+    first = next((index for index, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
+    return [*arguments[:first], *map(expand_home, arguments[first:])]
 
 
 def is_yaml(argument: str) -> bool:
@@ -175,7 +181,7 @@ def read_yaml(path: Path, allowed: list[str]) -> dict[str, Any]:
 
 def printable(text: str) -> str:
     """A text for a terminal: its control characters, which could do anything there, are shown as one sign."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def at_least_one(text: str) -> int:
@@ -198,7 +204,7 @@ def start(main: Callable[[], Any]) -> None:
     """
     with errors_in_one_line():
         _take_debug(sys.argv)
-        sys.argv[1:] = map(expand_home, sys.argv[1:])
+        sys.argv[1:] = expand_homes(sys.argv[1:])
         main()
 
 
@@ -243,5 +249,6 @@ def _message_and_file(error: BaseException) -> tuple[str, str]:
     message, file = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
     if re.match("Caught .* in DataLoader worker", message):
         files = re.findall(r'^  File "(.+)", line', message, flags=re.MULTILINE)
-        message, file = message.rpartition(f"{type(error).__name__}: ")[2], files[-1]
+        parts = re.split(rf"^(?:\w+\.)*{type(error).__name__}(?:: |$)", message, flags=re.MULTILINE)
+        message, file = parts[-1], files[-1]
     return message, os.path.realpath(file)

@@ -96,7 +96,9 @@ def run_mteb(
 
     embedder = load_embedder(name, max_length=max_length, **for_hub)
     folder = Path(name)
-    label = f"local/{column.strip('./').replace('/', '-')}" if folder.is_dir() else name  # mteb wants owner/name
+    label = name
+    if folder.is_dir():  # mteb wants owner/name
+        label = f"local/{(column.lstrip('./') or folder.resolve().name).replace('/', '-')}"
 
     class Encoder(AbsEncoder):
         model = embedder

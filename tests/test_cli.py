@@ -22,7 +22,6 @@ from tjepa.corpus.command_line import (
     FLAG_TABLE,
     answer_early,
     available_cores,
-    expand_home,
     find_config,
     start,
 )
@@ -71,6 +70,7 @@ def test_the_command_without_a_subcommand_lists_them(monkeypatch, capsys):
     assert end.value.code == 2 and "no command 'pretain'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["adapt", "--help"], ["--version"]])
 def test_an_answer_that_nobody_reads_is_no_error(arguments):
     lines = f"import sys\nsys.argv[1:] = {arguments}\nfrom tjepa.cli import main\nmain()"
@@ -114,19 +114,21 @@ def test_dashes_are_as_good_as_underscores_and_values_stay():
 
 
 def test_several_files_that_a_shell_made_of_a_glob():
-    with pytest.raises(ValueError, match=r"b.txt belongs to no flag.*a glob in quotes: --train_file 'data/\*.txt'"):
+    with pytest.raises(
+        ValueError, match="b.txt belongs to no flag: put a value with spaces, or a glob for several files, in quotes"
+    ):
         parse_arguments(DataArguments, ["--train_file", "a.txt", "b.txt"])
 
 
 def test_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = ["~/a", "~", "--x=~/a", "m=~/a,~/b", "a~/b", "~user/a", "--x", "1~2"]
+    given = ["x=~/a text/", "--x=~/a", "m=~/a,~/b", "~", "a~/b", "~user/a", "https://a.org/?b=~/c", "1~2"]
     home = str(tmp_path)
-    expected = [f"{home}/a", home, f"--x={home}/a", f"m={home}/a,{home}/b", *given[4:]]
+    expected = [given[0], f"--x={home}/a", f"m={home}/a,{home}/b", home, *given[4:]]
     monkeypatch.setattr(sys, "argv", ["tjepa x", *given])
     seen = []
     start(lambda: seen.extend(sys.argv[1:]))
-    assert seen == expected == [expand_home(argument) for argument in given]
+    assert seen == expected
     (tmp_path / "a.yaml").write_text("data_dir: ~/x\nmodel_name_or_path: [~/m, n]\n")
     (args,) = parse_arguments(ProbingArguments, [str(tmp_path / "a.yaml")])
     assert (args.data_dir, args.model_name_or_path) == (f"{home}/x", [f"{home}/m", "n"])
@@ -318,7 +320,7 @@ def test_an_error_of_the_users_is_one_line_and_exit_code_2(error, monkeypatch, c
 
 class Failing(torch.utils.data.Dataset):
     def __getitem__(self, index):
-        raise ValueError("two\nlines")
+        raise ValueError("two\nlines of a ValueError: x")
 
     def __len__(self):
         return 1
@@ -329,7 +331,7 @@ def test_an_error_in_a_worker_is_the_users_too(monkeypatch, capsys):
     monkeypatch.setattr("tjepa.corpus.command_line.PACKAGE", REPOSITORY / "tests")
     with pytest.raises(SystemExit):
         start(lambda: list(torch.utils.data.DataLoader(Failing(), num_workers=1)))
-    assert capsys.readouterr().err == "tjepa pretrain: error: two lines\n"
+    assert capsys.readouterr().err == "tjepa pretrain: error: two lines of a ValueError: x\n"
     monkeypatch.setattr("tjepa.corpus.command_line.PACKAGE", REPOSITORY / "corpus")
     with pytest.raises(ValueError, match="Caught ValueError in DataLoader worker"):
         start(lambda: list(torch.utils.data.DataLoader(Failing(), num_workers=1)))

@@ -77,6 +77,8 @@ def embed_part(embedder: Embedder, ids: pyarrow.Array, texts: list, batch_size: 
         bar.update(len(step))
     flat = pyarrow.array(torch.cat(vectors).flatten().numpy())
     embeddings = pyarrow.FixedSizeListArray.from_arrays(flat, embedder.width)
+    if pyarrow.types.is_string_view(ids.type):  # of which pyarrow takes none
+        ids = ids.cast(pyarrow.large_string())
     return pyarrow.table({"id": ids.take(pyarrow.array(kept, pyarrow.int64())), "embedding": embeddings})
 
 
@@ -141,7 +143,8 @@ def embed_file(args: argparse.Namespace) -> str:
     if holds_something(args.output) and not (args.output / SETTINGS).is_file():
         raise FileExistsError(f"{args.output} holds other files: choose another --output.")
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.format, args.cache_dir)
-    faults = rows[FAULT_COLUMN] if FAULT_COLUMN in rows.column_names else map(find_fault, rows[args.text_column_name])
+    has_faults = FAULT_COLUMN in rows.column_names
+    faults = rows[FAULT_COLUMN][:] if has_faults else map(find_fault, rows[args.text_column_name][:])
     left_out = Counter(DROP_REASONS[fault] for fault in faults if fault not in (None, KEPT))
     if left_out.total() == len(rows):
         raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}. {advise(left_out)}")
@@ -182,9 +185,11 @@ def embed_file(args: argparse.Namespace) -> str:
     else:
         num_embedded = sum(parquet.read_metadata(path).num_rows for path in parts)
     left_out += Counter({"without a token": len(rows) - num_embedded - left_out.total()})  # but not if that is 0
+    if not num_embedded:
+        raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}.")
     without = f"; left out: {list_reasons(left_out)}" if left_out else ""
-    first = f"the first {embedder.max_length} tokens of each"
-    return f"{args.output}: vectors of {num_embedded:,} texts ({first}) by {args.model}{without}"
+    how = f"the first {embedder.max_length} tokens of each, by {args.model}"
+    return f"{args.output}: vectors of {num_embedded:,} texts ({how}){without}"
 
 
 def main():

@@ -255,7 +255,7 @@ def whitening_texts(args: argparse.Namespace, model_name_or_path: str) -> Iterat
         ValueError: if they contradict each other.
     """
     if args.text_column_name is not None and args.whitening_file is None:
-        raise ValueError(f"--text_column_name {args.text_column_name} is a column of --whitening_file: pass it, too.")
+        raise ValueError(f"--text_column_name {args.text_column_name} is a column of --whitening_file: leave it out.")
     if not args.no_whitening:
         return read_whitening_texts(model_name_or_path, args.whitening_file, args.text_column_name or "text")
     if args.whitening_file is not None or args.whitening_dimensions is not None:

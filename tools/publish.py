@@ -188,7 +188,8 @@ def publish(args: argparse.Namespace) -> None:
     config = load_config(str(folder), flag="folder")
     is_ours = config.model_type == "tjepa"
     texts = whitening_texts(args, args.folder) if is_ours else None
-    if not is_ours and (args.no_whitening or args.whitening_file or args.whitening_dimensions):
+    of_whitening = ("no_whitening", "whitening_file", "whitening_dimensions", "text_column_name")
+    if not is_ours and any(getattr(args, name) for name in of_whitening):
         raise ValueError(
             f"{folder} is a {config.model_type} model, which is published with the modules that it came with: leave "
             "out the flags of whitening."

@@ -56,6 +56,8 @@ def test_quantities_are_no_classes():
 def test_numbers_with_a_fraction_are_quantities_in_any_type():
     decimals = datasets.Dataset(pyarrow.table({"label": pyarrow.array([Decimal("0.5"), Decimal("2.0"), None])}))
     assert find_problem_type(decimals, "label", read_labels(decimals, "label")) == "regression"
+    whole = datasets.Dataset(pyarrow.table({"label": pyarrow.array([Decimal(0), Decimal(1)])}))
+    assert find_problem_type(whole, "label", read_labels(whole, "label")) == "single_label_classification"
     names = datasets.Dataset.from_dict({"label": ["1_0", "1_1"]})  # numbers to Python alone
     assert find_problem_type(names, "label", read_labels(names, "label")) == "single_label_classification"
     mixed = datasets.Dataset.from_dict({"label": ["0.5", "1.5", "N/A", "2"]})

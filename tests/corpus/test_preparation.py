@@ -192,6 +192,7 @@ def test_token_ids_from_elsewhere(prepare):
     [
         ([[5, 6, -100]], "token id -100, which"),
         ([[5, 6, None]], "token id None, which"),
+        ([[5, 6, 7], None], "the train split has 1 rows of fewer than 2 tokens"),
         ([[5, 6, 7], [5], None, []], "the train split has 3 rows of fewer than 2 tokens"),
         (
             [[5.0, 6.0]],

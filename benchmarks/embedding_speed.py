@@ -11,6 +11,7 @@ import statistics
 import time
 
 import numpy as np
+import pyarrow
 import torch
 from datasets.utils import tqdm
 from reporting import add_report_arguments, write_report
@@ -32,7 +33,7 @@ def main():
     add_report_arguments(parser, plot=False)
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
-    documents = load_texts(args.file, "text", None, None) if args.file else load_quickstart_documents()["train"]
+    documents = load_texts(args.file, "text") if args.file else load_quickstart_documents()["train"]
     theirs = SentenceTransformer(args.model, device="cpu")
     theirs.max_seq_length = args.max_length = args.max_length or theirs.max_seq_length
     ours = load_embedder(args.model, max_length=args.max_length)
@@ -43,7 +44,7 @@ def main():
     texts = texts[: args.num_texts]
 
     def embed() -> np.ndarray:
-        table = embed_part(ours, range(len(texts)), texts, 64, tqdm(disable=True))
+        table = embed_part(ours, pyarrow.array(range(len(texts))), texts, 64, tqdm(disable=True))
         return np.stack(table["embedding"].to_numpy())
 
     ways = {"embed": embed, "encode": lambda: theirs.encode(texts, show_progress_bar=False)}

@@ -38,7 +38,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_texts(
-    pattern: str, text_column_name: str, id_column_name: str | None, output_format: str, cache_dir: str | None
+    pattern: str,
+    text_column_name: str,
+    id_column_name: str | None = None,
+    output_format: str = "parquet",
+    cache_dir: str | None = None,
 ) -> Dataset:
     """
     The rows of files. Without ids the texts alone are read, into the cache of datasets rather than into memory.

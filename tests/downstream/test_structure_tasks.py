@@ -228,9 +228,9 @@ def test_kinds_are_seen_from_the_columns(tmp_path, caplog):
     ],
 )
 def test_data_that_is_refused(tmp_path, rows, message):
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    train, test = (write_jsonl(tmp_path / name, rows) for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(ValueError, match=message):
-        load_tasks([f"mine={path},{path}"], None)
+        load_tasks([f"mine={train},{test}"], None)
 
 
 def test_a_task_that_is_trained_needs_a_training_part(tmp_path):

@@ -98,9 +98,7 @@ def find_problem_type(dataset: Dataset, column: str, labels: list) -> str:
             "integers (classes), all lists (several classes for each text), or all numbers (regression)."
         )
     is_text = feature.dtype in ("string", "large_string", "string_view")
-    is_whole = feature.dtype.startswith("decimal") and feature.dtype.endswith(
-        ", 0)"
-    )  # without digits behind the point
+    is_whole = feature.dtype.endswith(", 0)")  # a decimal without digits behind the point
     is_number = feature.dtype.startswith(("float", "decimal")) and not is_whole
     numbers = [label for label in given if is_finite_number(label)]
     if is_text and len(given) > len(numbers) > len(given) / 2 and has_fractions(numbers):

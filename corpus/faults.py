@@ -1,7 +1,7 @@
 """Why a document cannot be used."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -45,6 +45,11 @@ def find_fault(text: Any) -> int | None:
     except UnicodeEncodeError:  # half of a surrogate pair, on which tokenizers would raise
         return INVALID_UNICODE
     return None
+
+
+def count_reasons(faults: Iterable[int | None]) -> Counter:
+    """How many documents are left out for which reason, of what `find_fault` said, or of a column of such numbers."""
+    return Counter(DROP_REASONS[fault] for fault in faults if fault not in (None, KEPT))
 
 
 def list_reasons(counts: Mapping[str, int]) -> str:

@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from ..corpus.atomic_writes import check_writable, holds_something, replacing_files
 from ..corpus.command_line import at_least_one, start
-from ..corpus.faults import DROP_REASONS, KEPT, advise, find_fault, list_reasons
+from ..corpus.faults import advise, count_reasons, find_fault, list_reasons
 from ..corpus.files import FAULT_COLUMN, find_paths, load_files
 from ..corpus.paths import find_newest_run
 from ..downstream.embedding import Embedder, load_embedder
@@ -149,7 +149,7 @@ def embed_file(args: argparse.Namespace) -> str:
     rows = load_texts(args.file, args.text_column_name, args.id_column_name, args.format, args.cache_dir)
     has_faults = FAULT_COLUMN in rows.column_names
     faults = rows[FAULT_COLUMN][:] if has_faults else map(find_fault, rows[args.text_column_name][:])
-    left_out = Counter(DROP_REASONS[fault] for fault in faults if fault not in (None, KEPT))
+    left_out = count_reasons(faults)
     if left_out.total() == len(rows):
         raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}. {advise(left_out)}")
     embedder = load_embedder(args.model, max_length=args.max_length, dtype=DTYPES[args.dtype], flag="--model")

@@ -15,7 +15,6 @@ import logging
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus.atomic_writes import replacing_files
 from ..corpus.command_line import at_least_one, printable, start
-from ..corpus.faults import DROP_REASONS, KEPT, advise, list_reasons
+from ..corpus.faults import KEPT, advise, count_reasons, list_reasons
 from ..corpus.files import FAULT_COLUMN, load_files, without_query
 from ..corpus.paths import find_newest_run
 from ..corpus.quickstart import load_quickstart_documents
@@ -87,7 +86,7 @@ def load_passages(file: str | None = None, text_column_name: str = "text") -> di
     rows = load_files("--file", file, text_column_name=text_column_name)
     faults = rows[FAULT_COLUMN][:]
     passages = {text: "" for text, fault in zip(rows[text_column_name][:], faults, strict=True) if fault == KEPT}
-    left_out = Counter(DROP_REASONS[fault] for fault in faults if fault != KEPT)
+    left_out = count_reasons(faults)
     if not passages:
         raise ValueError(
             f"--file {file} holds no text that could be found: {list_reasons(left_out)}. {advise(left_out)}"

@@ -7,7 +7,6 @@ import lzma
 import re
 import sys
 
-import datasets
 import pyarrow
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -26,9 +25,7 @@ from tjepa.downstream.arguments import TextArguments
 TEXTS = make_texts(30)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +201,7 @@ def test_a_wrong_column(tmp_path, streaming, monkeypatch):
         tokenizer_script.main()
 
 
-# ---- csv and tsv hold text ----
+# ---- json ----
 
 
 def test_labels_of_json_files_keep_their_types(tmp_path):

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 
-import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
@@ -21,8 +20,7 @@ from tjepa.corpus.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def own_folder(own_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 

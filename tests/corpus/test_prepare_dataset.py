@@ -31,9 +31,7 @@ from tjepa.corpus.train_tokenizer import train_tokenizer
 DOCUMENTS = [f"the cat {number} sat on the mat with the dog" for number in "abcdefghijklmnopqrst"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

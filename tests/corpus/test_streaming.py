@@ -22,9 +22,7 @@ from tjepa.corpus.tokenization import StreamTokenizer, tokenize_documents
 from tjepa.corpus.train_tokenizer import train_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_files(folder: Path, num_files: int, num_documents: int, file_format: str = "jsonl") -> str:

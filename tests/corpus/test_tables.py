@@ -2,7 +2,6 @@
 
 import csv
 
-import datasets
 import pandas
 import pytest
 from test_files import TEXTS, both, dropped_of, texts_of
@@ -14,14 +13,7 @@ from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.downstream.arguments import TextArguments
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, vocab_size=300, model_max_length=64)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_nothing_in_a_csv_file_is_guessed(tmp_path):
@@ -46,7 +38,8 @@ def test_a_byte_order_mark_in_a_csv_file(tmp_path, streaming):
     assert texts_of(tmp_path / "train.csv", streaming) == ["café at night"]
 
 
-def test_csv_fields_of_several_lines_and_rows_of_too_many_fields(tmp_path, tokenizer):
+def test_csv_fields_of_several_lines_and_rows_of_too_many_fields(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300, model_max_length=64)
     lines = ["title,text", 'a,"the fox\nsees ""a"" hen"', "b,the fox, and a hen", "", "c"]
     (tmp_path / "train.csv").write_bytes("\r\n".join(lines).encode())
     assert texts_of(tmp_path / "train.csv") == ['the fox\nsees "a" hen', None, None]
@@ -89,7 +82,7 @@ def test_quotes_that_are_closed_after_all(tmp_path, text):
     assert load_files("--train_file", str(tmp_path / "train.csv"))["label"][:] == ["0", "1", "2"]
 
 
-def test_a_text_that_is_cut_off_in_a_csv_file_is_one_unreadable_row(tmp_path, tokenizer):
+def test_a_text_that_is_cut_off_in_a_csv_file_is_one_unreadable_row(tmp_path):
     (tmp_path / "train.csv").write_text('text,label\na red fox,0\n"on\nthree\nlines')
     assert texts_of(tmp_path / "train.csv") == ["a red fox", None]
 

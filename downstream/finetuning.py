@@ -29,13 +29,20 @@ from ..corpus.faults import list_reasons
 from ..corpus.paths import RUN_FILE
 from ..corpus.tokenizers import ensure_pad_token, longest_input, text_reader, vocabulary_size, without_special_tokens
 from ..corpus.tokenizers import load_tokenizer as load_any_tokenizer
-from ..training.checkpoints import find_checkpoint
+from ..training.checkpoints import count_steps, find_checkpoint, is_finished
 from ..training.loading import check_has_encoder, check_missing, check_weights
 from ..training.loading import load_config as load_any_config
 from ..training.loop import train
 from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
-from ..training.record import earlier_results
+from ..training.record import (
+    FINETUNING_FILE,
+    SettingsRecorder,
+    check_unchanged,
+    describe_run,
+    earlier_results,
+    log_changes,
+)
 from ..training.setup import check_number_of_processes, set_up_logging, use_all_cores
 from ..training.trainer import check_batches, dataloaders_for_evaluation
 from .arguments import DataArguments, FinetuningArguments, ModelArguments
@@ -51,6 +58,12 @@ SPLITS = ("train", "validation", "test")
 METRICS = Path(__file__).parent / "metrics"
 OUR_COLUMNS = ("num_tokens", "first_tokens")  # of a task's rows, and nothing that a model takes
 PREDICTIONS = "predict_results.jsonl"
+# what a resumed run should have as before: what is trained, and on which rows
+RESUMED_AS_GIVEN = ("model_name_or_path", "model_revision", "encoder", "freeze_encoder", "config_overrides")
+RESUMED_AS_GIVEN += ("tokenizer_name", "dataset_name", "dataset_config_name", "train_file", "train_split_name")
+RESUMED_AS_GIVEN += ("validation_file", "validation_split_name", "validation_split_percentage", "max_train_samples")
+RESUMED_AS_GIVEN += ("text_column", "text_pair_column", "label_column", "problem_type", "label_all_tokens")
+RESUMED_AS_GIVEN += ("max_length", "seed", "data_seed")
 
 
 def finetune(task_class: type[Task], description: str | None = None) -> dict[str, float | None]:
@@ -148,7 +161,12 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     # Training, then the model before anything else can fail
     metrics = dict(counts)
     if args.do_train:
-        results = train(trainer, checkpoint, publisher)
+        facts = describe_run([model_args, data_args, args])
+        if checkpoint is not None:
+            before = Path(checkpoint).with_name(FINETUNING_FILE)
+            compare = check_unchanged if is_finished(checkpoint, count_steps(trainer)) else log_changes
+            compare(before, facts, RESUMED_AS_GIVEN)
+        results = train(trainer, checkpoint, publisher, [SettingsRecorder(facts)])
         trainer.save_model()
         if results:
             trainer.log_metrics("train", results)

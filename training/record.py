@@ -1,6 +1,7 @@
-"""What a run writes about itself as it goes on: `run.json` when it starts, a line of `log.jsonl` for every report.
+"""What a run writes about itself as it goes on: `run.json` when it starts (`finetuning.json` where a head is trained),
+and in pretraining a line of `log.jsonl` for every report.
 
-Both lie in the run's folder whatever becomes of the run; `read_run` puts them together with what else is there. They
+They lie in the run's folder whatever becomes of the run; `read_run` puts them together with what else is there. They
 stay on this machine: nothing of them goes to the Hub.
 """
 
@@ -26,7 +27,7 @@ from .health import in_float64
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE, RESULTS_FILE = "log.jsonl", "all_results.json"
+LOG_FILE, RESULTS_FILE, FINETUNING_FILE = "log.jsonl", "all_results.json", "finetuning.json"
 PACKAGES = ("tjepa", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 RESUMED_AS_GIVEN = ("seed", "data_seed", "views_per_document", "mask_recurring_targets")
 RESUMED_AS_GIVEN += ("segment_length", "dataset_name", "train_file", "max_length", "min_tokens", "long_documents")
@@ -42,27 +43,40 @@ SECRETS = ("token", "hub_token")  # never written
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-class RunRecorder(TrainerCallback):
+class SettingsRecorder(TrainerCallback):
     """
-    Keeps `log.jsonl` equal to the log of the run, line by line, and writes `run.json` when training starts.
+    Writes what a run is when training starts.
 
     Args:
-        facts: what `run.json` says, see `describe_run`.
+        facts: what the file says, see `describe_run`.
+        file: its name in the folder of the run.
     """
 
+    def __init__(self, facts: dict[str, Any], file: str = FINETUNING_FILE):
+        self.facts, self.file = facts, file
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with suppressing_errors("The run's record"), replacing_files(args.output_dir) as folder:
+                facts = {**self.facts, "max_steps": state.max_steps}
+                (folder / self.file).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+class RunRecorder(SettingsRecorder):
+    """Keeps `log.jsonl` equal to the log of the run, line by line, beside `run.json`."""
+
     def __init__(self, facts: dict[str, Any]):
-        self.facts = facts
+        super().__init__(facts, RUN_FILE)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             # of a run that was here before: this one has not ended
             (Path(args.output_dir) / RESULTS_FILE).unlink(missing_ok=True)
-            with suppressing_errors("The run's record"), replacing_files(args.output_dir) as folder:
+            with suppressing_errors("The log"), replacing_files(args.output_dir) as folder:
                 # of a resumed run the lines up to its checkpoint
                 lines = [json.dumps(entry) + "\n" for entry in state.log_history]
                 (folder / LOG_FILE).write_text("".join(lines), encoding="utf-8")
-                facts = {**self.facts, "max_steps": state.max_steps}
-                (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -113,19 +127,20 @@ def describe_run(arguments: list, **facts) -> dict[str, Any]:
     return {"settings": settings, "versions": versions, "device": device, **facts}
 
 
-def find_changes(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> list[tuple[str, Any, Any]]:
+def find_changes(file: Path, facts: dict[str, Any], names: Sequence[str]) -> list[tuple[str, Any, Any]]:
     """
     What of a resumed run is not as it was: name, value before, value now.
 
     Args:
-        folder: of the run that the checkpoint is of.
-        facts: of this start, as from `describe_run`, with its `strategies`.
+        file: the record of the run that the checkpoint is of.
+        facts: of this start, as from `describe_run`; of pretraining with its `strategies`.
         names: settings to compare.
     """
-    before, changes = read_json(folder / RUN_FILE) or facts, []
+    before, changes = read_json(file) or facts, []
     for name in names:
         old, new = (run["settings"].get(name) for run in (before, facts))
-        if name.endswith("_file") and None not in (old, new) and Path(old).resolve() == Path(new).resolve():
+        is_path = name.endswith(("_file", "_or_path")) and None not in (old, new)
+        if is_path and Path(old).resolve() == Path(new).resolve():
             continue
         if old != new:
             changes.append((name, *("the default" if value is None else value for value in (old, new))))
@@ -135,16 +150,16 @@ def find_changes(folder: Path, facts: dict[str, Any], names: Sequence[str]) -> l
     return changes
 
 
-def log_changes(folder: Path, facts: dict[str, Any]) -> None:
+def log_changes(file: Path, facts: dict[str, Any], names: Sequence[str] = RESUMED_AS_GIVEN) -> None:
     """
     Says what of a resumed run's text, masks and random numbers is new. (Rates and their schedules say it themselves;
     another model is refused.) Arguments as of `find_changes`.
     """
-    for name, old, new in find_changes(folder, facts, RESUMED_AS_GIVEN):
+    for name, old, new in find_changes(file, facts, names):
         logger.warning(f"{name} is {new} from here on; up to the checkpoint it was {old}.")
 
 
-def check_unchanged(folder: Path, facts: dict[str, Any]) -> None:
+def check_unchanged(file: Path, facts: dict[str, Any], names: Sequence[str] = RESUMED_AS_GIVEN) -> None:
     """
     For a run that is finished: it makes no step, and its card would tell what it was not trained with. Arguments as of
     `find_changes`.
@@ -153,13 +168,13 @@ def check_unchanged(folder: Path, facts: dict[str, Any]) -> None:
         ValueError: if a setting differs.
     """
     changes = [
-        f"{name} was {old} and is {new}"
-        for name, old, new in find_changes(folder, facts, RESUMED_AS_GIVEN + TOLD_BY_THE_CARD)
+        f"{name} was {old} and is {new}" for name, old, new in find_changes(file, facts, [*names, *TOLD_BY_THE_CARD])
     ]
     if changes:
         raise ValueError(
-            f"The run in {folder} is finished, and other settings would change nothing of it: {', '.join(changes)}. "
-            "Give those of before, more --max_steps to train on, or another --output_dir for a new run."
+            f"The run in {file.parent} is finished, and other settings would change nothing of it: "
+            f"{', '.join(changes)}. Give those of before, more steps (--max_steps) to train on, or another "
+            "--output_dir for a new run."
         )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -272,6 +274,22 @@ def test_resumed_and_evaluated_from_a_checkpoint(folder, tmp_path, monkeypatch, 
     for way in ({"resume_from_checkpoint": "last"}, checkpoint):  # the head knows other classes
         with pytest.raises(ValueError, match="tells the classes .*apart, and the data has .*'not "):
             run(monkeypatch, arguments(folder, tmp_path / "out", **{**data, **way}))
+
+
+def test_resumed_with_other_rows(folder, tmp_path, monkeypatch, caplog):
+    """A run goes on with them and says so; of a finished one the card would name rows that it was not trained on."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    run(monkeypatch, arguments(folder, tmp_path / "out", **options, max_steps=2))
+    shutil.copy(folder / "train.jsonl", tmp_path / "copy.jsonl")
+    again = {**options, "resume_from_checkpoint": "last", "train_file": tmp_path / "copy.jsonl"}
+    with pytest.raises(ValueError, match=r"finished.*train_file was .*train\.jsonl and is .*copy\.jsonl"):
+        run(monkeypatch, arguments(folder, tmp_path / "out", **again, max_steps=2))
+    run(monkeypatch, arguments(folder, tmp_path / "out", **again, max_steps=4))
+    message = rf"train_file is {tmp_path}/copy\.jsonl from here on; up to the checkpoint it was .*train\.jsonl"
+    assert re.search(message, caplog.text)
+    caplog.clear()
+    run(monkeypatch, arguments(folder, tmp_path / "out", **again, max_steps=6))
+    assert "from here on; up to" not in caplog.text
 
 
 def test_the_card_names_the_step_of_the_best_weights(folder, tmp_path, monkeypatch):

@@ -77,10 +77,11 @@ def answer_early(command: str) -> None:
 
 
 def available_cores() -> int:
-    """The CPU cores that this process may use: what taskset, a container's cpuset or SLURM left of the machine's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The CPU cores that this process may use: what taskset, a container or SLURM left of the machine's."""
+    from joblib import cpu_count  # of scikit-learn; a quarter of a second, which help need not take
+
     allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cores, int(allotted)) if allotted.isdecimal() and int(allotted) else cores
+    return min(cpu_count(), int(allotted)) if allotted.isdecimal() and int(allotted) else cpu_count()
 
 
 def wants_help(arguments: Iterable[str]) -> bool:

@@ -1,5 +1,6 @@
 """Why a document cannot be used."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,7 +39,8 @@ def find_fault(text: Any) -> int | None:
         return NULL
     if not isinstance(text, str):
         return NOT_A_STRING
-    if not text.strip():
+    # also of what nobody sees, such as zero-width spaces, of which many tokenizers make nothing
+    if all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text):
         return EMPTY
     try:
         text.encode("utf-8")

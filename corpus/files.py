@@ -381,7 +381,7 @@ def _read_table(rows: Iterator[list[str] | Any], name: str, columns: list[str] |
         ValueError: if a column that is wanted (`None`: any) is there twice, or the first row has a quote that is not
             closed, or other separators than the format.
     """
-    header = next(rows, [])
+    header = next((row for row in rows if row is DAMAGED or any(row)), [])  # blank lines may come first
     if header is DAMAGED:
         raise ValueError(f"{name} begins with a quote that is not closed.")
     wanted = [column for column in header if column and (columns is None or column in columns)]
@@ -451,7 +451,7 @@ def _split_tsv(lines: Iterable[str]) -> Iterator[list[str]]:
     """
     num_tabs, held = None, []  # the lines of a row whose last field is still open
     for line in lines:
-        num_tabs = line.count("\t") if num_tabs is None else num_tabs
+        num_tabs = line.count("\t") if num_tabs is None and line.strip() else num_tabs
         content = line.rstrip("\r\n")
         if held and MIDDLE_OF_FIELD.fullmatch(content):
             held.append(line)

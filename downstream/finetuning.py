@@ -116,7 +116,7 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         if not args.do_train:
             check_same_classes(task.names, model_args.model_name_or_path, config)
         elif checkpoint is not None and (Path(checkpoint) / "config.json").is_file():  # of an adapter there is none
-            check_same_classes(task.names, checkpoint, load_any_config(checkpoint))
+            check_same_classes(task.names, checkpoint, load_any_config(checkpoint, **model_args.for_hub()))
         splits, test_rows = limit_splits(splits, data_args)
         rows = {split: select_rows(task, dataset, split, counts) for split, dataset in splits.items()}
         warn_of_copies(task, splits, rows)
@@ -428,7 +428,7 @@ def load_model(
             f"{type(model).__name__} reads with a decoder, which {name}, an encoder, has not got. `tjepa tag` and "
             "`tjepa probe` read with the encoder alone."
         )
-    check_weights(model, info, (base,), name, args.config_overrides)
+    check_weights(model, info, (base,), name, args.config_overrides, of_layers=True)
     of_encoder = {weight.removeprefix(base) for weight in info["missing_keys"] if weight.startswith(base)}
     check_missing(model.base_model, of_encoder, name)
     if needs_head and (new := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})):

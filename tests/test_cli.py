@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import joblib
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -416,6 +417,9 @@ def test_threads_follow_the_cores_that_are_left(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 5, 7}, raising=False)
     assert available_cores() == 3
+    with monkeypatch.context() as patch:  # a container's quota, which joblib reads
+        patch.setattr(joblib, "cpu_count", lambda: 1)
+        assert available_cores() == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     assert available_cores() == 2
     chosen = []

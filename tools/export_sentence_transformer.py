@@ -33,7 +33,7 @@ from ..corpus.tokenizers import ensure_pad_token, load_tokenizer, longest_input,
 from ..downstream.before_after import held_out_texts
 from ..downstream.embedding import as_text_only, read_sentence_modules
 from ..downstream.whitening import fit_text_whitening
-from ..training.loading import load_config
+from ..training.loading import load_config, load_encoder
 from ..training.model_folder import ONNX_FILES
 from ..training.record import earlier_results
 from ..training.setup import hide_what_loading_says
@@ -80,7 +80,7 @@ def export_sentence_transformer(
         FileExistsError: if the output folder holds files.
         FileNotFoundError: if the model is a path that is not there.
         ValueError: if the model is not a T-JEPA model, the tokenizer is not a fast one or cannot pad, or the texts are
-            too few for a whitening.
+            too few for a whitening; if the folder lacks weights.
     """
     output_folder = Path(output_folder)
     if with_onnx:
@@ -89,10 +89,10 @@ def export_sentence_transformer(
         raise FileExistsError(f"{output_folder} is not an empty folder: choose another one, or empty it.")
     check_writable(output_folder, "")
     flag = "model_name_or_path"
-    model_type = load_config(str(model_name_or_path), flag=flag).model_type
-    if model_type != "tjepa":
-        raise ValueError(f"{model_name_or_path} is a {model_type} model; only T-JEPA models are exported here.")
-    model = AutoModel.from_pretrained(model_name_or_path, encoder=encoder)
+    config = load_config(str(model_name_or_path), flag=flag)
+    if config.model_type != "tjepa":
+        raise ValueError(f"{model_name_or_path} is a {config.model_type} model; only T-JEPA models are exported here.")
+    model = load_encoder(config, str(model_name_or_path), "auto", flag, encoder=encoder)
     tokenizer = load_tokenizer(str(model_name_or_path), flag)
     max_length = max_length or longest_input(tokenizer, model)
 
@@ -149,7 +149,8 @@ class SentenceGraph(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        vectors = states[:, 0] if self.pooling == "first" else (states * mask).sum(dim=1) / mask.sum(dim=1)
+        num_tokens = mask.sum(dim=1).clamp(min=1)  # of an empty text the mean is zero, as in sentence-transformers
+        vectors = states[:, 0] if self.pooling == "first" else (states * mask).sum(dim=1) / num_tokens
         return states, self.behind(vectors)
 
 

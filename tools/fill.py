@@ -18,7 +18,7 @@ from ..corpus.command_line import at_least_one, printable, start
 from ..corpus.paths import find_newest_run
 from ..corpus.tokenizers import load_tokenizer, longest_input, special_tokens_around, text_reader
 from ..modeling_tjepa import TJEPAForPreTraining
-from ..training.loading import load_config
+from ..training.loading import check_weights, load_config
 from ..training.model_folder import pretraining_folder
 from ..training.setup import default_device, hide_what_loading_says
 
@@ -45,7 +45,8 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
     The context encoder and predictor of a run's folder, also where that of another architecture holds them below.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_config` and `load_tokenizer`; if it holds no predictor.
+        FileNotFoundError, ValueError: as `load_config` and `load_tokenizer`; if it holds no predictor, or lacks
+            weights.
     """
     name = pretraining_folder(name)
     config = load_config(name, flag=flag)
@@ -59,9 +60,12 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
         raise ValueError(
             f"{flag} {name} is a {architecture}: it has no predictor. Name the folder of the pretraining run."
         )
-    model, info = TJEPAForPreTraining.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    model, info = TJEPAForPreTraining.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     if any(key.startswith("predictor.") for key in info["missing_keys"]):
         raise ValueError(f"{flag} {name} is the folder of an encoder without its predictor: name that of the run.")
+    check_weights(model, info, ("context_encoder.", "target_encoder.", "predictor."), name)
     return model.to(default_device()).eval(), tokenizer
 
 

@@ -315,7 +315,7 @@ def load_other_encoder(config: TJEPAConfig, name: str, **for_hub) -> TJEPAForPre
 def load_encoder(
     config: PreTrainedConfig,
     name: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     flag: str = "--model_name_or_path",
     **options,
 ) -> PreTrainedModel:
@@ -348,7 +348,7 @@ def check_has_encoder(config: PreTrainedConfig, name: str, flag: str = "--model_
 
 
 def load_whole_encoder(
-    config: PreTrainedConfig, name: str, dtype: torch.dtype = torch.float32, **options
+    config: PreTrainedConfig, name: str, dtype: torch.dtype | str = torch.float32, **options
 ) -> tuple[PreTrainedModel, list[str]]:
     """
     An encoder, and the names of its parameters that its folder lacks and no state depends on, such as a pooler's.
@@ -361,7 +361,7 @@ def load_whole_encoder(
     )
     of_head = f"{encoder.base_model_prefix}."  # how they are named in the folder of an encoder with a head
     unexpected = {weight.removeprefix(of_head) for weight in info["unexpected_keys"]}
-    check_weights(encoder, {**info, "unexpected_keys": unexpected}, ("",), name)
+    check_weights(encoder, {**info, "unexpected_keys": unexpected}, ("",), name, of_layers=True)
     return encoder, check_missing(encoder, info["missing_keys"], name)
 
 
@@ -458,16 +458,23 @@ def check_resumed(checkpoint: str, config: TJEPAConfig, tokenizer: PreTrainedTok
 
 
 def check_weights(
-    model: PreTrainedModel, info: dict, parts: tuple[str, ...], name: str, overrides: str | None = None
+    model: PreTrainedModel,
+    info: dict,
+    parts: tuple[str, ...],
+    name: str,
+    overrides: str | None = None,
+    of_layers: bool = False,
 ) -> None:
     """
-    What a folder has of these parts of a model must fit the configuration in every size and number of layers.
+    What a folder has of these parts of a model must be all of it, and fit the configuration in every size and number
+    of layers.
 
     Args:
         model: the model that was loaded, with `ignore_mismatched_sizes=True`.
         info: the `output_loading_info`.
         parts: the prefixes of the weights that count. A part of which the folder has nothing is not checked.
         name, overrides: of the model, for the message.
+        of_layers: whether other weights than those of layers may be missing, which `check_missing` then judges.
 
     Raises:
         ValueError: naming the weights, and their sizes in the folder and by the configuration.
@@ -475,6 +482,9 @@ def check_weights(
 
     def layer(name: str) -> str:
         return re.sub(r"\.\d+\.", ".*.", name)
+
+    def is_of_layer(name: str) -> bool:
+        return "*" in layer(name) and layer(name) in layers
 
     names = list(model.state_dict())
     absent = tuple(part for part in parts if {n for n in names if n.startswith(part)} <= set(info["missing_keys"]))
@@ -485,9 +495,10 @@ def check_weights(
         for weight, there, here in info["mismatched_keys"]
         if weight.startswith(parts)
     ]
-    for key, problem in (("missing_keys", "is not there"), ("unexpected_keys", "is a layer too many there")):
-        found = {weight if weight.startswith(parts) else parts[0] + weight for weight in info[key]} if parts else ()
-        problems += [f"{weight} {problem}" for weight in found if "*" in layer(weight) and layer(weight) in layers]
+    missing = [weight for weight in info["missing_keys"] if weight.startswith(parts)]
+    others = [weight if weight.startswith(parts) else parts[0] + weight for weight in info["unexpected_keys"] if parts]
+    problems += [f"{weight} is not there" for weight in missing if not of_layers or is_of_layer(weight)]
+    problems += [f"{weight} is a layer too many there" for weight in others if is_of_layer(weight)]
     if problems:
         given = f"; --config_overrides is {overrides}" if overrides else ""
         raise ValueError(

@@ -139,9 +139,8 @@ def find_changes(file: Path, facts: dict[str, Any], names: Sequence[str]) -> lis
     before, changes = read_json(file) or facts, []
     for name in names:
         old, new = (run["settings"].get(name) for run in (before, facts))
-        is_path = name.endswith(("_file", "_or_path")) and None not in (old, new)
-        if is_path and Path(old).resolve() == Path(new).resolve():
-            continue
+        if isinstance(old, str) and isinstance(new, str) and Path(old).resolve() == Path(new).resolve():
+            continue  # one path in two spellings
         if old != new:
             changes.append((name, *("the default" if value is None else value for value in (old, new))))
     old, new = ([MaskingStrategy(**values).name for values in run.get("strategies", ())] for run in (before, facts))

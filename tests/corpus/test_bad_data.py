@@ -33,6 +33,7 @@ DROPPED = {  # kind of document -> the reason that must be given
     "structure": lambda rng: (rng.choice([True, ["a", "b"], {"text": "the fox"}]), "not a string"),
     "empty": lambda rng: ("", "empty or whitespace only"),
     "whitespace": lambda rng: ("".join(rng.choices(" \t\n\r\v\u3000\u2028", k=9)), "empty or whitespace only"),
+    "zero width": lambda rng: ("".join(rng.choices("\u200b\u200d\u2060\ufeff\x00", k=9)), "empty or whitespace only"),
     "one token": lambda rng: (rng.choice("abcdefgh"), "shorter than min_tokens"),
     "lone surrogate": lambda rng: (f"the {chr(rng.randint(0xD800, 0xDFFF))} fox sees a red hen", "invalid unicode"),
 }  # fmt: skip
@@ -148,7 +149,7 @@ def counts_of(path: Path, tokenizer_folder: Path, **kwargs) -> tuple[int, dict[s
 def test_text_files_with_nul_bytes_and_other_encodings(tokenizer_folder, tmp_path):
     good = "\n".join(make_texts(20)).encode()
     (tmp_path / "nul.txt").write_bytes(good + b"\nthe fox\x00sees a red hen\n\x00\x00\x00\x00\n\n")
-    assert counts_of(tmp_path / "nul.txt", tokenizer_folder) == (22, {"empty or whitespace only": 1})
+    assert counts_of(tmp_path / "nul.txt", tokenizer_folder) == (21, {"empty or whitespace only": 2})
     (tmp_path / "latin.txt").write_bytes(good + b"\ncaf\xe9 at night\r\n\xff\xfeutf-16?\nthe fox sees\n")
     assert counts_of(tmp_path / "latin.txt", tokenizer_folder) == (21, {"invalid unicode": 2})
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 at night\n" * 3)

@@ -120,6 +120,15 @@ def test_a_first_line_that_names_no_columns(tmp_path, name, header, message):
 
 
 @both
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "\n\ntext,label\nx,1\n"), ("a.tsv", "\ntext\tlabel\nx\t1\n")])
+def test_blank_lines_before_the_names_of_the_columns(tmp_path, streaming, name, content):
+    (tmp_path / name).write_text(content)
+    assert texts_of(tmp_path / name, streaming) == ["x"]
+    if not streaming:
+        assert load_files("--train_file", str(tmp_path / name))["label"][:] == ["1"]
+
+
+@both
 def test_a_first_line_that_does_for_the_column_that_is_asked_for(tmp_path, streaming):
     (tmp_path / "a.csv").write_text("text,id,id\na,1,2\n")
     assert texts_of(tmp_path / "a.csv", streaming) == ["a"]

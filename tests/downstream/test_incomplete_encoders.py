@@ -7,12 +7,14 @@ import shutil
 import pytest
 from encoder_folders import make_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, T5EncoderModel
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, T5EncoderModel
 
 import tjepa
 from finetuning_helpers import arguments, run
 from tjepa.downstream.probe import EmbeddingLayer
-from tjepa.training.loading import load_config, load_encoder
+from tjepa.tools.export_sentence_transformer import export_sentence_transformer
+from tjepa.tools.fill import load_for_filling
+from tjepa.training.loading import load_config, load_encoder, load_pretraining_config, load_pretraining_model
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,24 @@ def test_weights_that_are_missing_are_refused(damage, has_head, bert, folder, tm
         tjepa.embed(tmp_path / "bert", ["the fox"])
     with pytest.raises(ValueError, match=message):
         run(monkeypatch, arguments(folder, tmp_path / "out", model_name_or_path=tmp_path / "bert", max_steps=1))
+
+
+@pytest.mark.parametrize("lost", ["target_encoder.layers.0.mlp.up_proj.weight", "target_encoder.final_norm.bias"])
+def test_a_run_that_lacks_weights_is_refused(lost, folder, tmp_path):
+    shutil.copytree(folder / "pretraining", tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "run" / "model.safetensors", {"format": "pt"})
+    name = str(tmp_path / "run")
+    with pytest.raises(ValueError, match=lost.removeprefix("target_encoder.")):
+        tjepa.embed(name, ["the fox"])
+    with pytest.raises(ValueError, match=lost.removeprefix("target_encoder.")):
+        export_sentence_transformer(name, tmp_path / "out", whitening_texts=None)
+    with pytest.raises(ValueError, match=f"{lost} is not there"):
+        load_for_filling(name)
+    config, tokenizer = load_pretraining_config(name), AutoTokenizer.from_pretrained(name)
+    with pytest.raises(ValueError, match=f"{lost} is not there"):
+        load_pretraining_model(config, tokenizer, 16, model_name_or_path=name)
 
 
 def test_a_pooler_may_be_missing(bert, tmp_path):

@@ -17,7 +17,7 @@ import tjepa
 from helpers import REPOSITORY, arguments, make_texts, run
 from tjepa.layers_tjepa import TJEPAAttention
 from tjepa.tools import export_sentence_transformer
-from tjepa.tools.export_sentence_transformer import export_onnx
+from tjepa.tools.export_sentence_transformer import SentenceGraph, export_onnx
 from tjepa.training.model_folder import ONNX_FILES
 
 
@@ -100,6 +100,13 @@ def check_graph(folder, session):
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     expected = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_an_empty_text_is_no_nan_in_the_graph(ours):
+    graph = SentenceGraph(AutoModel.from_pretrained(ours), "mean", [])
+    ids = torch.tensor([[1, 2], [0, 0]])
+    vectors = graph(ids, torch.tensor([[1, 1], [0, 0]]))[1]
+    assert vectors[0].isfinite().all() and vectors[1].eq(0).all()
 
 
 def test_vllm_finds_pooling_projection_and_length(folder):

@@ -18,7 +18,7 @@ from tjepa.corpus.documents import DataArguments
 from tjepa.corpus.tokenizers import HubArguments
 from tjepa.training.loop import train
 from tjepa.training.progress import RunProgress, TokenClock
-from tjepa.training.record import describe_run, fingerprint, read_run
+from tjepa.training.record import describe_run, find_changes, fingerprint, read_run
 
 
 def read_log(folder) -> list[dict]:
@@ -64,6 +64,13 @@ def test_a_finished_run_is_not_described_anew(inputs, tmp_path, monkeypatch):
     # the same in other words, and what is not of the training
     monkeypatch.chdir(inputs)
     run(monkeypatch, arguments(inputs, out, train_file="train.jsonl", logging_steps=3, **resume))
+
+
+def test_one_folder_in_two_spellings_is_no_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"dataset_name": "data/x", "seed": 1}}))
+    facts = {"settings": {"dataset_name": f"{tmp_path}/data/x/", "seed": 2}}
+    assert find_changes(tmp_path / "run.json", facts, ("dataset_name", "seed")) == [("seed", 1, 2)]
 
 
 def test_a_run_over_a_finished_one_has_not_ended(inputs, tmp_path, monkeypatch):

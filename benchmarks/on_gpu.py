@@ -216,12 +216,11 @@ def measure_speed(args: argparse.Namespace, report: Report) -> None:
     runs = [(row_lengths[0], first, way) for way in WAYS]
     runs += [(row_lengths[0], attention, WAYS[0]) for attention in others]
     runs += [(row_length, first, WAYS[0]) for row_length in row_lengths[1:]]
-    for run in runs:
-        row_length, attention, way = run
+    for row_length, attention, way in runs:
         batch = make_batch(documents, row_length, args.device)
         config = make_config(size, attention)
         what = {"model": "pretraining", "row_length": row_length, "attention": attention}
-        measure_step(config, batch, way, what, documents, useful_flops(config, batch), run == runs[0], args, report)
+        measure_step(config, batch, way, what, documents, useful_flops(config, batch), args, report)
 
 
 def measure_recipe(args: argparse.Namespace, report: Report) -> None:
@@ -232,9 +231,7 @@ def measure_recipe(args: argparse.Namespace, report: Report) -> None:
         documents = draw_documents(size, *((num_tokens // 50, 40, 96) if args.tiny else (num_tokens, 200, 256)))
         batch = make_batch(documents, None, args.device, "single_tokens")
         what = {"model": "configs/default.yaml", "attention": attention}
-        config = make_config(size, attention)
-        has_profile = (num_tokens, way) == (16384, WAYS[0])
-        measure_step(config, batch, way, what, documents, None, has_profile, args, report)
+        measure_step(make_config(size, attention), batch, way, what, documents, None, args, report)
 
 
 def measure_step(
@@ -244,14 +241,13 @@ def measure_step(
     what: dict,
     documents: list,
     flops: float | None,
-    has_profile: bool,
     args: argparse.Namespace,
     report: Report,
 ) -> None:
     model = build_model(TJEPAForPreTraining, config, way, args.device)
     what |= {"compiled": way, "parameters": sum(p.numel() for p in model.context_encoder.parameters())}
     step = make_step(model, lambda: model(**batch).loss, args.device, lambda: model.update_target_encoder(0.99))
-    measure(what, step, documents, flops, has_profile, args, report)
+    measure(what, step, documents, flops, args, report)
 
 
 def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
@@ -279,8 +275,7 @@ def measure_encoder_alone(args: argparse.Namespace, report: Report) -> None:
         what = {"model": "encoder alone (MLM)", "parameters": sum(p.numel() for p in model.parameters())}
         what |= {"row_length": input_ids.shape[1], "attention": attention, "compiled": way}
         step = make_step(model, loss, args.device, lambda: None)
-        has_profile = attention == attentions_of(args.device)[0] and way == WAYS[0]
-        measure(what, step, documents, flops, has_profile, args, report)
+        measure(what, step, documents, flops, args, report)
 
 
 def attentions_of(device: torch.device) -> tuple[str, ...]:
@@ -292,11 +287,13 @@ def measure(
     step: Callable,
     documents: list,
     flops: float | None,
-    has_profile: bool,
     args: argparse.Namespace,
     report: Report,
 ) -> None:
-    """Adds a line for what was timed, or for what failed: out of memory, say, and the next one may fit."""
+    """
+    Adds a line for what was timed, or for what failed: out of memory, say, and the next one may fit. Of what is timed
+    first there is a profile, too.
+    """
     num_tokens, rate = sum(map(len, documents)), card_rate(args.device)
     what = {**what, "document_tokens": num_tokens}
     try:
@@ -308,7 +305,7 @@ def measure(
         if flops is not None:
             figures |= {"mfu": flops / figures["seconds"] / rate, "flops": flops, "rate": rate}
         report.add(**what, **figures)
-        if has_profile:
+        if len(report.content["results"]) == 1:
             write_profile(step, args)
     torch._dynamo.reset()
 

@@ -39,7 +39,7 @@ def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
 
 def holds_something(path: Path) -> bool:
     """Whether a folder that is to be written would replace anything: all but an empty one."""
-    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from .documents import DataArguments
 from .preparation import check_vocabulary
 from .streams import DocumentDataset, DocumentStream
 from .tokenization import DocumentCounts, StreamTokenizer, check_columns, tokenize_documents
+from .tokenizers import vocabulary_size
 
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def check_token_ids(
             f"{args.max_length}. Rows that were tokenized before are not cut: pass --max_length {longest}."
         )
     lowest, highest = (pyarrow.compute.min_max(ids)[of].as_py() or 0 for of in ("min", "max"))
-    if lowest < 0 or ids.null_count or highest > max(tokenizer.get_vocab().values()):
+    if lowest < 0 or ids.null_count or highest >= vocabulary_size(tokenizer):
         wrong = None if ids.null_count else lowest if lowest < 0 else highest
         raise ValueError(
             f"{args.dataset_name}: the {desc} split has the token id {wrong}, which the tokenizer "

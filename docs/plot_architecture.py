@@ -5,11 +5,7 @@ python docs/plot_architecture.py docs/architecture.png
 
 import sys
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 WIDTH, HEIGHT = 2.5, 0.9

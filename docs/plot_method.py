@@ -5,12 +5,8 @@ python docs/plot_method.py docs/method.png
 
 import sys
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 
 WORDS = ["The", "river", "rose", "and", "the", "old", "bridge", "gave", "way"]

@@ -5,14 +5,11 @@ python docs/plot_strategies.py docs/strategies.png
 
 import sys
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 from tjepa.data_collator_tjepa import MASKING_PRESETS, draw_views, hash_keys
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 
 DOCUMENT_TOKENS = 160
@@ -27,7 +24,7 @@ def main(path: str) -> None:
     rows[views.slot_view, views.slot_token] = np.where(views.slot_block % 2 == 1, BLOCK, NEIGHBOUR_BLOCK)
 
     figure, axis = plt.subplots(figsize=(9, 2.6))
-    colours = matplotlib.colors.ListedColormap(["#e8e8e8", "#2a6f97", "#61a5c2"])
+    colours = ListedColormap(["#e8e8e8", "#2a6f97", "#61a5c2"])
     axis.pcolormesh(rows, cmap=colours, vmin=0, vmax=2, edgecolors="white", linewidth=0.3)
     axis.invert_yaxis()
     labels = [f"{family}  {strategy.name}" for family, strategy in zip(FAMILIES, strategies, strict=True)]

@@ -265,12 +265,11 @@ def select_rows(task: Task, dataset: Dataset, split: str, counts: dict) -> Rows:
             label_faults[fault] += 1
         else:
             judged.append(row)
-    is_predicted = split == "test"
-    reasons = Counter(faults.values()) if is_predicted and unlabelled else Counter(faults.values()) + label_faults
-    why = list_reasons(reasons)
+    is_predicted, input_faults = split == "test", Counter(faults.values())
     if not judged and (split == "train" or set(label_faults) != {NO_LABEL}):
-        all_reasons = list_reasons(Counter(faults.values()) + label_faults)
-        raise ValueError(f"Nothing is left of the {split} split: dropped {all_reasons}.")
+        raise ValueError(f"Nothing is left of the {split} split: dropped {list_reasons(input_faults + label_faults)}.")
+    reasons = input_faults if is_predicted else input_faults + label_faults
+    why = list_reasons(reasons)
     logger.info(f"{split}: {len(dataset):,} rows, {len(judged):,} kept{f'; dropped: {why}' if why else ''}")
     if not judged:
         logger.warning(f"{split}: none of its {len(unlabelled):,} rows has a label, so it is not evaluated")

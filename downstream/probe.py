@@ -135,10 +135,13 @@ def knn_accuracy(
         k: voters, or the whole training part where that is smaller. The vote of each is weighed by its cosine.
     """
     whitening = fit_whitening(train)
-    # 1e-9: texts that are all the same have cosines of 0, and there must be a vote
-    voters = KNeighborsClassifier(min(k, len(train)), metric="cosine", weights=lambda distances: 1 - distances + 1e-9)
-    voters.fit(whitening.transform(as_array(train)), train_labels.numpy())
+    voters = make_voters(min(k, len(train))).fit(whitening.transform(as_array(train)), train_labels.numpy())
     return voters.score(whitening.transform(as_array(test)), test_labels.numpy())
+
+
+def make_voters(k: int) -> KNeighborsClassifier:
+    # 1e-9: texts that are all the same have cosines of 0, and there must be a vote
+    return KNeighborsClassifier(k, metric="cosine", weights=lambda distances: 1 - distances + 1e-9)
 
 
 def sts_spearman(first: Tensor, second: Tensor, scores: Tensor) -> dict[str, float]:
@@ -264,10 +267,9 @@ def embed_task(
         texts, labels, groups = _texts_labels_groups(task, split)
         if task.kind == MINIMAL_PAIRS:
             features = score_texts(model, tokenizer, texts, *options)[:, None]
-            embedded[split] = LabelledFeatures(features, torch.tensor(labels), torch.tensor(groups))
-            continue
-        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        features = embed_texts(model, tokenizer, list(numbers), *options)[[numbers[text] for text in texts]]
+        else:
+            numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+            features = embed_texts(model, tokenizer, list(numbers), *options)[[numbers[text] for text in texts]]
         embedded[split] = LabelledFeatures(features, torch.tensor(labels), torch.tensor(groups))
     return embedded
 
@@ -408,8 +410,7 @@ def _probe_with_tfidf(task: ProbeTask, seeds: Sequence[int]) -> dict[str, float]
         probe = best_logistic_regression(model, train, validation, test, STRENGTHS, max_step)
         figures = {"linear_probe": probe.accuracy}
         if task.kind == "classification":
-            voters = KNeighborsClassifier(min(NUM_NEIGHBOURS, len(train[1])), metric="cosine")
-            figures["knn"] = voters.fit(*train).score(*test)
+            figures["knn"] = make_voters(min(NUM_NEIGHBOURS, len(train[1]))).fit(*train).score(*test)
         return figures
 
     return over_seeds(task, {split: _texts_and_labels(task, split) for split in task.splits}, seeds, judge)

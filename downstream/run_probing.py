@@ -281,9 +281,8 @@ def make_task(
         statistics = {"train": splits["train"]} if kind == RETRIEVAL and "train" in splits else {}
         splits = {**statistics, "test": test}
     columns, notes = {}, []
+    taken, has_classes = tuple(filter(None, (*inputs, answer))), kind in TRAINED
     for split, dataset in splits.items():
-        taken = tuple(filter(None, (*inputs, answer)))
-        has_classes = kind in TRAINED
         values = [
             read_labels(dataset, column) if has_classes and column == answer else dataset[column][:]
             for column in taken
@@ -402,23 +401,22 @@ def probe_model(
     adds_special_tokens = args.add_special_tokens
     if adds_special_tokens is None:
         adds_special_tokens = reads_special_tokens(config) and tokenizer.num_special_tokens_to_add() > 0
+    max_length = choose_max_length(name, model, tokenizer, args.max_length)
+    special_tokens = f"with{'' if adds_special_tokens else 'out'} special tokens"
+    logger.info(f"{column}: the first {max_length} tokens of a text, {special_tokens}")
+    report_truncation(tokenizer, tasks, max_length, adds_special_tokens)
+    with_head = None
+    if grammar := [task.name for task in tasks if task.kind == MINIMAL_PAIRS]:
+        with_head, lack = load_with_token_head(name, config, tokenizer, args)
+        if lack:
+            logger.info(f"{column}: left out {', '.join(grammar)}, because {lack}")
+        else:
+            tasks = without_single_tokens(with_head, tokenizer, tasks, max_length, adds_special_tokens)
     options = {
-        "max_length": choose_max_length(name, model, tokenizer, args.max_length),
+        "max_length": max_length,
         "batch_size": args.batch_size,
         "add_special_tokens": adds_special_tokens,
     }
-    logger.info(
-        f"{column}: the first {options['max_length']} tokens of a text, "
-        f"with{'' if options['add_special_tokens'] else 'out'} special tokens"
-    )
-    report_truncation(tokenizer, tasks, options["max_length"], options["add_special_tokens"])
-    with_head, lack = None, None
-    if grammar := [task.name for task in tasks if task.kind == MINIMAL_PAIRS]:
-        with_head, lack = load_with_token_head(name, config, tokenizer, args)
-    if lack:
-        logger.info(f"{column}: left out {', '.join(grammar)}, because {lack}")
-    if with_head is not None:
-        tasks = without_single_tokens(with_head, tokenizer, tasks, options["max_length"], adds_special_tokens)
     results = {column: probe_encoder(model, tokenizer, tasks, seeds, options, with_head)}
     logger.info(f"{column}, its embedding layer alone")
     layer = probe_encoder(EmbeddingLayer(model), tokenizer, tasks, seeds, options)

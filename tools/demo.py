@@ -39,7 +39,7 @@ from ..training.setup import hide_what_loading_says
 from .fill import Gapped, guess_tokens, load_for_filling, tokens_around
 from .lookup import Lookup, owners_of_tokens, split_into_tokens, split_into_words
 from .report import group_pieces, token_kinds
-from .search import SearchIndex, WordIndex, add_text_flags, check_text_flags, index_path, load_passages, open_index
+from .search import SearchIndex, WordIndex, add_text_flags, index_path, load_passages, open_index
 
 
 HIDDEN, NEXT_HIDDEN, LEFT_OUT = "hidden", "hidden, the next block", "left out of the context"
@@ -81,7 +81,7 @@ class Demo:
         FileNotFoundError, ValueError: as `load_for_filling` and `open_index`.
     """
 
-    def __init__(self, name: str, file: str | None = None, text_column_name: str = "text"):
+    def __init__(self, name: str, file: str | None = None, text_column_name: str | None = None):
         self.model, self.tokenizer = load_for_filling(name, "FOLDER")
         self.reader, self.around = text_reader(self.tokenizer), tokens_around(self.model, self.tokenizer)
         longest = min(longest_input(self.tokenizer, self.model), MAX_TOKENS)
@@ -198,9 +198,11 @@ def name_strategies(name: str) -> dict[str, MaskingStrategy]:
     """The masking strategies that may be chosen, the run's own first, by what they do."""
     path = Path(pretraining_folder(name)) / STRATEGIES_FILE
     own = load_masking_strategies(path) if path.is_file() else []
-    named = {f"{describe_strategy(strategy)} (this run's)": strategy for strategy in own}
-    for preset, strategies in MASKING_PRESETS.items():
-        named |= {f"{describe_strategy(s)} ({preset})": s for s in strategies if s not in own}
+    named = {}
+    for origin, strategies in {"this run's": own, **MASKING_PRESETS}.items():
+        for strategy in strategies if origin == "this run's" else [s for s in strategies if s not in own]:
+            what = f"{describe_strategy(strategy)} ({origin})"
+            named[what if what not in named else f"{what}: {strategy.name}"] = strategy
     return named
 
 
@@ -360,7 +362,7 @@ def build_app(demo: Demo, title: str):
 
 
 def launch(
-    name: str, file: str | None = None, text_column_name: str = "text", title: str | None = None, **options
+    name: str, file: str | None = None, text_column_name: str | None = None, title: str | None = None, **options
 ) -> str:
     """
     Serves the page until it is interrupted, unless `prevent_thread_lock` is among the options.
@@ -409,7 +411,7 @@ Written by `tjepa demo FOLDER --export SPACE_FOLDER`. To start it here:
 """
 
 
-def export(name: str, space: Path, file: str | None = None, text_column_name: str = "text") -> None:
+def export(name: str, space: Path, file: str | None = None, text_column_name: str | None = None) -> None:
     """
     Writes the demo as a folder that a Space of the Hub starts from: the model, the texts and their index, and a copy
     of this package, so that it runs with the code that it was made with.
@@ -464,15 +466,14 @@ def main() -> None:
         "--export", metavar="SPACE_FOLDER", type=Path, help="write a Space of the Hub rather than start the demo"
     )
     args = parser.parse_args()
-    check_text_flags(args)
     import_gradio()
     logging.basicConfig(format="%(message)s")
     hide_what_loading_says()
     name = args.folder or str(find_newest_run())
     if args.export is None:
-        launch(name, args.file, args.text_column_name or "text")
+        launch(name, args.file, args.text_column_name)
         return
-    export(name, args.export, args.file, args.text_column_name or "text")
+    export(name, args.export, args.file, args.text_column_name)
     repository = re.sub(r"[^A-Za-z0-9._-]+", "-", args.export.name)  # the Hub takes nothing else
     print(
         f"Wrote {args.export}. Try it with `pip install -r requirements.txt && python app.py` in that folder, and put "

@@ -235,7 +235,7 @@ def find_moving_target(run: Run) -> Finding | None:
 def find_documents(run: Run) -> list[Finding]:
     findings = []
     counts = run.documents.get("train")
-    if isinstance(counts, dict) and counts["num_documents"]:
+    if counts and counts["num_documents"]:
         dropped = sum(counts["dropped"].values()) / counts["num_documents"]
         cut = counts["num_tokens_cut"] / max(1, counts["num_tokens"] + counts["num_tokens_cut"])
         shown = f"{counts['num_kept']:,} kept ({dropped:.0%} dropped), {counts['num_tokens']:,} tokens ({cut:.0%} cut)"
@@ -340,7 +340,7 @@ def add_folder_argument(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="tjepa health", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_folder_argument(parser)
     folder = parser.parse_args().folder or find_newest_run()

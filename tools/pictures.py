@@ -212,7 +212,7 @@ def draw_throughput(run: Run) -> Figure | None:
 
 def draw_documents(run: Run) -> Figure | None:
     """What became of the documents, by split."""
-    counts = {split: count for split, count in run.documents.items() if isinstance(count, dict)}
+    counts = run.documents
     if not counts:
         return None
     with matplotlib.rc_context(STYLE):

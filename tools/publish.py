@@ -252,7 +252,7 @@ def publish_tag(api: HfApi, repo_id: str, tag: str, plan: list[CommitOperationAd
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="tjepa publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", help="the output_dir of a pretraining run")
     parser.add_argument("--repo_id", required=True, help="the repository on the Hub: owner/name")

@@ -384,7 +384,7 @@ def group_pieces(kinds: Sequence[str], pieces: Sequence[str]) -> list[tuple[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="tjepa report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_folder_argument(parser)
     folder = parser.parse_args().folder or find_newest_run()

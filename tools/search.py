@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -70,19 +71,22 @@ def load_docstrings(cache_dir: str | None = None) -> dict[str, str]:
     return passages
 
 
-def load_passages(file: str | None = None, text_column_name: str = "text") -> dict[str, str]:
+def load_passages(file: str | None = None, text_column_name: str | None = None) -> dict[str, str]:
     """
     The texts to search, each once, and where each is from.
 
     Args:
         file: a text file with a text in each line, or any file of documents; `None`: the docstrings.
-        text_column_name: its column of texts.
+        text_column_name: its column of texts. Default: `text`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_files`; if no text can be used.
+        FileNotFoundError, ValueError: as `load_files`; if no text can be used; for the column of no file.
     """
     if file is None:
+        if text_column_name is not None:
+            raise ValueError(f"--text_column_name {text_column_name} is a column of --file, and there is none.")
         return load_docstrings()
+    text_column_name = text_column_name or "text"
     rows = load_files("--file", file, text_column_name=text_column_name)
     faults = rows[FAULT_COLUMN][:]
     passages = {text: "" for text, fault in zip(rows[text_column_name][:], faults, strict=True) if fault == KEPT}
@@ -198,7 +202,7 @@ def hash_texts(passages: dict[str, str]) -> str:
 # ---- models ----
 
 
-def open_index(name: str, file: str | None = None, text_column_name: str = "text") -> SearchIndex:
+def open_index(name: str, file: str | None = None, text_column_name: str | None = None) -> SearchIndex:
     """
     The index of texts as a model sees them: the saved one, or a new one, which is saved.
 
@@ -259,31 +263,21 @@ def read_queries(query: str | None) -> Iterator[str]:
     if query is not None:
         yield query
         return
-    prompt = "\nSearch for (Ctrl-D ends): " if sys.stdin.isatty() else None
-    while True:
-        if prompt:
-            print(prompt, end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
+    prompt = "\nSearch for (Ctrl-D ends): " if sys.stdin.isatty() else ""
+    with suppress(EOFError):
+        while True:
+            if line := input(prompt).strip():
+                yield line
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
     """Those of `load_passages`."""
     parser.add_argument(
         "--file",
-        help="texts to search: txt (one in each line), parquet, json, jsonl, csv or tsv; default: the docstrings of "
+        help="texts: txt (one in each line), parquet, json, jsonl, csv or tsv; default: the docstrings of "
         "the libraries that are installed here",
     )
     parser.add_argument("--text_column_name", help="the column of --file that holds the texts; default: text")
-
-
-def check_text_flags(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` for a column of no file."""
-    if args.file is None and args.text_column_name is not None:
-        raise ValueError(f"--text_column_name {args.text_column_name} is a column of --file, and there is none.")
 
 
 def main():
@@ -296,11 +290,10 @@ def main():
     args = parser.parse_args()
     if args.query is not None and not args.query.strip():
         raise ValueError("The query is empty: what should be found?")
-    check_text_flags(args)
     logging.basicConfig(format="%(message)s")
     hide_what_loading_says()
     name = args.model or str(find_newest_run())
-    index = open_index(name, args.file, args.text_column_name or "text")
+    index = open_index(name, args.file, args.text_column_name)
     words = WordIndex(index.passages) if args.tfidf else None
     print(f"{name}, {len(index.texts):,} {DOCSTRINGS if args.file is None else f'texts of {args.file}'}")
     columns = shutil.get_terminal_size((120, 24)).columns

@@ -30,7 +30,7 @@ from ..training.checkpoints import is_marked
 from ..training.model_folder import STRATEGIES_FILE
 from ..training.setup import hide_what_loading_says
 from .fill import load_for_filling, tokens_around
-from .search import check_text_flags, load_passages
+from .search import add_text_flags, load_passages
 
 
 BATCH_SIZE = 16  # documents
@@ -117,10 +117,7 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: i
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("folder", help="folder of a run; the token head is added to it")
-    parser.add_argument(
-        "--file", help="texts, as for tjepa search; default: the docstrings of the libraries that are installed here"
-    )
-    parser.add_argument("--text_column_name", help="the column of --file that holds the texts; default: text")
+    add_text_flags(parser)
     parser.add_argument("--num_steps", type=at_least_one, default=300, help="of 16 texts each (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the head, and of what is read when (default: 0)")
     args = parser.parse_args()
@@ -129,7 +126,6 @@ def main():
         raise FileNotFoundError(f"{args.folder} is not a folder; the token head is saved in that of the model.")
     if is_marked(Path(args.folder)):
         raise ValueError(f"{args.folder} is a checkpoint, and could not be resumed any more: name the run's folder.")
-    check_text_flags(args)
     model, tokenizer = load_for_filling(args.folder, "FOLDER")
     if model.config.token_prediction_weight > 0:
         raise ValueError(f"{args.folder} has learned to predict tokens in pretraining: tjepa fill reads them.")
@@ -141,10 +137,10 @@ def main():
     max_length = longest_input(tokenizer, model)
     collator.special_tokens = tokens_around(model, tokenizer)
     max_length -= sum(map(len, collator.special_tokens))
-    if args.file is None:
+    if args.file is None and args.text_column_name is None:
         texts = load_quickstart_documents()["train"]["text"][:]
     else:
-        texts = list(load_passages(args.file, args.text_column_name or "text"))
+        texts = list(load_passages(args.file, args.text_column_name))
     figures = train_decoder(model, tokenize(texts, tokenizer, max_length), collator, args.num_steps, args.seed)
     with replacing_files(folder) as unfinished:
         model.save_pretrained(unfinished)

@@ -1,14 +1,11 @@
 """Every argument of a pretraining run that is not about its model, data or masks."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .ema import EMACallback
 from .flags import check_flags, check_packages, check_precision, check_what_processes_share
@@ -47,13 +44,13 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        check_flags(self, self.KIND)
+        check_flags(self)
         # without it accelerate takes the processes of a machine without GPU for so many lone ones
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         check_packages(self)
         check_precision(self)
-        check_what_processes_share(self, self.KIND)
+        check_what_processes_share(self)
         self.dataloader_pin_memory &= self.device.type != "cpu"  # nothing to pin for, and torch warns
 
 
@@ -101,13 +98,13 @@ class PretrainingArguments(RunArguments):
         "of another architecture 1 - 2 / steps, with which a third of it stays as it was.",
     )
     final_ema_momentum: float = HfArg(default=1.0, help="Momentum of the target encoder at the end.")
-    ema_schedule: str = HfArg(default="linear", help="How the momentum gets there: linear or cosine.")
+    ema_schedule: Literal["linear", "cosine"] = HfArg(default="linear", help="How the momentum rises to its end.")
     ema_anneal_ratio: float = HfArg(
         default=1.0, help="The momentum is at its end after this share of the steps, and stays there."
     )
-    export_encoder: str | None = HfArg(
+    export_encoder: Literal["target", "context"] | None = HfArg(
         default=None,
-        help="Which encoder of another architecture the run's folder holds: target or context. "
+        help="Which encoder of another architecture the run's folder holds. "
         "Default: target, or context where the target is frozen.",
     )
     schedule_stretch: float = HfArg(
@@ -118,7 +115,7 @@ class PretrainingArguments(RunArguments):
         help="Only measure twenty steps, and say what the run would take on this machine: time, memory, epochs, "
         "tokens a parameter, and which flag changes each. Nothing is written.",
     )
-    extend_schedule: str | None = HfArg(
+    extend_schedule: Literal["warm_up_again", "decay_again"] | None = HfArg(
         default=None,
         help="How a checkpoint goes on whose run had another number of steps. warm_up_again: from its last "
         "rate through a new warm-up and decay; weight decay and momentum begin anew, too. decay_again: from the "
@@ -141,10 +138,16 @@ class PretrainingArguments(RunArguments):
     )
 
     def __post_init__(self):
-        self.accelerator_config = whole_batches(self.accelerator_config)
         if self.greater_is_better is None and "loss_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # of a strategy: transformers knows only names that end in loss
         super().__post_init__()
+        for name in ("split_batches", "dispatch_batches"):  # the tensors of a batch differ in their first dimension
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"--accelerator_config: {name} must stay false, because the tensors of a batch belong together "
+                    "and cannot be cut. Every process reads its own batches."
+                )
+            setattr(self.accelerator_config, name, False)
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.do_train and (self.max_steps == 0 or self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
@@ -223,24 +226,3 @@ class PretrainingArguments(RunArguments):
         last = self.final_ema_momentum
         first = last if self.ema_momentum is None else self.ema_momentum
         return EMACallback(first, last, self.schedule_stretch, self.ema_schedule, self.ema_anneal_ratio)
-
-
-def whole_batches(config: AcceleratorConfig | dict | str | None) -> dict:
-    """
-    An `accelerator_config`, as `TrainingArguments` takes it, that leaves batches whole: their tensors differ in the
-    first dimension, and accelerate must neither split nor pad them.
-
-    Raises:
-        ValueError: if it asks for `split_batches` or `dispatch_batches`.
-    """
-    if isinstance(config, str):
-        config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
-    config = dict(config.to_dict() if isinstance(config, AcceleratorConfig) else config or {})
-    for name in ("split_batches", "dispatch_batches"):
-        if config.get(name):
-            raise ValueError(
-                f"--accelerator_config: {name} must stay false, because the tensors of a batch belong together and "
-                "cannot be cut. Every process reads its own batches."
-            )
-        config[name] = False
-    return config

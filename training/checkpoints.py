@@ -58,9 +58,11 @@ def remove_mark(checkpoint: Path) -> None:
 
 def has_weights_only(checkpoint: str | Path) -> bool:
     """Whether a checkpoint has been saved as a whole, but without the optimizer that training needs to go on."""
-    return is_marked(checkpoint) and not any(
-        path.name.startswith(OPTIMIZER_FILES) for path in Path(checkpoint).iterdir()
-    )
+    return is_marked(checkpoint) and not has_optimizer(checkpoint)
+
+
+def has_optimizer(checkpoint: str | Path) -> bool:
+    return any(path.name.startswith(OPTIMIZER_FILES) for path in Path(checkpoint).iterdir())
 
 
 def find_damage(checkpoint: str | Path) -> str | None:
@@ -268,7 +270,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
                 "such as runs/mine/checkpoint-1000, or 'last' for the newest complete one in --output_dir."
             )
         damage = find_damage(wanted) if is_marked(wanted) else None
-        if damage or not any(path.name.startswith(OPTIMIZER_FILES) for path in Path(wanted).iterdir()):
+        if damage or not has_optimizer(wanted):
             raise ValueError(
                 f"--resume_from_checkpoint {wanted} cannot be resumed: {damage or WEIGHTS_ONLY}. Name another one, "
                 f"or start a new run from its weights with --model_name_or_path {wanted}."

@@ -152,20 +152,20 @@ LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_siz
 LEAST |= dict.fromkeys(("seed", "data_seed", "weight_decay", "final_weight_decay", "dataloader_num_workers"), 0)
 
 
-def check_flags(args: TrainingArguments, kind: Literal["pretraining", "finetuning"]) -> None:
+def check_flags(args: TrainingArguments) -> None:
     """
     For `__post_init__`, before anything else: flags that would have no effect, or another one than they promise.
 
     Args:
-        args (`TrainingArguments`): as given; what differs from the defaults of its class was asked for.
-        kind (`str`): which column of the table.
+        args (`RunArguments`): as given; what differs from the defaults of its class was asked for. Its `KIND` is the
+            column of the table.
 
     Raises:
         ValueError: naming the flags that are refused, and why.
     """
     problems = []
     for field in fields(args):
-        rule = getattr(FLAGS.get(field.name, BOTH_WORK), kind)
+        rule = getattr(FLAGS.get(field.name, BOTH_WORK), args.KIND)
         value = getattr(args, field.name)
         default = field.default if field.default is not MISSING else field.default_factory()
         if rule.status == "works":
@@ -206,7 +206,7 @@ def check_packages(args: TrainingArguments) -> None:
         pass
 
 
-def check_what_processes_share(args: TrainingArguments, kind: Literal["pretraining", "finetuning"]) -> None:
+def check_what_processes_share(args: TrainingArguments) -> None:
     """
     At the end of `__post_init__`, when the number of processes is known.
 
@@ -220,7 +220,7 @@ def check_what_processes_share(args: TrainingArguments, kind: Literal["pretraini
             f"--auto_find_batch_size is refused with {args.world_size} processes: where one of them runs out of "
             "memory, the others would wait for it. Find --per_device_train_batch_size with one process."
         )
-    if kind == "finetuning" and not args.accelerator_config.even_batches:
+    if args.KIND == "finetuning" and not args.accelerator_config.even_batches:
         raise ValueError(
             f"--accelerator_config: even_batches must stay true with {args.world_size} processes, of which one may "
             "have a batch more than another and would wait for it."

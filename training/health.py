@@ -73,10 +73,15 @@ LOSSES = [field.name for field in fields(TJEPAForPreTrainingOutput) if field.nam
 TERMS = [name for name in LOSSES if name not in SLOT_LOSSES]  # means over something else
 
 
+def loss_weights(config: TJEPAConfig) -> dict[str, float]:
+    """With which weight each loss counts in the sum of all: `jepa_loss` with 1."""
+    return {name: getattr(config, name.replace("_loss", "_weight"), 1.0) for name in LOSSES}
+
+
 def evaluation_figures(config: TJEPAConfig, strategy_names: list[str]) -> list[str]:
     """What an evaluation of `PretrainingStatistics` can hold, besides what is judged by labels."""
-    weights = {name: getattr(config, name.replace("_loss", "_weight"), 1.0) for name in LOSSES}
-    terms = [name for name, weight in weights.items() if weight > 0 and name != "denoising_loss"]  # of training alone
+    weights = loss_weights(config) | {"denoising_loss": 0}  # of training alone
+    terms = [name for name, weight in weights.items() if weight > 0]
     per_strategy = [f"loss_{name}" for name in strategy_names] if len(strategy_names) > 1 else []
     return ["loss", *terms, *per_strategy, *HEALTH_FIGURES]
 
@@ -121,20 +126,14 @@ class PretrainingStatistics:
     def losses(self) -> dict[str, float]:
         slots = self.sums["slots"]
         seen = slots > 0
-        losses, loss = {}, 0.0
-        for name in (*SLOT_LOSSES, *TERMS):
-            if name not in self.sums:
-                continue
-            if name in SLOT_LOSSES:
-                per_strategy = self.sums[name][seen] / slots[seen]
-                losses[name] = per_strategy.mean().item()
-                if name == "jepa_loss" and len(self.strategy_names) > 1:
-                    names = [f"loss_{strategy}" for strategy, n in zip(self.strategy_names, slots, strict=True) if n]
-                    losses.update(zip(names, per_strategy.tolist(), strict=True))
-            else:
-                losses[name] = (self.sums[name] / self.sums["tokens"]).item()
-            weight = 1.0 if name == "jepa_loss" else getattr(self.config, name.replace("_loss", "_weight"))
-            loss += weight * losses[name]
+        per_strategy = {name: self.sums[name][seen] / slots[seen] for name in SLOT_LOSSES if name in self.sums}
+        losses = {name: values.mean().item() for name, values in per_strategy.items()}
+        losses |= {name: (self.sums[name] / self.sums["tokens"]).item() for name in TERMS if name in self.sums}
+        weights = loss_weights(self.config)
+        loss = sum(weights[name] * value for name, value in losses.items())
+        if len(self.strategy_names) > 1:
+            names = [f"loss_{strategy}" for strategy, n in zip(self.strategy_names, slots, strict=True) if n]
+            losses |= dict(zip(names, per_strategy["jepa_loss"].tolist(), strict=True))
         return {"loss": loss, **losses}
 
     def summary(self) -> dict[str, float]:

@@ -199,7 +199,7 @@ class Run:
     max_steps: int | None = None
     seed: int = 0
     strategies: list[dict] = field(default_factory=list)
-    documents: dict[str, dict | str] = field(default_factory=dict)  # split -> counts
+    documents: dict[str, dict] = field(default_factory=dict)  # split -> counts
     texts: list[str] = field(default_factory=list)  # held out
     labels: list[str] | None = None  # of these texts
     why_no_texts: str = ""

@@ -1,5 +1,6 @@
 """The demo: what its tabs say, bad input, the Space that it writes, and that Space in a real browser."""
 
+import json
 import re
 import runpy
 import shutil
@@ -22,10 +23,11 @@ from tjepa import TJEPAForPreTraining, cli
 from tjepa.corpus.train_tokenizer import train_tokenizer
 from tjepa.data_collator_tjepa import MASKING_PRESETS, DataCollatorForTJEPA, MaskingStrategy
 from tjepa.tools import demo as demo_tool
-from tjepa.tools.demo import HIDDEN, LEFT_OUT, NEXT_HIDDEN, Demo, describe_strategy
+from tjepa.tools.demo import HIDDEN, LEFT_OUT, NEXT_HIDDEN, Demo, describe_strategy, name_strategies
 from tjepa.tools.fill import Gapped, guess_tokens
 from tjepa.tools.lookup import label_tokens, owners_of_tokens, split_into_words
 from tjepa.tools.search import SearchIndex, open_index
+from tjepa.training.model_folder import STRATEGIES_FILE
 
 
 TEXT = "The fox sees a red hen, and the hen runs home before the night falls."
@@ -96,6 +98,12 @@ def test_the_runs_own_strategies_come_first(demo):
     strategy = MaskingStrategy(2.5, 1.0, max_target_mask_start_ratio=0.5, max_context_ratio=0.3)
     words = "blocks of 2.5 tokens on average, 25% hidden, from 50% of the text on, 30% kept as context"
     assert describe_strategy(strategy) == words
+
+
+def test_strategies_that_are_described_alike_can_both_be_chosen(tmp_path):
+    strategies = [{"target_block_size_mean": 4}, {"target_block_size_mean": 4, "target_block_num": 1}]
+    (tmp_path / STRATEGIES_FILE).write_text(json.dumps(strategies))
+    assert list(name_strategies(str(tmp_path)).values())[:2] == [MaskingStrategy.from_dict(of) for of in strategies]
 
 
 # ---- what it expects ----
@@ -190,7 +198,7 @@ def test_search_in_the_demos_texts_and_in_a_file(demo, folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "Type "), (" \n", "Type "), ("\ud800", "invalid unicode")],
+    [("", "Type "), (" \n", "Type "), ("\u200b", "Type "), ("\ud800", "invalid unicode")],
 )
 def test_what_is_no_text_is_told(text, message, demo):
     calls = [lambda: demo.hide(text, OWN_STRATEGY, 0), lambda: demo.expect(text, {0})]
@@ -201,7 +209,7 @@ def test_what_is_no_text_is_told(text, message, demo):
 
 @pytest.mark.parametrize(
     "text",
-    ["fox " * 25_000, "x" * 100_000, "🦊🦊 🐔", "\u200b", "الثعلب يركض إلى البيت", "<script>alert(1)</script> & fox"],
+    ["fox " * 25_000, "x" * 100_000, "🦊🦊 🐔", "الثعلب يركض إلى البيت", "<script>alert(1)</script> & fox"],
 )
 def test_any_text_gets_an_answer(text, demo):
     spans, counts = demo.hide(text, OWN_STRATEGY, 0)
@@ -269,7 +277,7 @@ def test_the_command_serves_the_newest_run(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_tool, "find_newest_run", lambda: Path("runs/newest"))
     run(monkeypatch, "demo", "--file", "texts.csv", "--text_column_name", "body")
     run(monkeypatch, "demo", "runs/quickstart")
-    assert served == [("runs/newest", "texts.csv", "body"), ("runs/quickstart", None, "text")]
+    assert served == [("runs/newest", "texts.csv", "body"), ("runs/quickstart", None, None)]
 
 
 def test_what_the_command_says_to_type_can_be_copied(monkeypatch, capsys):

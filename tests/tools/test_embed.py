@@ -41,12 +41,12 @@ def check(vectors, expected) -> None:
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_vectors_have_the_ids_of_their_texts(model, texts, tmp_path, monkeypatch, capsys, format):
     rows = [{"body": text, "key": f"k{index}"} for index, text in enumerate(texts)]
-    rows[2]["body"], rows[9]["body"], rows[10]["body"] = "", None, "\u0007"
+    rows[2]["body"], rows[9]["body"], rows[10]["body"] = "", None, "\ufffd"
     tokenize = Embedder.tokenize  # for which the last one has no token
     monkeypatch.setattr(
         Embedder,
         "tokenize",
-        lambda self, texts: [[] if text == "\u0007" else tokenize(self, [text])[0] for text in texts],
+        lambda self, texts: [[] if text == "\ufffd" else tokenize(self, [text])[0] for text in texts],
     )
     file = write_jsonl(tmp_path / "texts.jsonl", rows)
     options = ["--model", model, "--text_column_name", "body", "--id_column_name", "key", "--format", format]

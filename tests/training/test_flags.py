@@ -396,7 +396,7 @@ def test_nothing_that_one_of_several_processes_does_alone(kind, given, tmp_path)
     args = make_arguments(kind, tmp_path, **given)
     is_refused = kind == "finetuning" or "auto_find_batch_size" in given
     with patch.object(type(args), "world_size", 2), pytest.raises(ValueError) if is_refused else nullcontext():
-        check_what_processes_share(args, kind)
+        check_what_processes_share(args)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,6 +32,7 @@ def workspace(tmp_path_factory, inputs):
     export_sentence_transformer(
         folder / "runs" / "quickstart", folder / "runs" / "quickstart-sentences", with_onnx=True
     )
+    shutil.copytree(folder / "runs" / "quickstart", folder / "runs" / "transformer")  # of the page on fine-tuning
     make_folder(folder / "runs" / "adapted")
     for name in ("sentence-transformers/all-MiniLM-L6-v2", "answerdotai/ModernBERT-base"):  # found before the Hub's
         (folder / name).parent.mkdir()

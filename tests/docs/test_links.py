@@ -34,8 +34,9 @@ def test_pages_begin_with_what_to_install_and_to_type(page):
 def test_the_readme_begins_with_what_it_is_and_two_commands():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
-    (python,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
-    assert python.startswith("from transformers import AutoModel, AutoTokenizer\n")
+    vectors, states = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    assert vectors.startswith("import tjepa\n")
+    assert states.startswith("from transformers import AutoModel, AutoTokenizer\n")
     order = ["**", "%", "docs/method.png", "*not yet*", "docs/learning.md", "pip install -e . && tjepa pretrain"]
     order += ['tjepa search "eigenvalues of a matrix"', "## Your own data", "configs/default.yaml", "tjepa adapt"]
     order += ["tjepa classify", "tjepa publish"]

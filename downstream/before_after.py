@@ -151,7 +151,9 @@ class BeforeAfter:
     def __init__(self, texts: Iterable[str | None], probe_file: str | None = None):
         usable = [text for text in dict.fromkeys(texts) if find_fault(text) is None and len(text.strip()) >= MIN_CHARS]
         self.pairs = [halves(usable[index]) for index in np.flatnonzero(draw(len(usable), MAX_TEXTS))]
-        self.labelled, self.labels = ([], None) if probe_file is None else read_labelled_texts(probe_file)
+        self.labelled, self.labels, self.class_names = [], None, []
+        if probe_file is not None:
+            self.labelled, self.labels, self.class_names = read_labelled_texts(probe_file)
 
     def embed(self, encoder: torch.nn.Module, tokenizer, max_length: int) -> Embedded | None:
         """What the encoder makes of them now; `None` where there is not enough to tell anything."""
@@ -222,9 +224,9 @@ def describe_kept(share: float) -> str:
     return "mostly kept" if share >= 0.6 else "changed; embed anew what you have embedded before"
 
 
-def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
+def read_labelled_texts(path: str) -> tuple[list[str], Tensor, list[str]]:
     """
-    Texts and their labels as numbers from 0 up, int64 `[num_texts]`, in random order.
+    Texts and their labels as numbers from 0 up, int64 `[num_texts]`, in random order; and the names of the labels.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -255,7 +257,7 @@ def read_labelled_texts(path: str) -> tuple[list[str], Tensor]:
         raise ValueError(
             f"--probe_file {path} has too few texts of all classes but one: the part to train on has one class alone."
         )
-    return list(texts), labels
+    return list(texts), labels, names
 
 
 def parts_of_labelled(num_texts: int) -> tuple[Tensor, Tensor, Tensor]:

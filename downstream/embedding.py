@@ -8,7 +8,7 @@ like length in padded batches.
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -278,18 +278,16 @@ def embed_tokens(
     takes the state of the first token alone.
     """
     features, order = [], []
-
-    def pool(indices: list[int], hidden: Tensor, lengths: Tensor) -> None:
-        if pooling == "first":
-            vectors = hidden[lengths.cumsum(0) - lengths]
-        else:
-            if hidden.device.type == "mps":  # has no kernel for it
-                hidden, lengths = hidden.cpu(), lengths.cpu()
-            vectors = torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)
-        features.append(vectors.cpu())  # [batch, hidden]
-        order.extend(indices)
-
-    _for_hidden_states(model, encoded, batch_size, pool)
+    with frozen(model):
+        for indices, hidden, lengths in _hidden_states(model, encoded, batch_size):
+            if pooling == "first":
+                vectors = hidden[lengths.cumsum(0) - lengths]
+            else:
+                if hidden.device.type == "mps":  # has no kernel for it
+                    hidden, lengths = hidden.cpu(), lengths.cpu()
+                vectors = torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)
+            features.append(vectors.cpu())  # [batch, hidden]
+            order.extend(indices)
     return torch.cat(features)[torch.tensor(order).argsort()]
 
 
@@ -333,13 +331,11 @@ def embed_words(
     if not found:
         raise ValueError(f"None of the words of {len(sentences)} sentences has a token: there is nothing to embed.")
     kept = [sentence for sentence, tokens in enumerate(tokens_of_sentence) if len(tokens)]
-    features = {}
-
-    def pick(indices: list[int], hidden: Tensor, lengths: Tensor) -> None:
-        for index, states in zip(indices, hidden.cpu().split(lengths.tolist()), strict=True):
-            features[kept[index]] = states[tokens_of_sentence[kept[index]]]  # [words, hidden]
-
-    _for_hidden_states(model, [encoding["input_ids"][sentence] for sentence in kept], batch_size, pick)
+    encoded, features = [encoding["input_ids"][sentence] for sentence in kept], {}
+    with frozen(model):
+        for indices, hidden, lengths in _hidden_states(model, encoded, batch_size):
+            for index, states in zip(indices, hidden.cpu().split(lengths.tolist()), strict=True):
+                features[kept[index]] = states[tokens_of_sentence[kept[index]]]  # [words, hidden]
     return torch.cat([features[sentence] for sentence in kept]), torch.tensor(found)
 
 
@@ -384,18 +380,19 @@ def encode_texts(
     return reader(texts, **options)
 
 
-def _for_hidden_states(model: torch.nn.Module, encoded: Sequence[list[int]], batch_size: int, use: Callable) -> None:
-    """Calls `use(indices into encoded, hidden states float32 [num_tokens, hidden], lengths [batch])`."""
+def _hidden_states(
+    model: torch.nn.Module, encoded: Sequence[list[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Of each batch the indices into `encoded`, hidden states float32 [num_tokens, hidden], and lengths [batch]."""
     by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
-    with frozen(model):
-        # where all texts of a batch are of one length, as one text alone is, both ways are the same
-        needs_padding = any(len(encoded[batch[0]]) < len(encoded[batch[-1]]) for batch in batches)
-        is_packed = needs_padding and takes_packed_rows(model)
-        for batch in batches:
-            rows = [torch.tensor(encoded[index]) for index in batch]
-            hidden = packed_states(model, rows) if is_packed else padded_states(model, rows)
-            use(batch, hidden.float(), torch.tensor([len(row) for row in rows], device=hidden.device))
+    # where all texts of a batch are of one length, as one text alone is, both ways are the same
+    needs_padding = any(len(encoded[batch[0]]) < len(encoded[batch[-1]]) for batch in batches)
+    is_packed = needs_padding and takes_packed_rows(model)
+    for batch in batches:
+        rows = [torch.tensor(encoded[index]) for index in batch]
+        hidden = packed_states(model, rows) if is_packed else padded_states(model, rows)
+        yield batch, hidden.float(), torch.tensor([len(row) for row in rows], device=hidden.device)
 
 
 @contextmanager

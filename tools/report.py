@@ -100,7 +100,7 @@ def texts_to_keep(
     those of `--probe_file`, else of the validation split.
     """
     if comparison is not None and comparison.labelled:
-        texts, labels = comparison.labelled, [str(label) for label in comparison.labels.tolist()]
+        texts, labels = comparison.labelled, [comparison.class_names[label] for label in comparison.labels]
     elif "validation" in documents:
         rows, labels = documents["validation"], None
         if isinstance(rows, datasets.Dataset):

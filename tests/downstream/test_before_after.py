@@ -24,6 +24,7 @@ from tjepa.downstream.before_after import (
     reciprocal_ranks,
 )
 from tjepa.downstream.probe import ProbeResult
+from tjepa.tools.report import texts_to_keep
 
 
 def some_texts(num: int) -> list[str]:
@@ -176,8 +177,15 @@ def test_a_probe_file_that_tells_nothing_is_refused(name, rows, message, tmp_pat
 
 def test_a_text_counts_once(tmp_path):
     rows = [(f"text {index % 30}", index % 2) for index in range(90)]
-    texts, labels = read_labelled_texts(write_labelled(tmp_path / "a.jsonl", rows))
+    texts, labels, _ = read_labelled_texts(write_labelled(tmp_path / "a.jsonl", rows))
     assert len(set(texts)) == len(texts) == len(labels) == 30
+
+
+def test_a_report_shows_the_names_of_the_classes(tmp_path):
+    rows = [(f"the {name} text {index}", name) for index in range(40) for name in ("sad", "glad")]
+    comparison = BeforeAfter([], write_labelled(tmp_path / "a.jsonl", rows))
+    kept = texts_to_keep({}, "text", None, comparison)
+    assert all(label in text.split() for text, label in zip(kept["texts"], kept["labels"], strict=True))
 
 
 def test_a_probe_file_without_its_columns_is_refused(tmp_path):

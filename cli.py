@@ -34,7 +34,7 @@ COMMANDS = {  # subcommand -> (module, what it does)
     "train-decoder": ("tools.train_decoder", "fit a token head to the predictions of a model that has none"),
     "convert": ("tools.convert_checkpoint", "turn a run folder of the original T-JEPA code into a model folder"),
     "export": ("tools.export_sentence_transformer", "write a folder that sentence-transformers loads"),
-    "publish": ("tools.publish", "put a run's folder on the Hub, with all that its users reach for"),
+    "publish": ("tools.publish", "put a run's folder on the Hub, with ONNX and the files of sentence-transformers"),
 }
 
 
@@ -57,7 +57,15 @@ All other flags are those of `tjepa pretrain --help`. What is not given is taken
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
-    return "\n".join(["usage: tjepa COMMAND [FILE.yaml] [--name value ...]", "", *lines, "", "tjepa COMMAND --help"])
+    return "\n".join(
+        [
+            "usage: tjepa COMMAND [FILE.yaml] [--name value ...]",
+            "",
+            *lines,
+            "",
+            "The flags of a command: tjepa COMMAND --help",
+        ]
+    )
 
 
 def main() -> None:

@@ -44,8 +44,8 @@ class BeforeAfterArguments:
     )
     probe_file: str | None = HfArg(
         default=None,
-        help="Labelled texts to judge the encoder by, with a frozen probe at every evaluation and in that report, "
-        "which this turns on: a json, jsonl, csv, tsv or parquet file with the columns text and label.",
+        help="Labelled texts to judge the encoder by, with a frozen probe, at every evaluation and before and after: "
+        "a json, jsonl, csv, tsv or parquet file with the columns text and label. Turns --report_before_after on.",
     )
 
     def __post_init__(self):

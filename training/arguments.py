@@ -86,8 +86,8 @@ class PretrainingArguments(RunArguments):
     )
     lr_scheduler_type: Literal[*LR_SCHEDULES] = HfArg(
         default="cosine",
-        help="How the learning rate gets there after the warm-up. For warmup_stable_decay --lr_scheduler_kwargs "
-        "'{\"num_decay_steps\": 100}' says how long it decays, in place of a tenth of the steps.",
+        help="How the learning rate falls to --final_lr after the warm-up. For warmup_stable_decay "
+        "--lr_scheduler_kwargs '{\"num_decay_steps\": 100}' says how long it decays, in place of a tenth of the steps.",
     )
     weight_decay: float = HfArg(default=0.04, help="Weight decay of matrices at the start.")
     final_weight_decay: float = HfArg(default=0.4, help="Weight decay of matrices at the end.")
@@ -98,7 +98,9 @@ class PretrainingArguments(RunArguments):
         "of another architecture 1 - 2 / steps, with which a third of it stays as it was.",
     )
     final_ema_momentum: float = HfArg(default=1.0, help="Momentum of the target encoder at the end.")
-    ema_schedule: Literal["linear", "cosine"] = HfArg(default="linear", help="How the momentum rises to its end.")
+    ema_schedule: Literal["linear", "cosine"] = HfArg(
+        default="linear", help="How the momentum rises to --final_ema_momentum."
+    )
     ema_anneal_ratio: float = HfArg(
         default=1.0, help="The momentum is at its end after this share of the steps, and stays there."
     )

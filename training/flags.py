@@ -81,7 +81,9 @@ FLAGS: dict[str, Rules] = {
     **dict.fromkeys(WORKING.split(), BOTH_WORK),
     **{name: both(works(note)) for note, names in WORKING_WHERE.items() for name in names.split()},
     # how long, how fast
-    "lr_scheduler_type": Rules(works("cosine, linear, constant or warmup_stable_decay, after the warm-up"), works()),
+    "lr_scheduler_type": Rules(
+        works("cosine, linear, constant, constant_with_warmup or warmup_stable_decay, after the warm-up"), works()
+    ),
     "lr_scheduler_kwargs": Rules(works("num_decay_steps, of warmup_stable_decay"), works()),
     "optim": Rules(works(OWN_SCHEDULE, OWN_SCHEDULE_OPTIMIZERS), works()),
     "optim_target_modules": both(unused("only GaLore and APOLLO read it, which are packages of their own")),
@@ -120,7 +122,7 @@ FLAGS: dict[str, Rules] = {
     "enable_jit_checkpoint": both(refused("SIGTERM always finishes the step and saves a checkpoint here")),
     "resume_from_checkpoint": both(works("a folder, or 'last'")),
     "restore_callback_states_from_checkpoint": both(
-        refused("it would restore the wish to stop of a run that a signal ended; all state is resumed without it")
+        refused("it would restore the stop request of a run that a signal ended; all state is resumed without it")
     ),
     # random numbers and devices
     "accelerator_config": Rules(

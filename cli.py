@@ -57,15 +57,8 @@ All other flags are those of `tjepa pretrain --help`. What is not given is taken
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: tjepa COMMAND [FILE.yaml] [--name value ...]",
-            "",
-            *lines,
-            "",
-            "The flags of a command: tjepa COMMAND --help",
-        ]
-    )
+    how, more = "usage: tjepa COMMAND [FILE.yaml] [--name value ...]", "The flags of a command: tjepa COMMAND --help"
+    return "\n".join([how, "", *lines, "", more])
 
 
 def main() -> None:

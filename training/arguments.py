@@ -87,7 +87,7 @@ class PretrainingArguments(RunArguments):
     lr_scheduler_type: Literal[*LR_SCHEDULES] = HfArg(
         default="cosine",
         help="How the learning rate falls to --final_lr after the warm-up. For warmup_stable_decay "
-        "--lr_scheduler_kwargs '{\"num_decay_steps\": 100}' says how long it decays, in place of a tenth of the steps.",
+        "--lr_scheduler_kwargs '{\"num_decay_steps\": 100}' says how long that is, in place of a tenth of the steps.",
     )
     weight_decay: float = HfArg(default=0.04, help="Weight decay of matrices at the start.")
     final_weight_decay: float = HfArg(default=0.4, help="Weight decay of matrices at the end.")

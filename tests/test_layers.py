@@ -5,17 +5,21 @@ import copy
 import pytest
 import torch
 from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+from transformers.utils import is_flash_attn_2_available
 
 from helpers import make_examples, make_tiny_config
 from tjepa import TJEPAForPreTraining, TJEPAModel, layers_tjepa
 from tjepa.data_collator_tjepa import DataCollatorForTJEPA
 from tjepa.layers_tjepa import (
+    VARLEN_ATTENTION,
     PackedViews,
     TJEPARotaryEmbedding,
+    attends_by_lengths,
     flash_attention_kwargs,
     has_varlen_kernel,
     packed_attention_forward,
     rotate,
+    varlen_attention_forward,
 )
 
 
@@ -168,6 +172,7 @@ def test_rotary_frequencies_are_not_saved():
     ("capability", "options", "expected"),
     [
         ((9, 0), {}, True),
+        ((8, 0), {}, True),
         ((7, 5), {}, False),
         (None, {}, False),  # no GPU
         ((9, 0), {"hidden_size": 36, "rotary_dim": 4}, False),
@@ -180,6 +185,36 @@ def test_which_gpus_have_a_kernel_for_attention_by_lengths(monkeypatch, capabili
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert has_varlen_kernel(make_tiny_config(**options)) == expected
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_flash_attention_lacks_nothing_but_its_package():
+    with pytest.raises(ImportError, match="package for FlashAttention2"):
+        TJEPAModel(make_tiny_config()).set_attn_implementation("flash_attention_2")
+
+
+def test_attention_by_lengths_of_packed_rows(monkeypatch):
+    """What torch's kernel is handed: the entries of all rows one after another, [num_entries, heads, head_dim]."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    query, key, value = torch.randn(3, 2, 4, 5, 8)  # [rows, heads, row_length, head_dim]
+    starts = torch.tensor([0, 3, 5, 10], dtype=torch.int32)
+
+    def kernel(query, key, value, *bounds):
+        assert query.shape == (10, 4, 8) and bounds[0] is bounds[1] is starts and bounds[2:] == (5, 5)
+        return 2 * query + key + value
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    output, _ = varlen_attention_forward(None, query, key, value, None, starts, 5)
+    torch.testing.assert_close(output, (2 * query + key + value).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("flash_attention_2", True), ("sdpa", False), (VARLEN_ATTENTION, False)]
+)
+def test_which_backends_attend_by_lengths_on_a_cpu(name, expected):
+    config = make_tiny_config()
+    config._attn_implementation_internal = name
+    assert attends_by_lengths(config, torch.zeros(1, 2, 32, dtype=torch.bfloat16)) == expected
 
 
 @pytest.mark.parametrize(

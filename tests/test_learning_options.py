@@ -235,6 +235,8 @@ def test_losses_by_hand(make_model, batch, options, expected):
 def test_momentum_schedules_by_hand():
     linear = EMACallback(0.9, 1.0, anneal_ratio=0.5)
     assert [linear.at(step, 8) for step in range(8)] == pytest.approx([0.9, 0.925, 0.95, 0.975, 1.0, 1.0, 1.0, 1.0])
+    linear.first_step = 3  # of a run that went on: the schedule has the steps from there on
+    assert linear.at(4, 7) == pytest.approx(0.95) and linear.at(5, 7) == 1.0
     cosine = EMACallback(0.9, 1.0, schedule="cosine")
     expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)]
     assert [cosine.at(step, 4) for step in range(5)] == pytest.approx(expected)

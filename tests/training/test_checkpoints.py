@@ -331,7 +331,7 @@ def test_marks_of_what_will_be_overwritten(tmp_path, caplog):
     assert find_damage(early) is not None
 
 
-@pytest.mark.parametrize(("strategy", "saved"), [("steps", [4]), ("no", [])])
+@pytest.mark.parametrize(("strategy", "saved"), [("steps", [4]), ("epoch", [4]), ("no", [])])
 def test_the_last_step_before_the_decay_is_saved(tmp_path, strategy, saved):
     args = PretrainingArguments(output_dir=str(tmp_path), save_strategy=strategy)
     scheduler, found = SimpleNamespace(last_step_before_decay=4), []

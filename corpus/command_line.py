@@ -226,7 +226,7 @@ def errors_in_one_line() -> Iterator[None]:
         message, file = _message_and_file(error)
         if debug or not (isinstance(error, OSError) or file.startswith(f"{PACKAGE}{os.sep}")):
             raise
-        message = " ".join(message.split()) or type(error).__name__
+        message = re.sub(r"\s*\n\s*", " ", message.strip()) or type(error).__name__  # names keep their spaces
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
 

@@ -125,3 +125,8 @@ class FinetuningArguments(RunArguments):
     learning_rate: float = HfArg(
         default=3e-4, help="Highest learning rate; 3e-4 suits encoders of a few million parameters, 2e-5 BERT's size."
     )
+
+    def __post_init__(self):
+        if self.greater_is_better is None and self.metric_for_best_model in ("mse", "eval_mse"):
+            self.greater_is_better = False  # transformers knows only names that end in loss
+        super().__post_init__()

@@ -37,15 +37,17 @@ from ..training.model_card import describe_source, write_card
 from ..training.publishing import create_publisher
 from ..training.record import (
     FINETUNING_FILE,
+    RESULTS_FILE,
     SettingsRecorder,
     check_unchanged,
     describe_run,
     earlier_results,
+    list_changes,
     log_changes,
 )
 from ..training.setup import check_number_of_processes, set_up_logging, use_all_cores
 from ..training.trainer import check_batches, dataloaders_for_evaluation
-from .arguments import DataArguments, FinetuningArguments, ModelArguments
+from .arguments import SINGLE, DataArguments, FinetuningArguments, ModelArguments
 from .embedding import as_text_only, reads_special_tokens
 from .labels import NO_LABEL, read_labels
 from .tasks import Task
@@ -57,13 +59,16 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 METRICS = Path(__file__).parent / "metrics"
 OUR_COLUMNS = ("num_tokens", "first_tokens")  # of a task's rows, and nothing that a model takes
-PREDICTIONS = "predict_results.jsonl"
+PREDICTIONS, EVALUATION = "predict_results.jsonl", "eval_results.json"
+OUTDATED = (RESULTS_FILE, PREDICTIONS, EVALUATION)  # when a run begins to train, whatever was there before
 # what a resumed run should have as before: what is trained, and on which rows
 RESUMED_AS_GIVEN = ("model_name_or_path", "model_revision", "encoder", "freeze_encoder", "config_overrides")
 RESUMED_AS_GIVEN += ("tokenizer_name", "dataset_name", "dataset_config_name", "train_file", "train_split_name")
 RESUMED_AS_GIVEN += ("validation_file", "validation_split_name", "validation_split_percentage", "max_train_samples")
 RESUMED_AS_GIVEN += ("text_column", "text_pair_column", "label_column", "problem_type", "label_all_tokens")
-RESUMED_AS_GIVEN += ("max_length", "seed", "data_seed")
+RESUMED_AS_GIVEN += ("max_length", "seed", "data_seed", "label_smoothing_factor", "lr_scheduler_type")
+RESUMED_AS_GIVEN += ("per_device_train_batch_size", "gradient_accumulation_steps")
+KEPT_BY_CHECKPOINTS = ("optim", "learning_rate", "weight_decay")  # with the optimizer's state, whatever is given
 
 
 def finetune(task_class: type[Task], description: str | None = None) -> dict[str, float | None]:
@@ -122,10 +127,11 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         warn_of_copies(task, splits, rows)
         if args.eval_strategy != "no" and not ("validation" in rows and rows["validation"].judged):
             raise ValueError(
-                f"eval_strategy is {args.eval_strategy}, but there is no validation split with labels: pass "
+                f"eval_strategy is {args.eval_strategy.value}, but there is no validation split with labels: pass "
                 f"{data_args.validation_flags}."
             )
         task.check_labels({split: part.labels for split, part in rows.items() if part.labels})
+        check_flags_of_task(args, task)
         if len(task.columns) == 2:
             separate_pairs(tokenizer)
     task.set_head(config)
@@ -164,9 +170,15 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
         facts = describe_run([model_args, data_args, args])
         if checkpoint is not None:
             before = Path(checkpoint).with_name(FINETUNING_FILE)
-            compare = check_unchanged if is_finished(checkpoint, count_steps(trainer)) else log_changes
-            compare(before, facts, RESUMED_AS_GIVEN)
-        results = train(trainer, checkpoint, publisher, [SettingsRecorder(facts)])
+            if is_finished(checkpoint, count_steps(trainer)):
+                check_unchanged(before, facts, RESUMED_AS_GIVEN + KEPT_BY_CHECKPOINTS)
+            elif changes := list_changes(before, facts, KEPT_BY_CHECKPOINTS):
+                raise ValueError(
+                    f"{checkpoint} goes on with its own optimizer: {changes}. Give that of before, or start a new run "
+                    f"from its weights with --model_name_or_path {checkpoint} and another --output_dir."
+                )
+            log_changes(before, facts, RESUMED_AS_GIVEN)
+        results = train(trainer, checkpoint, publisher, [SettingsRecorder(facts, FINETUNING_FILE, OUTDATED)])
         trainer.save_model()
         if results:
             trainer.log_metrics("train", results)
@@ -298,6 +310,20 @@ def check_same_classes(names: list[str], trained: str, config: PreTrainedConfig)
             f"{trained} tells the classes {sorted(known)} apart, and the data has {sorted(names)}. Give it data with "
             "the same classes, or fine-tune it anew in another --output_dir."
         )
+
+
+def check_flags_of_task(args: FinetuningArguments, task: Task) -> None:
+    """
+    Raises:
+        ValueError: for a figure to choose checkpoints by that there is not, or for smoothing what are no classes.
+    """
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if name not in ("loss", *task.figures):
+        raise ValueError(
+            f"--metric_for_best_model {args.metric_for_best_model}: figures are loss, {', '.join(task.figures)}."
+        )
+    if args.label_smoothing_factor and getattr(task, "kind", SINGLE) != SINGLE:
+        raise ValueError(f"--label_smoothing_factor smooths one class for each text, and this is {task.kind}.")
 
 
 def report_truncation(lengths: list[int], max_length: int, split: str, metrics: dict) -> None:

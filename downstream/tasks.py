@@ -77,6 +77,7 @@ class Task:
     pipeline: str
     metric: str  # a folder in metrics/
     metric_configuration: str | None = None
+    figures: tuple[str, ...]  # that the metric has
     columns: list[str]
     label_column: str
 
@@ -126,6 +127,11 @@ class TextTask(Task):
         ("content", None),
     )
     METRIC_CONFIGURATIONS = {SINGLE: "default", MULTI: "multi_label", REGRESSION: "regression"}
+    FIGURES = {
+        SINGLE: ("accuracy", "f1_macro", "mcc"),
+        MULTI: ("accuracy", "f1_macro", "f1_micro"),
+        REGRESSION: ("mse", "pearson", "spearman"),
+    }
 
     def __init__(self, splits: DatasetDict, args: TextArguments, config: PreTrainedConfig):
         given = (args.text_column, args.text_pair_column)
@@ -142,7 +148,7 @@ class TextTask(Task):
         logger.info(f"{self.kind}: texts in {', '.join(self.columns)}, labels in {self.label_column}")
         is_number = self.kind == REGRESSION
         self.set_names([] if is_number else find_class_names(splits["train"], self.label_column, labels, config))
-        self.metric_configuration = self.METRIC_CONFIGURATIONS[self.kind]
+        self.metric_configuration, self.figures = self.METRIC_CONFIGURATIONS[self.kind], self.FIGURES[self.kind]
 
     # ---- rows ----
 
@@ -208,7 +214,10 @@ class TextTask(Task):
             answers = {} if numbers is None else {"labels": [numbers[row] for row in rows]}
             return {**encoding, **answers, "num_tokens": lengths}
 
-        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
+        dataset = dataset.select_columns(
+            self.columns
+        )  # datasets would give `labels` the type of a column of that name
+        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=self.columns)
 
     def numeric_labels(self, labels: list) -> list:
         if self.kind == REGRESSION:
@@ -265,6 +274,7 @@ class WordTask(Task):
     collator = DataCollatorForTokenClassification
     pipeline = "token-classification"
     metric = "tagging"
+    figures = ("accuracy", "precision", "recall", "f1")  # of chunks, B-X and I-X, all but the first
 
     WORD_COLUMNS = ("tokens", "words")
     TAG_COLUMNS = ("tags", "labels", "ner_tags", "pos_tags", "chunk_tags")
@@ -345,7 +355,10 @@ class WordTask(Task):
             num_tokens = list(map(len, whole["input_ids"]))
             return {**encoding, **answers, "num_tokens": num_tokens, "first_tokens": first_tokens}
 
-        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
+        dataset = dataset.select_columns(
+            self.columns
+        )  # datasets would give `labels` the type of a column of that name
+        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=self.columns)
 
     def token_labels(
         self, tags: list, words: list[int | None], firsts: list[int], label_all_tokens: bool

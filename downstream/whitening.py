@@ -54,8 +54,8 @@ class Whitening(NamedTuple):
             raise ValueError(f"Embeddings have {hidden_size} dimensions; whitening cannot keep {num_dimensions}.")
         if num_texts <= (num_dimensions or hidden_size):
             raise ValueError(
-                f"{num_texts} texts are too few to whiten {num_dimensions or hidden_size} dimensions with: it takes "
-                f"more texts than dimensions, and is good with {VECTORS_PER_DIMENSION} for each."
+                f"{num_texts} vectors of texts are too few to whiten {num_dimensions or hidden_size} dimensions with: "
+                f"it takes more than dimensions, and is good with {VECTORS_PER_DIMENSION} for each."
             )
         whitening = fit_whitening(embeddings)
         if num_dimensions is not None and whitening.n_components_ < num_dimensions:
@@ -131,6 +131,11 @@ def fit_text_whitening(
             break
     if not chosen:
         raise ValueError("There is no text to fit a whitening on.")
+    if len(chosen) < wanted:
+        logger.warning(
+            f"The whitening is fitted on {len(chosen):,} texts and sentences, all that there are; {wanted:,} would be "
+            "better."
+        )
     encoded = encode_texts(model, tokenizer, list(chosen), max_length)["input_ids"]
     return Whitening.fit(embed_tokens(model, [ids for ids in encoded if ids]), num_dimensions)
 

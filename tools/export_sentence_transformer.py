@@ -57,7 +57,7 @@ def export_sentence_transformer(
     whitening_texts: Iterable[str | None] | None = None,
     whitening_dimensions: int | None = None,
     with_onnx: bool = False,
-) -> None:
+) -> int:
     """
     Writes the encoder and the modules around it: `SentenceTransformer(output_folder, trust_remote_code=True)` encodes
     a text as the mean of the last hidden state over its tokens, as the probes do. After `import tjepa` it loads
@@ -75,6 +75,9 @@ def export_sentence_transformer(
             (`fit_text_whitening`). Default: embeddings are not whitened.
         whitening_dimensions (`int`, *optional*): How many dimensions the whitening keeps. Default: all.
         with_onnx (`bool`, defaults to `False`): Whether to write `onnx/model.onnx` as well (`export_onnx`).
+
+    Returns:
+        `int`: The dimensions of a vector. Whitening leaves out those in which texts differ by rounding alone.
 
     Raises:
         FileExistsError: if the output folder holds files.
@@ -136,6 +139,7 @@ def export_sentence_transformer(
             save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
         if with_onnx:
             export_onnx(AutoModel.from_pretrained(folder, attn_implementation="eager"), folder / ONNX_FILES[0], folder)
+    return model.config.hidden_size if whitening is None else len(whitening.weight)
 
 
 class SentenceGraph(torch.nn.Module):
@@ -275,7 +279,7 @@ def main():
     parser.add_argument("--no_normalize", action="store_true", help="leave the embeddings' length as it is")
     args = parser.parse_args()
     hide_what_loading_says()
-    export_sentence_transformer(
+    width = export_sentence_transformer(
         args.model_name_or_path,
         args.output_folder,
         args.encoder,
@@ -285,7 +289,10 @@ def main():
         args.whitening_dimensions,
         args.onnx,
     )
-    print(f"Wrote {args.output_folder}: SentenceTransformer({str(args.output_folder)!r}, trust_remote_code=True)")
+    print(
+        f"Wrote {args.output_folder}, for vectors of {width} dimensions: "
+        f"SentenceTransformer({str(args.output_folder)!r}, trust_remote_code=True)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every argument of a pretraining run that is not about its model, data or masks."""
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -45,6 +46,16 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self):
         check_flags(self)
+        if self.do_train and (self.max_steps == 0 or self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"--max_steps {self.max_steps} and --num_train_epochs {self.num_train_epochs:g} make a run without a "
+                "step. Raise one of them, or pass --do_train False to evaluate a trained model."
+            )
+        if (self.fsdp or self.ddp_backend) and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"--{'fsdp' if self.fsdp else 'ddp_backend'} is for several processes, and this is one: start them "
+                "with accelerate launch or torchrun, or leave it out."
+            )
         # without it accelerate takes the processes of a machine without GPU for so many lone ones
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -151,11 +162,6 @@ class PretrainingArguments(RunArguments):
                 )
             setattr(self.accelerator_config, name, False)
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        if self.do_train and (self.max_steps == 0 or self.max_steps < 0 and self.num_train_epochs <= 0):
-            raise ValueError(
-                f"--max_steps {self.max_steps} and --num_train_epochs {self.num_train_epochs:g} make a run without a "
-                "step. Raise one of them, or pass --do_train False to evaluate a trained model."
-            )
         if not self.do_train and not self.do_eval:
             raise ValueError("--do_train False and --do_eval False leave nothing to do.")
         if self.collapse_patience < 1:

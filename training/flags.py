@@ -91,7 +91,10 @@ FLAGS: dict[str, Rules] = {
         unused("a step's loss is always that of all its documents on all processes"),
         unused("the loss of a head is the mean over the rows of each process"),
     ),
-    "label_smoothing_factor": Rules(refused("the targets are vectors: there are no classes to smooth"), works()),
+    "label_smoothing_factor": Rules(
+        refused("the targets are vectors: there are no classes to smooth"),
+        works("of one class for each text, and tags"),
+    ),
     "torch_compile": Rules(
         works(
             "each kind of layer and the token head by itself; refused with sdpa attention and for other architectures"

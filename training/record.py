@@ -50,13 +50,16 @@ class SettingsRecorder(TrainerCallback):
     Args:
         facts: what the file says, see `describe_run`.
         file: its name in the folder of the run.
+        outdated: files of a run that was there before; this one has not ended.
     """
 
-    def __init__(self, facts: dict[str, Any], file: str = FINETUNING_FILE):
-        self.facts, self.file = facts, file
+    def __init__(self, facts: dict[str, Any], file: str, outdated: Sequence[str] = (RESULTS_FILE,)):
+        self.facts, self.file, self.outdated = facts, file, outdated
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            for name in self.outdated:
+                (Path(args.output_dir) / name).unlink(missing_ok=True)
             with suppressing_errors("The run's record"), replacing_files(args.output_dir) as folder:
                 facts = {**self.facts, "max_steps": state.max_steps}
                 (folder / self.file).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -70,8 +73,6 @@ class RunRecorder(SettingsRecorder):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            # of a run that was here before: this one has not ended
-            (Path(args.output_dir) / RESULTS_FILE).unlink(missing_ok=True)
             with suppressing_errors("The log"), replacing_files(args.output_dir) as folder:
                 # of a resumed run the lines up to its checkpoint
                 lines = [json.dumps(entry) + "\n" for entry in state.log_history]
@@ -166,15 +167,16 @@ def check_unchanged(file: Path, facts: dict[str, Any], names: Sequence[str] = RE
     Raises:
         ValueError: if a setting differs.
     """
-    changes = [
-        f"{name} was {old} and is {new}" for name, old, new in find_changes(file, facts, [*names, *TOLD_BY_THE_CARD])
-    ]
-    if changes:
+    if changes := list_changes(file, facts, [*dict.fromkeys([*names, *TOLD_BY_THE_CARD])]):
         raise ValueError(
-            f"The run in {file.parent} is finished, and other settings would change nothing of it: "
-            f"{', '.join(changes)}. Give those of before, more steps (--max_steps) to train on, or another "
-            "--output_dir for a new run."
+            f"The run in {file.parent} is finished, and other settings would change nothing of it: {changes}. Give "
+            "those of before, more steps (--max_steps) to train on, or another --output_dir for a new run."
         )
+
+
+def list_changes(file: Path, facts: dict[str, Any], names: Sequence[str]) -> str:
+    """What `find_changes` says, in words."""
+    return ", ".join(f"{name} was {old} and is {new}" for name, old, new in find_changes(file, facts, names))
 
 
 def fingerprint(model: torch.nn.Module) -> float:

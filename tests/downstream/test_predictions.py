@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 
+import evaluate
 import pytest
 from safetensors.torch import load_file
 from tokenizers import normalizers, pre_tokenizers
@@ -22,6 +23,8 @@ from finetuning_helpers import COLOURS, WORDS, arguments, make_rows, read_predic
 from helpers import make_tiny_config, make_word_tokenizer, write_jsonl
 from tjepa import TJEPAModel
 from tjepa.downstream import run_token_classification
+from tjepa.downstream.finetuning import METRICS
+from tjepa.downstream.tasks import TextTask, WordTask
 
 
 # --- Predictions -----------------------------------------------------------------------------------------------------
@@ -290,6 +293,67 @@ def test_resumed_with_other_rows(folder, tmp_path, monkeypatch, caplog):
     caplog.clear()
     run(monkeypatch, arguments(folder, tmp_path / "out", **again, max_steps=6))
     assert "from here on; up to" not in caplog.text
+    for given in ({"optim": "adafactor"}, {"learning_rate": 0.5}, {"weight_decay": 0.3}):
+        with pytest.raises(ValueError, match=f"goes on with its own optimizer: {next(iter(given))} was .* and is"):
+            run(monkeypatch, arguments(folder, tmp_path / "out", **again, **given, max_steps=8))
+        with pytest.raises(ValueError, match=f"finished.*{next(iter(given))} was .* and is"):
+            run(monkeypatch, arguments(folder, tmp_path / "out", **again, **given, max_steps=6))
+
+
+def test_of_a_run_that_is_replaced_no_figures_stay(folder, tmp_path, monkeypatch):
+    """They would lie beside other weights; also where the new run is killed."""
+    run(monkeypatch, arguments(folder, tmp_path / "out", test_file=folder / "test.jsonl", max_steps=2))
+    (tmp_path / "out" / "eval_results.json").write_text("{}")
+    with monkeypatch.context() as patch, pytest.raises(InjectedError):
+        Fault("forward", "exception", step=2).install(patch)
+        run(patch, arguments(folder, tmp_path / "out", max_steps=4, overwrite_output_dir=True))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names.isdisjoint({"all_results.json", "predict_results.jsonl", "eval_results.json"})
+
+
+def test_the_lowest_error_is_the_best(folder, tmp_path, monkeypatch):
+    rows = [{"text": row["text"], "label": len(row["text"]) / 10 + 0.01} for row in make_rows(40)]
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "mse", "max_steps": 3}
+    run(monkeypatch, arguments(folder, tmp_path / "out", **best, train_file=write_jsonl(tmp_path / "a.jsonl", rows)))
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(line["eval_mse"] for line in state["log_history"] if "eval_mse" in line)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric_for_best_model": "acc"}, "--metric_for_best_model acc: figures are loss, accuracy, f1_macro, mcc"),
+        ({"max_steps": 0}, "--max_steps 0 .* a run without a step"),
+        ({"fsdp": "full_shard"}, "--fsdp is for several processes, and this is one"),
+        ({"eval_strategy": "epoch", "validation_split_percentage": 0}, "eval_strategy is epoch, but"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(folder, tmp_path, monkeypatch, given, message):
+    with pytest.raises(ValueError, match=message):
+        run(monkeypatch, arguments(folder, tmp_path / "out", **given))
+
+
+@pytest.mark.parametrize(
+    "labels", [[[0, 2], [1]], [True, False], [1.0, 2.0]], ids=["lists", "booleans", "whole floats"]
+)
+def test_labels_in_a_column_of_the_name_that_models_take(folder, tmp_path, monkeypatch, labels):
+    """datasets gives what is mapped to a column the type of the column that had its name."""
+    rows = [{"text": row["text"], "labels": labels[index % 2]} for index, row in enumerate(make_rows(40))]
+    kind = "single_label_classification" if isinstance(labels[0], float) else None
+    options = {"train_file": write_jsonl(tmp_path / "a.jsonl", rows), "problem_type": kind, "max_steps": 1}
+    results = run(monkeypatch, arguments(folder, tmp_path / "out", **options))
+    assert results["train_samples"] == 36 and results["train_loss"] > 0
+
+
+def test_the_figures_by_which_checkpoints_are_chosen_are_those_of_the_metric(folder, tmp_path, monkeypatch):
+    for kind, figures in TextTask.FIGURES.items():
+        metric = evaluate.load(str(METRICS / "classification"), TextTask.METRIC_CONFIGURATIONS[kind])
+        answers = [[0, 1], [1, 1]] if kind == "multi_label_classification" else [0, 1]
+        assert {*metric.compute(predictions=answers, references=answers)} == {*figures}
+    tags = [["B-A", "O"]]
+    metric = evaluate.load(str(METRICS / "tagging"))
+    assert {*metric.compute(predictions=tags, references=tags)} == {*WordTask.figures}
 
 
 def test_the_card_names_the_step_of_the_best_weights(folder, tmp_path, monkeypatch):

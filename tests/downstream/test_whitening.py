@@ -46,7 +46,7 @@ def test_directions_that_are_not_there_are_said(caplog):
 
 @pytest.mark.parametrize(
     ("num_texts", "num_dimensions", "message"),
-    [(8, None, "8 texts are too few to whiten 8 dimensions"), (400, 9, "Embeddings have 8 dimensions")],
+    [(8, None, "8 vectors of texts are too few to whiten 8 dimensions"), (400, 9, "Embeddings have 8 dimensions")],
 )
 def test_what_cannot_be_fitted_is_said(num_texts, num_dimensions, message):
     with pytest.raises(ValueError, match=message):

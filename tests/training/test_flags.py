@@ -479,5 +479,5 @@ def test_predictions_keep_the_last_batch(tmp_path, tokenizer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fsdp_needs_several_processes(tmp_path, tokenizer, untouched, kind):
     config = {"transformer_layer_cls_to_wrap": ["TJEPALayer"]}
-    with pytest.raises(ValueError, match="only works in distributed training"):
+    with pytest.raises(ValueError, match="--fsdp is for several processes"):
         make(kind, tmp_path, tokenizer, fsdp="full_shard", fsdp_config=config)

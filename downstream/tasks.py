@@ -214,9 +214,8 @@ class TextTask(Task):
             answers = {} if numbers is None else {"labels": [numbers[row] for row in rows]}
             return {**encoding, **answers, "num_tokens": lengths}
 
-        dataset = dataset.select_columns(
-            self.columns
-        )  # datasets would give `labels` the type of a column of that name
+        # datasets would give `labels` the type of a column of that name, so none is left
+        dataset = dataset.select_columns(self.columns)
         return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=self.columns)
 
     def numeric_labels(self, labels: list) -> list:
@@ -355,9 +354,8 @@ class WordTask(Task):
             num_tokens = list(map(len, whole["input_ids"]))
             return {**encoding, **answers, "num_tokens": num_tokens, "first_tokens": first_tokens}
 
-        dataset = dataset.select_columns(
-            self.columns
-        )  # datasets would give `labels` the type of a column of that name
+        # datasets would give `labels` the type of a column of that name, so none is left
+        dataset = dataset.select_columns(self.columns)
         return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=self.columns)
 
     def token_labels(

@@ -192,7 +192,7 @@ def embed_file(args: argparse.Namespace) -> str:
     if not num_embedded:
         raise ValueError(f"{args.file} holds no text that could be read: {list_reasons(left_out)}.")
     without = f"; left out: {list_reasons(left_out)}" if left_out else ""
-    if args.id_column_name and (num_copies := len(rows) - len(set(rows[args.id_column_name][:]))):
+    if args.id_column_name and (num_copies := len(rows) - len({*map(str, rows[args.id_column_name][:])})):
         without += f"; {num_copies:,} rows have the id of another, where a database may keep one of them alone"
     how = f"the first {embedder.max_length} tokens of each, by {args.model}"
     return f"{args.output}: vectors of {num_embedded:,} texts ({how}){without}"

@@ -42,6 +42,7 @@ def check(vectors, expected) -> None:
 def test_vectors_have_the_ids_of_their_texts(model, texts, tmp_path, monkeypatch, capsys, format):
     rows = [{"body": text, "key": f"k{index}"} for index, text in enumerate(texts)]
     rows[2]["body"], rows[9]["body"], rows[10]["body"] = "", None, "\ufffd"
+    rows[4]["key"] = "k3"
     tokenize = Embedder.tokenize  # for which the last one has no token
     monkeypatch.setattr(
         Embedder,
@@ -63,7 +64,8 @@ def test_vectors_have_the_ids_of_their_texts(model, texts, tmp_path, monkeypatch
         ids, vectors = np.load(tmp_path / "out" / "ids.npy").tolist(), np.load(tmp_path / "out" / "embeddings.npy")
     assert ids == [row["key"] for row in kept]
     check(vectors, tjepa.embed(model, [row["body"] for row in kept]))
-    assert "left out: empty or whitespace only 1, null 1, without a token 1" in capsys.readouterr().out
+    said = "left out: empty or whitespace only 1, null 1, without a token 1; 1 rows have the id of another"
+    assert said in capsys.readouterr().out
 
 
 def test_a_file_without_texts_and_a_folder_that_cannot_be_written_are_errors(model, tmp_path, monkeypatch):

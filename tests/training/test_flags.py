@@ -425,6 +425,7 @@ def test_bf16_warns_where_the_processor_knows_no_bfloat16(kind, tmp_path, monkey
         ({"learning_rate": 1e-5, "final_lr": 2e-5}, "final_lr must be between 0 and the learning rate"),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "--lr_scheduler_kwargs takes num_decay_steps"),
         ({"ema_schedule": "steps"}, "schedule must be one of linear, cosine, got 'steps'"),
+        ({"export_encoder": "both"}, "--export_encoder must be target or context, got 'both'"),
         ({"ema_momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
         ({"lr_scheduler_kwargs": {"num_decay_steps": "x"}}, "num_decay_steps is a number of steps, got 'x'"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1, got 0"),

@@ -179,7 +179,6 @@ def test_a_frozen_teacher_is_not_what_is_exported(inputs, bert, tmp_path, monkey
         ("bert", {"torch_compile": True}, "--torch_compile would compile a bert encoder anew for every batch"),
         ("bert", {"learning_rate": "-1e-3"}, "learning_rate must be above 0"),
         ("bert", {"heads_first_ratio": "1.0"}, "heads_first_ratio must be in"),
-        ("bert", {"export_encoder": "both"}, "--export_encoder must be target or context, got 'both'"),
         (
             "bert",
             {"max_length": 64, "row_length": 64},

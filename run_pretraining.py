@@ -249,7 +249,7 @@ def main():
         save_figures("eval_results.json", evaluate(trainer), training_args)
         return
     if checkpoint is not None and is_finished(checkpoint, count_steps(trainer)):
-        check_unchanged(Path(checkpoint).with_name(RUN_FILE), describe_run(arguments, strategies=strategies))
+        check_unchanged(Path(checkpoint).resolve().with_name(RUN_FILE), describe_run(arguments, strategies=strategies))
     before = probe_at_start = None
     if comparison is not None and trainer.is_world_process_zero():
         before = comparison.embed(model.target_encoder, tokenizer, data_args.max_length)
@@ -271,7 +271,7 @@ def main():
                 **texts_to_keep(documents, data_args.text_column_name, tokenizer, comparison),
             )
             if checkpoint is not None:
-                log_changes(Path(checkpoint).with_name(RUN_FILE), facts)
+                log_changes(Path(checkpoint).resolve().with_name(RUN_FILE), facts)
             callbacks = [RunRecorder(facts), ReportCallback()]
     results = train(trainer, checkpoint, publisher, callbacks) or earlier_results(training_args.output_dir)
     for name in ("best_step", "best_by"):  # the evaluation below says which weights these are

@@ -169,7 +169,7 @@ def finetune(task_class: type[Task], description: str | None = None) -> dict[str
     if args.do_train:
         facts = describe_run([model_args, data_args, args])
         if checkpoint is not None:
-            before = Path(checkpoint).with_name(FINETUNING_FILE)
+            before = Path(checkpoint).resolve().with_name(FINETUNING_FILE)
             if is_finished(checkpoint, count_steps(trainer)):
                 check_unchanged(before, facts, RESUMED_AS_GIVEN + KEPT_BY_CHECKPOINTS)
             elif changes := list_changes(before, facts, KEPT_BY_CHECKPOINTS):

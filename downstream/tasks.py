@@ -215,8 +215,8 @@ class TextTask(Task):
             return {**encoding, **answers, "num_tokens": lengths}
 
         # datasets would give `labels` the type of a column of that name, so none is left
-        dataset = dataset.select_columns(self.columns)
-        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=self.columns)
+        dataset = dataset.select_columns([*dict.fromkeys(self.columns)])
+        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
 
     def numeric_labels(self, labels: list) -> list:
         if self.kind == REGRESSION:
@@ -355,8 +355,8 @@ class WordTask(Task):
             return {**encoding, **answers, "num_tokens": num_tokens, "first_tokens": first_tokens}
 
         # datasets would give `labels` the type of a column of that name, so none is left
-        dataset = dataset.select_columns(self.columns)
-        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=self.columns)
+        dataset = dataset.select_columns([*dict.fromkeys(self.columns)])
+        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
 
     def token_labels(
         self, tags: list, words: list[int | None], firsts: list[int], label_all_tokens: bool

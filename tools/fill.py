@@ -65,7 +65,7 @@ def load_for_filling(name: str, flag: str = "--model") -> tuple[TJEPAForPreTrain
     )
     if any(key.startswith("predictor.") for key in info["missing_keys"]):
         raise ValueError(f"{flag} {name} is the folder of an encoder without its predictor: name that of the run.")
-    check_weights(model, info, ("context_encoder.", "target_encoder.", "predictor."), name)
+    check_weights(model, info, ("context_encoder.", "target_encoder.", "predictor.", "token_head."), name)
     return model.to(default_device()).eval(), tokenizer
 
 

@@ -18,6 +18,8 @@ from .schedules import EXTENSIONS, LR_SCHEDULES
 TRAINED_ENCODER_LR = 1e-5
 HEAD_RATE_MULTIPLE = 100.0
 HEADS_FIRST_RATIO = 0.1
+# what launchers say how many processes there are by
+LAUNCHED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
 RATES = ("learning_rate", "head_learning_rate", "start_lr", "final_lr", "heads_first_ratio", "ema_momentum")
 # 1 - MOVES / steps, rising to 1, is the momentum with which exp(-MOVES / 2) of a target encoder is what it started as,
 # in a run of any length. With 10 that is nothing. Beside a trained encoder it is a third, with 2: an average of two
@@ -51,7 +53,7 @@ class RunArguments(TrainingArguments):
                 f"--max_steps {self.max_steps} and --num_train_epochs {self.num_train_epochs:g} make a run without a "
                 "step. Raise one of them, or pass --do_train False to evaluate a trained model."
             )
-        if (self.fsdp or self.ddp_backend) and "WORLD_SIZE" not in os.environ:
+        if (self.fsdp or self.ddp_backend) and not LAUNCHED & os.environ.keys():
             raise ValueError(
                 f"--{'fsdp' if self.fsdp else 'ddp_backend'} is for several processes, and this is one: start them "
                 "with accelerate launch or torchrun, or leave it out."

@@ -778,11 +778,15 @@ class TJEPAForQuestionAnswering(TJEPAHeadModel):
     """Dropout and a linear layer on every token that scores it as the first and as the last of the answer."""
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch: the Trainer averages micro-batches itself
+    output_class = TokenClassifierOutput  # of which `forward` makes one with the names of this task
 
     def __init__(self, config: TJEPAConfig):
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.qa_outputs(self.dropout(hidden_states))  # [batch, length, 2]
 
     @can_return_tuple
     def forward(
@@ -805,15 +809,9 @@ class TJEPAForQuestionAnswering(TJEPAHeadModel):
             `QuestionAnsweringModelOutput` with `start_logits`, `end_logits` [batch, length] and, with both positions,
             `loss`.
         """
-        outputs: BaseModelOutput = self.encoder(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **{**kwargs, "return_dict": True},
-        )
-        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))  # [batch, length, 2]
-        start_logits, end_logits = (part.contiguous() for part in logits.unbind(dim=-1))
+        kwargs["return_dict"] = True
+        outputs = super().forward(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        start_logits, end_logits = (part.contiguous() for part in outputs.logits.unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             length = start_logits.shape[1]  # transformers' loss leaves it out, and would count -1 as position 0

@@ -80,8 +80,8 @@ def available_cores() -> int:
     """The CPU cores that this process may use: what taskset, a container or SLURM left of the machine's."""
     from joblib import cpu_count  # of scikit-learn; a quarter of a second, which help need not take
 
-    allotted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(cpu_count(), int(allotted)) if allotted.isdecimal() and int(allotted) else cpu_count()
+    cores, allotted = cpu_count(), os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(cores, int(allotted)) if allotted.isdecimal() and int(allotted) else cores
 
 
 def wants_help(arguments: Iterable[str]) -> bool:

@@ -6,7 +6,7 @@ figures and predictions. `finetuning.finetune` does the rest, the same way for b
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,12 @@ class Task:
         """Tells the configuration what the head is for."""
         config.id2label = dict(enumerate(self.names))
         config.label2id = dict(self.ids)
+
+    def map_inputs(self, dataset: Dataset, encode_batch: Callable[[dict, list[int]], dict]) -> Dataset:
+        """What `encode_batch` makes of the inputs and the numbers of their rows, and nothing else."""
+        # datasets would give `labels` the type of a column of that name, so none is left
+        dataset = dataset.select_columns([*dict.fromkeys(self.columns)])
+        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
 
     def report_encoded(self, encoded: Dataset, split: str, counts: dict) -> None:
         """Says what was lost of a split beyond the tokens that were cut."""
@@ -214,9 +220,7 @@ class TextTask(Task):
             answers = {} if numbers is None else {"labels": [numbers[row] for row in rows]}
             return {**encoding, **answers, "num_tokens": lengths}
 
-        # datasets would give `labels` the type of a column of that name, so none is left
-        dataset = dataset.select_columns([*dict.fromkeys(self.columns)])
-        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
+        return self.map_inputs(dataset, encode_batch)
 
     def numeric_labels(self, labels: list) -> list:
         if self.kind == REGRESSION:
@@ -354,9 +358,7 @@ class WordTask(Task):
             num_tokens = list(map(len, whole["input_ids"]))
             return {**encoding, **answers, "num_tokens": num_tokens, "first_tokens": first_tokens}
 
-        # datasets would give `labels` the type of a column of that name, so none is left
-        dataset = dataset.select_columns([*dict.fromkeys(self.columns)])
-        return dataset.map(encode_batch, batched=True, with_indices=True, remove_columns=dataset.column_names)
+        return self.map_inputs(dataset, encode_batch)
 
     def token_labels(
         self, tags: list, words: list[int | None], firsts: list[int], label_all_tokens: bool

@@ -11,6 +11,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import tjepa
 from finetuning_helpers import arguments, run
+from helpers import make_tiny_config
+from tjepa import TJEPAForPreTraining
 from tjepa.downstream.probe import EmbeddingLayer
 from tjepa.tools.export_sentence_transformer import export_sentence_transformer
 from tjepa.tools.fill import load_for_filling
@@ -64,6 +66,17 @@ def test_a_run_that_lacks_weights_is_refused(lost, folder, tmp_path):
     config, tokenizer = load_pretraining_config(name), AutoTokenizer.from_pretrained(name)
     with pytest.raises(ValueError, match=f"{lost} is not there"):
         load_pretraining_model(config, tokenizer, 16, model_name_or_path=name)
+
+
+def test_a_token_head_of_another_size_is_refused(folder, tmp_path):
+    model = TJEPAForPreTraining(make_tiny_config(token_prediction_weight=1.0))
+    model.save_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(folder / "pretraining").save_pretrained(tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    name = next(name for name in weights if name.startswith("token_head.") and weights[name].dim() == 2)
+    save_file({**weights, name: weights[name].repeat(2, 1)}, tmp_path / "run" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is .* there and .* by the configuration"):
+        load_for_filling(str(tmp_path / "run"))
 
 
 def test_a_pooler_may_be_missing(bert, tmp_path):

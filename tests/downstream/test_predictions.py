@@ -300,6 +300,20 @@ def test_resumed_with_other_rows(folder, tmp_path, monkeypatch, caplog):
             run(monkeypatch, arguments(folder, tmp_path / "out", **again, **given, max_steps=6))
 
 
+def test_a_checkpoint_may_be_the_folder_that_one_is_in(folder, tmp_path, monkeypatch, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    run(monkeypatch, arguments(folder, tmp_path / "out", **options, max_steps=2))
+    monkeypatch.chdir(tmp_path / "out" / "checkpoint-2")
+    again = {**options, "max_steps": 4, "resume_from_checkpoint": ".", "seed": 3}
+    run(monkeypatch, arguments(folder, tmp_path / "out", **again))
+    assert "seed is 3 from here on; up to the checkpoint it was the default" in caplog.text
+
+
+def test_a_pair_may_be_a_text_and_itself(folder, tmp_path, monkeypatch):
+    options = {"text_column": "text", "text_pair_column": "text", "max_steps": 1}
+    assert run(monkeypatch, arguments(folder, tmp_path / "out", **options))["train_loss"] > 0
+
+
 def test_of_a_run_that_is_replaced_no_figures_stay(folder, tmp_path, monkeypatch):
     """They would lie beside other weights; also where the new run is killed."""
     run(monkeypatch, arguments(folder, tmp_path / "out", test_file=folder / "test.jsonl", max_steps=2))
